@@ -1,0 +1,86 @@
+"""The commands of data preparation: `python -m data_prep --help`."""
+
+import logging
+import sys
+from pathlib import Path
+
+import tyro
+from rich.console import Console
+
+from data_prep.moving_mnist import MovingMNISTConfig, write_moving_mnist
+
+app = tyro.extras.SubcommandApp()
+console = Console(soft_wrap=True, highlight=False)
+
+
+@app.command
+def moving_mnist(
+    config: tyro.conf.OmitArgPrefixes[MovingMNISTConfig],
+    *,
+    out: str,
+    workers: int | None = None,
+    overwrite: tyro.conf.FlagCreatePairsOff[bool] = False,
+) -> None:
+    """Write a Moving MNIST archive with train, val and test splits.
+
+    Args:
+        config: what to write.
+        out: folder or URL of the archive (s3://, gs://, az://, ...).
+        workers: processes; one per core when left out. The bytes do not depend on it.
+        overwrite: replace an archive that was made with other arguments.
+    """
+    manifest = write_moving_mnist(config, out, workers=workers, overwrite=overwrite)
+    counts = ", ".join(f"{manifest.num_samples(split):,} {split}" for split in manifest.splits)
+    console.print(f"{out}: {counts} sequences; manifest {manifest.content_hash[:12]}", markup=False)
+
+
+@app.command
+def verify(url: tyro.conf.Positional[str]) -> None:
+    """Prove an archive whole, or name everything that is broken in it (exit code 1).
+
+    Args:
+        url: folder or URL of the archive.
+    """
+    from data_prep.verify import verify_archive
+
+    problems = verify_archive(url)
+    for problem in problems:
+        console.print(str(problem), markup=False)
+    if problems:
+        sys.exit(f"{url} is broken: {len(problems)} problems.")
+    console.print(f"{url} is whole.", markup=False)
+
+
+@app.command
+def show(
+    url: tyro.conf.Positional[str],
+    *,
+    out: Path,
+    split: str = "train",
+    num: int = 8,
+) -> None:
+    """Draw a contact sheet (PNG) and an animation (GIF) of some samples.
+
+    Args:
+        url: folder or URL of the archive.
+        out: folder for the pictures.
+        split: train, val or test.
+        num: how many samples, spread evenly over the split.
+    """
+    from data_prep.show import draw_archive
+
+    for path in draw_archive(url, out, split=split, num=num):
+        console.print(path, markup=False)
+
+
+def main() -> None:
+    """Run one command; an error that names its remedy ends it without a traceback."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        app.cli(prog="python -m data_prep", description=__doc__)
+    except ValueError as error:
+        sys.exit(f"Error: {error}")
+
+
+if __name__ == "__main__":
+    main()

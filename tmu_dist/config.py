@@ -1,0 +1,404 @@
+"""The configuration of a run: frozen dataclasses that check themselves.
+
+There is one way to change a field by name, `with_overrides`; YAML files, resumed runs and searches
+come through it, so an unknown name or a wrong type fails the same way everywhere and every check
+runs again. Command-line flags are parsed by tyro from the same dataclasses (`tmu_dist.train`).
+
+Deliberately not here: named runs (`tmu_dist.recipes`), and anything that needs torch or ray.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_type_hints
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+
+class ConfigError(ValueError):
+    """A setting is unknown, has the wrong type, or contradicts another one."""
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WindowConfig:
+    """How many frames a model watches and how many it must predict."""
+
+    num_input_frames: int = 10
+    num_target_frames: int = 10
+
+    def __post_init__(self) -> None:
+        _require(
+            self.num_input_frames >= 1 and self.num_target_frames >= 1,
+            "A window needs at least one input and one target frame, got "
+            f"window.num_input_frames={self.num_input_frames}, "
+            f"window.num_target_frames={self.num_target_frames}.",
+        )
+
+    @property
+    def num_frames(self) -> int:
+        """Input and target frames together (T in the paper)."""
+        return self.num_input_frames + self.num_target_frames
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Which archive is streamed, and how."""
+
+    url: str = "archives/moving-mnist-3"
+    """Folder or URL (s3://, gs://, az://, https://) that holds a manifest.json."""
+    fraction: float = 1.0
+    """Part of the training split to use; smaller parts are subsets of larger ones."""
+    num_workers: int = 0
+    """Loader processes of each rank; they never change the order."""
+    max_validation_samples: int | None = None
+    """Validate on the first so many samples of the validation split; None: on all of them."""
+
+    def __post_init__(self) -> None:
+        _require(
+            0.0 < self.fraction <= 1.0, f"data.fraction must lie in (0, 1], got {self.fraction}."
+        )
+        _require(self.num_workers >= 0, f"data.num_workers must be >= 0, got {self.num_workers}.")
+        _require(
+            self.max_validation_samples is None or self.max_validation_samples >= 1,
+            f"data.max_validation_samples must be >= 1, got {self.max_validation_samples}.",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The predictive network (paper, Sec. 4: four layers with 64 channels, 5x5 filters)."""
+
+    cell: Literal["convlstm"] = "convlstm"
+    num_layers: int = 4
+    hidden_channels: int = 64
+    kernel_size: int = 5
+    """Filter size of the recurrent convolutions; the paper uses 3 on radar."""
+    patch_size: int = 4
+    """Frame sub-scaling factor k: H x W x C frames become H/k x W/k maps of C*k*k channels."""
+    peephole: Literal["channel", "none", "full"] = "channel"
+    """Shape of the peephole weights of Eq. 2 and 5; `full` ties the network to one frame size."""
+    forget_bias: float = 0.0
+    """Added to the forget gate; keep 0 in TMU networks with transfer.tmu.combine=paper."""
+    gate_norm: Literal["none", "layer"] = "none"
+    """Layer normalisation over the gate pre-activations of the cell."""
+    norm_affine: Literal["full", "channel", "none"] = "full"
+    """Gain and shift of every layer normalisation: per element (as the paper's parameter counts
+    need, tied to one frame size), per channel (any frame size), or none."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_layers", "hidden_channels", "kernel_size", "patch_size"):
+            value = getattr(self, name)
+            _require(value >= 1, f"model.{name} must be >= 1, got {value}.")
+        _require(
+            self.kernel_size % 2 == 1,
+            f"model.kernel_size must be odd so that maps keep their size, got {self.kernel_size}.",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TMUConfig:
+    """The Transferable Memory Unit (paper, Sec. 3.2, Eqs. 3-5)."""
+
+    layers: Literal["all"] | tuple[int, ...] = "all"
+    """Layers (from 0, bottom to top) that are TMU layers; the paper makes all of them so."""
+    gate_kernel_size: int = 1
+    """Filter size of the transfer gates; 1 is the size that reproduces Table 1's counts."""
+    gate_norm: Literal["layer", "none"] = "layer"
+    """Normalise the transfer gates' pre-activations; `none` is Eq. 5 as printed."""
+    combine: Literal["paper", "mean"] = "paper"
+    """`paper`: Eq. 5 as printed, whose memory can grow with the number of teachers and time;
+    `mean`: the same sum divided by 1 + M, a convex combination."""
+    hidden_from: Literal["fused", "own"] = "fused"
+    """`fused`: h reads the memory after transfer (Eq. 5); `own`: before it."""
+
+    def __post_init__(self) -> None:
+        _require(
+            self.gate_kernel_size >= 1 and self.gate_kernel_size % 2 == 1,
+            f"transfer.tmu.gate_kernel_size must be odd, got {self.gate_kernel_size}.",
+        )
+        _require(
+            self.layers == "all" or len(self.layers) > 0,
+            "transfer.tmu.layers is empty: name layers (0 is the lowest), 'all', "
+            "or use transfer.method=scratch for a network without TMU layers.",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransferConfig:
+    """How knowledge of the teachers reaches the student."""
+
+    method: Literal["scratch", "finetune", "tmu", "tmu_scratch"] = "scratch"
+    """scratch: no transfer; finetune: start from the one teacher's weights; tmu: memory transfer
+    (the paper's method); tmu_scratch: the TMU network with unused slots (Table 1, second row)."""
+    teachers: tuple[str, ...] = ()
+    """Teacher folders, run folders or URLs, in the order of the transfer gates."""
+    num_slots: int = 0
+    """tmu_scratch only: how many teachers the network has room for."""
+    beta: float = 0.1
+    """Weight of the distillation term of Eq. 6."""
+    teacher_input: Literal["own", "student", "truth"] = "own"
+    """What replaces a frame that the sampling mask hides from a teacher: its own prediction, the
+    student's input, or nothing (teachers always see true frames)."""
+    tmu: TMUConfig = field(default_factory=TMUConfig)
+
+    def __post_init__(self) -> None:
+        count = len(self.teachers)
+        _require(self.beta >= 0, f"transfer.beta must be >= 0, got {self.beta}.")
+        if self.method in ("scratch", "tmu_scratch"):
+            _require(
+                count == 0,
+                f"transfer.method={self.method} uses no teachers, got {list(self.teachers)}: "
+                "remove transfer.teachers or choose method tmu or finetune.",
+            )
+        if self.method == "finetune":
+            _require(
+                count == 1,
+                "transfer.method=finetune starts from exactly one teacher, got "
+                f"transfer.teachers={list(self.teachers)}.",
+            )
+        if self.method == "tmu":
+            _require(
+                count >= 1,
+                "transfer.method=tmu needs at least one teacher in transfer.teachers; "
+                "use tmu_scratch for the same network without teachers.",
+            )
+        if self.method == "tmu_scratch":
+            _require(
+                self.num_slots >= 1,
+                f"transfer.method=tmu_scratch needs transfer.num_slots >= 1, got {self.num_slots}.",
+            )
+        else:
+            _require(
+                self.num_slots == 0,
+                "transfer.num_slots only has an effect with transfer.method=tmu_scratch; "
+                f"got {self.num_slots} with method={self.method}.",
+            )
+
+    @property
+    def num_tmu_slots(self) -> int:
+        """Teachers that the student's TMU layers have room for (M); 0 means no TMU layers."""
+        return len(self.teachers) if self.method == "tmu" else self.num_slots
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """Optimisation (paper, Sec. 4: Adam, 1e-3, batch 8, 80,000 iterations)."""
+
+    num_steps: int = 80_000
+    """Iterations; with reverse_input=update each one makes two updates."""
+    batch_size: int = 8
+    """Sequences of one iteration over all ranks together."""
+    learning_rate: float = 1e-3
+    grad_clip_norm: float | None = None
+    """Clip the global gradient norm; 1.0 is advised for four and more teachers."""
+    reverse_input: Literal["update", "average", "off"] = "update"
+    """Also learn each sequence backwards: as a second update, in one averaged update, or not."""
+    sampling_stop_step: int = 50_000
+    """Scheduled sampling: the probability of a true input falls linearly from 1 to 0 here."""
+    loss_reduction: Literal["mean", "sum"] = "mean"
+    """Element means of both terms of Eq. 6 (default), or the sums as printed over the batch."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16: convolutions in bfloat16 by autocast; memories, losses and weights stay float32."""
+    seed: int = 0
+    select: Literal["best", "final"] = "best"
+    """Which weights the run offers: the lowest validation error, or the last iterate."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_steps", "batch_size", "sampling_stop_step"):
+            value = getattr(self, name)
+            _require(value >= 1, f"training.{name} must be >= 1, got {value}.")
+        _require(
+            self.learning_rate > 0, f"training.learning_rate must be > 0, got {self.learning_rate}."
+        )
+        _require(
+            self.grad_clip_norm is None or self.grad_clip_norm > 0,
+            f"training.grad_clip_norm must be > 0 or left out, got {self.grad_clip_norm}.",
+        )
+        _require(self.seed >= 0, f"training.seed must be >= 0, got {self.seed}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleConfig:
+    """What happens every so many steps. None of these changes the weights."""
+
+    log_every: int = 20
+    validate_every: int = 1_000
+    checkpoint_every: int = 500
+    keep_checkpoints: int = 2
+
+    def __post_init__(self) -> None:
+        for entry in fields(self):
+            value = getattr(self, entry.name)
+            _require(value >= 1, f"schedule.{entry.name} must be >= 1, got {value}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaunchConfig:
+    """Where the processes of a run come from."""
+
+    launcher: Literal["ray", "local", "torchrun"] = "ray"
+    """ray: Ray Train workers; local: this process; torchrun: one process of a torchrun job."""
+    num_workers: int | None = None
+    """Ray only: ranks; None: one per GPU of the cluster, or two without GPUs (one on one core)."""
+    max_failures: int = 3
+    """Ray only: how often a lost worker group is started again from the newest checkpoint."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+    def __post_init__(self) -> None:
+        _require(
+            self.num_workers is None or self.num_workers >= 1,
+            f"launch.num_workers must be >= 1, got {self.num_workers}.",
+        )
+        _require(
+            self.num_workers is None or self.launcher == "ray",
+            f"launch.num_workers only has an effect with launch.launcher=ray, not "
+            f"{self.launcher}; torchrun takes --nproc-per-node.",
+        )
+        _require(
+            self.max_failures >= 0, f"launch.max_failures must be >= 0, got {self.max_failures}."
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """One training run, whole."""
+
+    output: str = "runs/default"
+    """Run folder. Starting again with the same folder continues the run."""
+    window: WindowConfig = field(default_factory=WindowConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    transfer: TransferConfig = field(default_factory=TransferConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
+
+    def __post_init__(self) -> None:
+        layers = self.transfer.tmu.layers
+        if layers != "all":
+            bad = [k for k in layers if not 0 <= k < self.model.num_layers]
+            _require(
+                not bad and len(set(layers)) == len(layers),
+                f"transfer.tmu.layers={list(layers)} must be different numbers from 0 to "
+                f"{self.model.num_layers - 1} (model.num_layers={self.model.num_layers}).",
+            )
+
+
+Config = TypeVar("Config")
+
+
+def with_overrides(config: Config, overrides: Mapping[str, Any]) -> Config:
+    """Return a copy with dotted fields replaced, such as {"training.learning_rate": 3e-4}.
+
+    Overrides that must change together (a method and its teachers) may come in any order: they
+    are applied as one change and checked once.
+
+    Raises:
+        ConfigError: an unknown field (the nearest name is suggested), a value of the wrong type,
+            or a combination that the config refuses.
+    """
+    tree: dict[str, Any] = {}
+    for path, value in overrides.items():
+        node = tree
+        *parents, leaf = path.split(".")
+        for key in parents:
+            node = node.setdefault(key, {})
+            _require(isinstance(node, dict), f"Config field {path!r} is given twice.")
+        node[leaf] = value
+    return _replace_tree(config, tree, "")
+
+
+def _replace_tree(node: Any, changes: Mapping[str, Any], prefix: str) -> Any:
+    hints = get_type_hints(type(node))
+    names = [f.name for f in fields(node)]
+    values = {}
+    for key, value in changes.items():
+        path = prefix + key
+        if key not in names:
+            near = difflib.get_close_matches(key, names, n=1)
+            hint = f" Did you mean {prefix + near[0]!r}?" if near else ""
+            raise ConfigError(
+                f"Unknown config field {path!r}.{hint} Fields here: {', '.join(names)}."
+            )
+        current = getattr(node, key)
+        if is_dataclass(current):
+            if not isinstance(value, Mapping):
+                raise ConfigError(f"{path!r} is a section, not a value; got {value!r}.")
+            values[key] = _replace_tree(current, value, path + ".")
+        else:
+            values[key] = _checked(hints[key], value, path)
+    return replace(node, **values)
+
+
+def _checked(hint: Any, value: Any, path: str) -> Any:
+    try:
+        return TypeAdapter(hint).validate_python(value)
+    except ValidationError as error:
+        reasons = "; ".join(dict.fromkeys(e["msg"] for e in error.errors()))
+        raise ConfigError(f"{path}={value!r}: {reasons}.") from None
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield (dotted path, value) of every leaf of a nested mapping."""
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def load_overrides(path: str | Path) -> dict[str, Any]:
+    """Read a YAML (or JSON) file of partial settings, nested or dotted, as dotted overrides."""
+    file = Path(path)
+    if not file.is_file():
+        raise ConfigError(f"Config file {str(path)!r} does not exist.")
+    try:
+        tree = yaml.safe_load(file.read_text())
+    except yaml.YAMLError as error:
+        raise ConfigError(f"Config file {str(path)!r} is not valid YAML: {error}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"Config file {str(path)!r} must hold named settings, got {tree!r}.")
+    return dict(flatten(tree))
+
+
+def to_json(config: RunConfig) -> str:
+    """The resolved config as it is saved beside every run."""
+    return json.dumps(asdict(config), indent=2) + "\n"
+
+
+def from_dict(tree: Mapping[str, Any]) -> RunConfig:
+    """Rebuild a run config from `asdict` or from a saved JSON file."""
+    return with_overrides(RunConfig(), dict(flatten(tree)))
+
+
+# What may differ between a checkpoint and the command that continues it: where things lie and run.
+# An archive is compared by its manifest hash and a teacher by its weights hash, not by address.
+_FREE_TO_CHANGE = (
+    "output",
+    "launch.",
+    "schedule.",
+    "data.url",
+    "data.num_workers",
+    "transfer.teachers",
+    "training.num_steps",
+)
+
+
+def resume_conflicts(saved: RunConfig, wanted: RunConfig) -> list[str]:
+    """Settings that forbid continuing `saved` as `wanted`, as readable lines; empty when none."""
+    before, now = dict(flatten(asdict(saved))), dict(flatten(asdict(wanted)))
+    return [
+        f"{path}: the checkpoint has {before[path]!r}, this command {now[path]!r}"
+        for path in before
+        if not path.startswith(_FREE_TO_CHANGE) and before[path] != now[path]
+    ]

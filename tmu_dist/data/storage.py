@@ -1,0 +1,182 @@
+"""Objects of a store, by URL: local folders, s3://, gs://, az://, http(s):// and memory://.
+
+The one place that talks to storage. Every function takes the URL of a folder and a path inside
+it; every failure is a `StorageError` with the full URL of the object. Transient failures (5xx,
+dropped connections, timeouts) are retried with back-off for a bounded time. Credentials, region
+and endpoint come from the environment, as obstore reads them (AWS_ENDPOINT_URL,
+AWS_SKIP_SIGNATURE, ...); plain http is used only where the URL or the endpoint says http://.
+
+Not here: caching, archives, checksums.
+
+A process that has used these functions must not be forked: obstore's runtime threads do not survive
+a fork and the child hangs. Start workers with "forkserver" or "spawn".
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from functools import cache, lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import unquote, urlsplit
+
+import obstore
+from obstore.exceptions import BaseError
+from obstore.store import LocalStore, MemoryStore, from_url
+
+if TYPE_CHECKING:
+    from obstore.store import ClientConfig, ObjectStore, RetryConfig
+
+REMOTE_SCHEMES = ("s3", "s3a", "gs", "az", "abfs", "abfss", "http", "https")
+
+_RETRY: "RetryConfig" = {
+    "max_retries": 8,
+    "retry_timeout": timedelta(seconds=120),
+    "backoff": {
+        "init_backoff": timedelta(milliseconds=100),
+        "max_backoff": timedelta(seconds=10),
+        "base": 2,
+    },
+}
+
+
+class StorageError(ValueError):
+    """An object or store that cannot be reached, read or written."""
+
+
+class MissingObjectError(StorageError):
+    """An object that does not exist."""
+
+
+def local_path(url: str) -> Path | None:
+    """Return the folder that a plain path or file:// URL means; None for any other URL."""
+    if "://" not in url:
+        return Path(url).expanduser().absolute()
+    if url.startswith("file://"):
+        return Path(unquote(urlsplit(url).path))
+    return None
+
+
+def is_process_local(url: str) -> bool:
+    """Say whether other processes see something else under this URL (true for memory://)."""
+    return url.startswith("memory://")
+
+
+def join_url(url: str, path: str) -> str:
+    """Return the full URL of a path inside a folder, as error messages name it."""
+    return f"{url.rstrip('/')}/{path}"
+
+
+def open_store(url: str, *, create: bool = False) -> "ObjectStore":
+    """Open the folder at a URL.
+
+    Args:
+        url: a local path, or a URL; memory://NAME is one folder per name and process.
+        create: make a local folder that does not exist yet (elsewhere folders need no making).
+
+    Raises:
+        StorageError: unknown scheme, a local folder that does not exist, or bad settings.
+    """
+    folder = local_path(url)
+    if folder is not None:
+        if not create and not folder.is_dir():
+            raise MissingObjectError(f"There is no folder {folder}.")
+        with _named_errors("open", str(folder)):
+            return LocalStore(folder, mkdir=create)
+    if is_process_local(url):
+        return _memory_store(url.rstrip("/"))
+    scheme = urlsplit(url).scheme
+    if scheme not in REMOTE_SCHEMES:
+        raise StorageError(
+            f"Cannot open {url}: the scheme must be one of {', '.join(REMOTE_SCHEMES)}, file or "
+            "memory, or give a local path."
+        )
+    plain_http = url.startswith("http://") or (
+        scheme.startswith("s3") and os.environ.get("AWS_ENDPOINT_URL", "").startswith("http://")
+    )
+    with _named_errors("open", url):
+        return _remote_store(url, plain_http)
+
+
+def read_bytes(url: str, path: str) -> bytes:
+    """Return the whole object."""
+    with _named_errors("read", join_url(url, path)):
+        return bytes(obstore.get(open_store(url), path).bytes())
+
+
+def read_text(url: str, path: str) -> str:
+    """Return the whole object as UTF-8 text."""
+    with _named_errors("read", join_url(url, path)):
+        return read_bytes(url, path).decode()
+
+
+def read_ranges(url: str, path: str, offsets: Sequence[int], sizes: Sequence[int]) -> list[bytes]:
+    """Return several byte ranges of one object, near ones in one request.
+
+    A range that passes the end of the object may come back short: compare the lengths.
+    """
+    with _named_errors("read", join_url(url, path)):
+        ranges = obstore.get_ranges(open_store(url), path, starts=offsets, lengths=sizes)
+        return [bytes(data) for data in ranges]
+
+
+def write_bytes(url: str, path: str, data: bytes) -> None:
+    """Write or replace an object. Readers see the old object or the whole new one."""
+    with _named_errors("write", join_url(url, path)):
+        obstore.put(open_store(url, create=True), path, data)
+
+
+def delete(url: str, path: str) -> None:
+    """Delete one object."""
+    with _named_errors("delete", join_url(url, path)):
+        obstore.delete(open_store(url), path)
+
+
+def exists(url: str, path: str) -> bool:
+    """Say whether the object exists; an unreachable store is an error, not a no."""
+    try:
+        with _named_errors("look up", join_url(url, path)):
+            obstore.head(open_store(url), path)
+    except MissingObjectError:
+        return False
+    return True
+
+
+def list_paths(url: str) -> list[str]:
+    """Return the paths of all objects below the URL, sorted; none where there is no such folder."""
+    try:
+        store = open_store(url)
+    except MissingObjectError:
+        return []
+    with _named_errors("list", url):
+        return sorted(entry["path"] for chunk in obstore.list(store) for entry in chunk)
+
+
+@lru_cache(maxsize=64)
+def _remote_store(url: str, plain_http: bool) -> "ObjectStore":
+    # Kept open: a store holds the connection pool.
+    options: ClientConfig = {"connect_timeout": "5s", "timeout": "120s"}
+    if plain_http:
+        options["allow_http"] = True
+    return from_url(url, client_options=options, retry_config=_RETRY)
+
+
+@cache
+def _memory_store(url: str) -> MemoryStore:
+    return MemoryStore()
+
+
+@contextmanager
+def _named_errors(action: str, full_url: str) -> Iterator[None]:
+    """Turn what obstore raises into a StorageError that names the object."""
+    try:
+        yield
+    except StorageError:
+        raise
+    except FileNotFoundError as error:
+        raise MissingObjectError(f"{full_url} does not exist.") from error
+    except (BaseError, OSError, ValueError) as error:
+        # obstore appends a dump of the Rust error after an empty line.
+        reason = str(error).split("\n\n", 1)[0]
+        raise StorageError(f"Could not {action} {full_url}: {reason}") from error

@@ -1,0 +1,282 @@
+"""Pictures of frames: strips of one sequence over time, and animations.
+
+Frames are drawn pixel by pixel, without smoothing. Errors are signed, prediction minus truth, on
+one fixed scale from -1 to 1, so that pictures of different models can be compared.
+
+Deliberately not here: charts (`plots`), choosing what to show (`report`, the commands).
+
+Shape letters: T time, C channels, H height, W width.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
+from numpy.typing import NDArray
+from PIL import Image
+
+from tmu_dist.evaluation.plots import FONT_POINTS, LIGHT, Theme
+
+Frames = NDArray[np.floating[Any]]
+
+ERROR_COLOURS = LinearSegmentedColormap.from_list(
+    "error", ["#a8dcff", "#2f86d6", "#000000", "#dd6a1f", "#ffd5a6"]
+)
+"""Blue where the prediction is too dark, black where it is right, orange where too bright."""
+_CELL_INCHES = 0.66
+_GAP = 0.05
+"""Between neighbouring frames, in widths of a frame."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Example:
+    """One sequence and what models made of it; all frames nominally in [0, 1]."""
+
+    sample_id: int
+    inputs_TCHW: Frames
+    truth_TCHW: Frames
+    """True target frames; fewer than forecast where the forecast runs beyond the archive."""
+    forecasts_TCHW: Mapping[str, Frames]
+    """By label of the model; at least one, all of one length."""
+
+    def __post_init__(self) -> None:
+        lengths = {len(frames) for frames in self.forecasts_TCHW.values()}
+        if len(lengths) != 1:
+            raise ValueError(
+                f"An example needs forecasts of one length, got {sorted(lengths)} frames of "
+                f"{list(self.forecasts_TCHW)}."
+            )
+        channels = self.inputs_TCHW.shape[1]
+        if channels not in (1, 3):
+            raise ValueError(
+                f"Frames with 1 (grey) or 3 (RGB) channels can be drawn, not {channels}."
+            )
+
+    @property
+    def num_target_frames(self) -> int:
+        """Length of the forecasts."""
+        return len(next(iter(self.forecasts_TCHW.values())))
+
+
+class _Row(NamedTuple):
+    label: str
+    colour: str
+    images: list[NDArray[Any] | None]
+    times: list[int] | None
+    """Times to write above the row."""
+    space_above: float
+    """In widths of a frame."""
+
+
+def prediction_strip(example: Example, *, theme: Theme = LIGHT, max_columns: int = 20) -> Figure:
+    """Inputs, truth, and under it each model's prediction and signed error; columns are times.
+
+    Inputs stand above the targets, so a strip is as wide as its longer half. Every column is
+    labelled with its time t, where t = 1 is the first input.
+
+    Args:
+        example: what to draw.
+        theme: colours of the text.
+        max_columns: longer rows show this many evenly spaced times.
+    """
+    num_inputs = len(example.inputs_TCHW)
+    inputs = _spread(num_inputs, max_columns)
+    targets = _spread(example.num_target_frames, max_columns)
+    target_times = [num_inputs + 1 + t for t in targets]
+    rows = [
+        _Row("input", theme.ink, _pick(example.inputs_TCHW, inputs), [t + 1 for t in inputs], 0.35),
+        _Row("truth", theme.ink, _pick(example.truth_TCHW, targets), target_times, 0.45),
+    ]
+    for index, (label, forecast_TCHW) in enumerate(example.forecasts_TCHW.items()):
+        errors = _error_images(forecast_TCHW, example.truth_TCHW)
+        shown = [errors[t] if t < len(errors) else None for t in targets]
+        rows.append(_Row(label, theme.colour(index), _pick(forecast_TCHW, targets), None, 0.16))
+        rows.append(_Row("error", theme.muted, shown, None, _GAP))
+    return _draw_rows(rows, theme)
+
+
+def write_gif(path: Path, example: Example, label: str, *, ms_per_frame: int = 180) -> None:
+    """Animate truth, prediction and error of one model side by side, with their scales.
+
+    While the model watches the inputs, its panel is empty. The last frame is held for a second.
+
+    Args:
+        path: file to write.
+        example: one sequence.
+        label: which of the example's forecasts.
+        ms_per_frame: duration of a frame in milliseconds.
+    """
+    path.write_bytes(_gif_bytes(example, label, ms_per_frame))
+
+
+def _gif_bytes(example: Example, label: str, ms_per_frame: int) -> bytes:
+    forecast_TCHW = example.forecasts_TCHW[label]
+    num_inputs, num_truth = len(example.inputs_TCHW), len(example.truth_TCHW)
+    errors = _error_images(forecast_TCHW, example.truth_TCHW)
+    figure, panels, heading = _gif_stage(example.inputs_TCHW[0], label)
+    pages = []
+    for t in range(num_inputs + len(forecast_TCHW)):
+        ahead = t - num_inputs
+        if ahead < 0:
+            shown = [_image(example.inputs_TCHW[t]), None, None]
+            heading.set_text(f"t = {t + 1}   input")
+        else:
+            known = ahead < num_truth
+            shown = [
+                _image(example.truth_TCHW[ahead]) if known else None,
+                _image(forecast_TCHW[ahead]),
+                errors[ahead] if known else None,
+            ]
+            heading.set_text(f"t = {t + 1}   forecast, lead time {ahead + 1}")
+        for panel, image in zip(panels, shown, strict=True):
+            panel.set_visible(image is not None)
+            if image is not None:
+                panel.set_data(image)
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", dpi=100)
+        pages.append(Image.open(buffer).convert("RGB"))
+    # One palette for all pages, so that colours don't flicker: from the last page, and from the
+    # error scale drawn large, which would otherwise be too small to get its share of colours.
+    scale = (ERROR_COLOURS(np.linspace(0, 1, pages[-1].width))[:, :3] * 255).astype(np.uint8)
+    samples = np.concatenate([np.asarray(pages[-1]), np.repeat(scale[None], 150, axis=0)])
+    palette = Image.fromarray(samples).quantize(256)
+    first, *rest = [page.quantize(palette=palette, dither=Image.Dither.NONE) for page in pages]
+    animation = io.BytesIO()
+    first.save(
+        animation,
+        format="GIF",
+        save_all=True,
+        append_images=rest,
+        duration=[ms_per_frame] * len(rest) + [1000],
+        loop=0,
+    )
+    return animation.getvalue()
+
+
+def _gif_stage(frame_CHW: Frames, label: str) -> tuple[Figure, list[AxesImage], Any]:
+    """An empty stage: three panels with titles and scales, and the heading that tells the time."""
+    theme = LIGHT
+    channels, height, width = frame_CHW.shape
+    side, gap, left = 2.2, 0.22, 0.25
+    panel_height = side * height / width
+    total = (2 * left + 3 * side + 2 * gap, panel_height + 1.35)
+    figure = Figure(figsize=total, facecolor=theme.background)
+    panels = []
+    for index, title in enumerate(("truth", label, f"error of {label}")):
+        x = (left + index * (side + gap)) / total[0]
+        axes = figure.add_axes((x, 0.62 / total[1], side / total[0], panel_height / total[1]))
+        axes.set_title(title, loc="left", fontsize=FONT_POINTS + 1, color=theme.ink, pad=5)
+        axes.set_xticks([])
+        axes.set_yticks([])
+        axes.set_facecolor("#eef0f2")
+        for spine in axes.spines.values():
+            spine.set_visible(False)
+        is_error = index == 2
+        blank = np.zeros((height, width, 3) if is_error or channels == 3 else (height, width))
+        panels.append(axes.imshow(blank, cmap="gray", vmin=0, vmax=1, interpolation="nearest"))
+        if is_error or (index == 0 and channels == 1):
+            scale = figure.add_axes((x, 0.36 / total[1], side / total[0], 0.09 / total[1]))
+            _draw_scale(scale, is_error=is_error, theme=theme)
+    heading = figure.text(left / total[0], 1 - 0.22 / total[1], "", va="center", color=theme.ink,
+                          fontsize=FONT_POINTS + 2)  # fmt: skip
+    return figure, panels, heading
+
+
+def _draw_scale(axes: Axes, *, is_error: bool, theme: Theme) -> None:
+    """A horizontal colour scale with its ends named."""
+    ramp = np.linspace(0, 1, 256)[None]
+    low, high = (-1, 1) if is_error else (0, 1)
+    axes.imshow(
+        ERROR_COLOURS(ramp) if is_error else ramp,
+        cmap="gray", aspect="auto", extent=(low, high, 0, 1),
+    )  # fmt: skip
+    axes.set_yticks([])
+    axes.set_xticks([low, 0, high] if is_error else [low, high])
+    if is_error:
+        axes.set_xticklabels(["−1 too dark", "0", "too bright +1"])
+    else:
+        axes.set_xticklabels(["0 dark", "bright 1"])
+    labels = axes.get_xticklabels()
+    labels[0].set_horizontalalignment("left")
+    labels[-1].set_horizontalalignment("right")
+    axes.tick_params(length=0, pad=3, labelsize=FONT_POINTS - 1, colors=theme.muted)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+
+
+def _draw_rows(rows: Sequence[_Row], theme: Theme) -> Figure:
+    """Frames on a grid measured in widths of a frame, row labels left, times above."""
+    num_columns = max(len(row.images) for row in rows)
+    height, width = next(im.shape[:2] for row in rows for im in row.images if im is not None)
+    aspect = height / width
+    label_inches = 0.62 * FONT_POINTS / 72 * max(len(row.label) for row in rows) + 0.2
+    grid_width = num_columns * (1 + _GAP) - _GAP
+    grid_height = sum(aspect + row.space_above for row in rows)
+    scale_inches = 0.62
+    total = (label_inches + grid_width * _CELL_INCHES + 0.08,
+             grid_height * _CELL_INCHES + scale_inches)  # fmt: skip
+    figure = Figure(figsize=total, facecolor=theme.background)
+    axes = figure.add_axes(
+        (
+            label_inches / total[0],
+            scale_inches / total[1],
+            grid_width * _CELL_INCHES / total[0],
+            grid_height * _CELL_INCHES / total[1],
+        )
+    )
+    axes.axis("off")
+    top = 0.0
+    for row in rows:
+        top += row.space_above
+        axes.text(-0.15, top + aspect / 2, row.label, ha="right", va="center", color=row.colour,
+                  fontsize=FONT_POINTS)  # fmt: skip
+        for column, image in enumerate(row.images):
+            x = column * (1 + _GAP)
+            if image is not None:
+                axes.imshow(image, extent=(x, x + 1, top + aspect, top), cmap="gray", vmin=0,
+                            vmax=1, interpolation="nearest")  # fmt: skip
+            if row.times is not None:
+                text = f"t = {row.times[column]}" if column == 0 else str(row.times[column])
+                axes.text(x + 0.5, top - 0.08, text, ha="center", va="bottom", color=theme.muted,
+                          fontsize=FONT_POINTS - 1)  # fmt: skip
+        top += aspect
+    axes.set(xlim=(0, grid_width), ylim=(grid_height, 0), aspect="auto")
+    scale_width = min(2.4, grid_width * _CELL_INCHES)
+    scale = figure.add_axes(
+        (label_inches / total[0], 0.32 / total[1], scale_width / total[0], 0.08 / total[1])
+    )
+    _draw_scale(scale, is_error=True, theme=theme)
+    figure.text((label_inches - 0.1) / total[0], 0.36 / total[1], "error", ha="right", va="center",
+                color=theme.muted, fontsize=FONT_POINTS)  # fmt: skip
+    return figure
+
+
+def _spread(count: int, most: int) -> list[int]:
+    """All of 0..count-1, or `most` of them evenly spaced with both ends."""
+    return sorted(set(np.linspace(0, count - 1, min(count, most)).round().astype(int).tolist()))
+
+
+def _pick(frames_TCHW: Frames, times: Sequence[int]) -> list[NDArray[Any] | None]:
+    return [_image(frames_TCHW[t]) if t < len(frames_TCHW) else None for t in times]
+
+
+def _image(frame_CHW: Frames) -> NDArray[Any]:
+    """Grey [H, W] or RGB [H, W, 3] in [0, 1]."""
+    clipped = np.clip(frame_CHW, 0, 1)
+    return clipped[0] if len(clipped) == 1 else clipped.transpose(1, 2, 0)
+
+
+def _error_images(forecast_TCHW: Frames, truth_TCHW: Frames) -> list[NDArray[Any]]:
+    """Clipped prediction minus truth, averaged over channels, as RGB [H, W, 3] per known frame."""
+    known = min(len(forecast_TCHW), len(truth_TCHW))
+    error_TCHW = np.clip(forecast_TCHW[:known], 0, 1) - truth_TCHW[:known]
+    return [ERROR_COLOURS((e + 1) / 2)[..., :3] for e in error_TCHW.mean(axis=1)]

@@ -1,0 +1,210 @@
+"""Charts in one house style: little ink, names at the lines, colours safe for colour-blind eyes.
+
+Every function returns a matplotlib `Figure` of the caller's own (no pyplot, no global state), in a
+light or a dark theme. `write_figure` and `svg_text` turn figures into files and text.
+
+Deliberately not here: pictures of frames (`pictures`), choosing what to show (`report`).
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, ScalarFormatter
+
+SCREEN_DPI = 160
+FONT_POINTS = 9.0
+_LETTER_INCHES = 0.62 * FONT_POINTS / 72
+"""Width of an average letter, to leave room for labels."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Theme:
+    """Colours of a figure; the series colours differ under colour-vision deficiency too."""
+
+    background: str
+    ink: str
+    muted: str
+    hairline: str
+    series: tuple[str, ...]
+
+    def colour(self, index: int) -> str:
+        """Colour of the n-th series; beyond the last they repeat, and only labels differ."""
+        return self.series[index % len(self.series)]
+
+
+LIGHT = Theme(
+    background="#ffffff",
+    ink="#1d2327",
+    muted="#667078",
+    hairline="#dfe3e6",
+    series=("#0a6ab6", "#c8570c", "#0f8a68", "#a8508c", "#8a6d00", "#3f4fa3"),
+)
+DARK = Theme(
+    background="#181c20",
+    ink="#e8ecef",
+    muted="#9aa5ad",
+    hairline="#30373d",
+    series=("#62b4f2", "#f29a5c", "#44cfa4", "#e39aca", "#dcbf4d", "#a3aef5"),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curve:
+    """One line of a chart."""
+
+    label: str
+    x: Sequence[float]
+    y: Sequence[float]
+    is_reference: bool = False
+    """Drawn grey and dashed, and without a colour of its own."""
+
+
+def learning_curves(curves: Sequence[Curve], *, theme: Theme = LIGHT) -> Figure:
+    """Validation MSE per frame against training step, of several runs and of persistence.
+
+    The vertical axis is logarithmic, and says so, where values span more than a factor of four.
+    """
+    values = [y for curve in curves for y in curve.y]
+    log_y = bool(values) and 0 < 4 * min(values) < max(values)
+    return _line_chart(
+        curves,
+        x_label="training step",
+        title="MSE per frame, lower is better" + (" (logarithmic scale)" if log_y else ""),
+        log_y=log_y,
+        theme=theme,
+    )
+
+
+def lead_time_curves(
+    curves: Sequence[Curve], *, metric_label: str, higher_is_better: bool, theme: Theme = LIGHT
+) -> Figure:
+    """One metric against lead time (frames after the last input), of several forecasts."""
+    return _line_chart(
+        curves,
+        x_label="lead time [frames]",
+        title=f"{metric_label}, {'higher' if higher_is_better else 'lower'} is better",
+        theme=theme,
+    )
+
+
+def write_figure(figure: Figure, path: Path) -> None:
+    """Write a figure in the format that the file's suffix names."""
+    figure.savefig(path, dpi=SCREEN_DPI)
+
+
+def svg_text(figure: Figure) -> str:
+    """The figure as SVG whose text uses the reader's own fonts; the same figure, the same text."""
+    buffer = io.StringIO()
+    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "tmu-dist"}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    # Room was measured for DejaVu Sans, which is wider than any of these.
+    return buffer.getvalue().replace(
+        "'DejaVu Sans'", "system-ui, 'Helvetica Neue', Arial, 'DejaVu Sans', sans-serif"
+    )
+
+
+def _line_chart(
+    curves: Sequence[Curve], *, x_label: str, title: str, theme: Theme, log_y: bool = False
+) -> Figure:
+    """Lines with their names at the right end; the horizontal axis counts in whole numbers."""
+    if not curves or not all(len(curve.x) for curve in curves):
+        raise ValueError("A chart needs at least one curve, and every curve at least one point.")
+    label_inches = _LETTER_INCHES * max(len(curve.label) for curve in curves) + 0.25
+    width, height = 5.6, 3.2
+    figure = Figure(figsize=(width, height), facecolor=theme.background)
+    axes = figure.add_axes(
+        (0.5 / width, 0.5 / height, 1 - (0.5 + label_inches) / width, 1 - 0.9 / height)
+    )
+    _strip_axes(axes, theme)
+    axes.set_title(title, loc="left", x=-0.4 / (width - 0.5 - label_inches), color=theme.ink,
+                   fontsize=FONT_POINTS + 1, pad=9)  # fmt: skip
+    axes.set_xlabel(x_label, color=theme.muted, fontsize=FONT_POINTS)
+    colours = _curve_colours(curves, theme)
+    for curve, colour in zip(curves, colours, strict=True):
+        axes.plot(
+            curve.x,
+            curve.y,
+            color=colour,
+            linewidth=1.3 if curve.is_reference else 1.9,
+            linestyle=(0, (4, 3)) if curve.is_reference else "-",
+            marker="o" if len(curve.x) == 1 else None,
+            markersize=4,
+        )
+    axes.margins(x=0.0, y=0.06)
+    if log_y:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes.yaxis.set_major_formatter(ScalarFormatter())
+        axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.tick_params(which="minor", length=0)
+    else:
+        axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+    _name_lines(axes, curves, colours)
+    return figure
+
+
+def _strip_axes(axes: Axes, theme: Theme) -> None:
+    """Horizontal hairlines and the bottom axis only."""
+    axes.set_facecolor("none")
+    for side in ("top", "left", "right"):
+        axes.spines[side].set_visible(False)
+    axes.spines["bottom"].set_color(theme.hairline)
+    axes.grid(axis="y", color=theme.hairline, linewidth=0.7)
+    axes.set_axisbelow(True)
+    axes.tick_params(colors=theme.muted, labelsize=FONT_POINTS, length=0, pad=5)
+
+
+def _curve_colours(curves: Sequence[Curve], theme: Theme) -> list[str]:
+    """Series colours in order; references are grey and use up none."""
+    own = iter(range(len(curves)))
+    return [theme.muted if curve.is_reference else theme.colour(next(own)) for curve in curves]
+
+
+def _name_lines(axes: Axes, curves: Sequence[Curve], colours: Sequence[str]) -> None:
+    """Write each curve's label beside its last point, moved apart where they would overlap."""
+    axes.autoscale_view()  # fixes the limits, which transData needs
+    ends = [axes.transData.transform((curve.x[-1], curve.y[-1]))[1] for curve in curves]
+    rising = sorted(range(len(curves)), key=ends.__getitem__)
+    gap = 1.3 * FONT_POINTS * axes.figure.dpi / 72
+    places = spread_apart([ends[i] for i in rising], gap)
+    for i, place in zip(rising, places, strict=True):
+        axes.annotate(
+            curves[i].label,
+            xy=(curves[i].x[-1], curves[i].y[-1]),
+            xytext=(1.03, (place - axes.bbox.y0) / axes.bbox.height),
+            textcoords="axes fraction",
+            va="center",
+            color=colours[i],
+            fontsize=FONT_POINTS,
+            annotation_clip=False,
+            arrowprops={
+                "arrowstyle": "-", "color": colours[i], "linewidth": 0.6,
+                "shrinkA": 2, "shrinkB": 1, "relpos": (0, 0.5),
+            },
+        )  # fmt: skip
+
+
+def spread_apart(rising: Sequence[float], gap: float) -> list[float]:
+    """The positions nearest to the given rising ones that lie at least `gap` apart.
+
+    Least squares: subtracting i * gap turns "apart" into "not falling", whose best fit replaces
+    each falling stretch by its mean (pool adjacent violators).
+    """
+    pools: list[tuple[float, int]] = []  # mean, count
+    for i, position in enumerate(rising):
+        mean, count = position - i * gap, 1
+        while pools and pools[-1][0] > mean:
+            other, others = pools.pop()
+            mean = (mean * count + other * others) / (count + others)
+            count += others
+        pools.append((mean, count))
+    level = [mean for mean, count in pools for _ in range(count)]
+    return [value + i * gap for i, value in enumerate(level)]

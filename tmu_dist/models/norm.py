@@ -1,0 +1,56 @@
+"""Layer normalisation of feature maps, for one network or for a group of teachers at once.
+
+Legend: B batch, G groups, P channels per group, H, W map height and width.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Affine = Literal["full", "channel", "none"]
+
+
+class MapLayerNorm(nn.Module):
+    """Normalise each sample over channel, height and width jointly (eps 1e-5), then gain and shift.
+
+    With `groups` > 1 the channels are that many independent normalisations side by side: the
+    distillers of all teachers become one operation.
+
+    `affine`: "full" learns one gain and shift per element, shape [G*P, H, W] (the form that
+    reproduces the paper's parameter counts, tied to one map size); "channel" one per channel,
+    shape [G*P] (any map size); "none" has neither.
+    """
+
+    def __init__(
+        self, channels: int, map_size: tuple[int, int], *, affine: Affine, groups: int = 1
+    ) -> None:
+        super().__init__()
+        self.groups = groups
+        self.affine = affine
+        if affine == "none":
+            return
+        shape = (channels, *map_size) if affine == "full" else (channels,)
+        self.gain = nn.Parameter(torch.ones(shape))
+        self.shift = nn.Parameter(torch.zeros(shape))
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        """Normalise maps of shape [B, G*P, H, W].
+
+        Raises:
+            ValueError: a "full" normalisation meets another map size than it was built for.
+        """
+        if self.affine == "none":
+            return F.group_norm(x_BCHW, self.groups)
+        if self.affine == "channel":
+            return F.group_norm(x_BCHW, self.groups, self.gain, self.shift)
+        if x_BCHW.shape[1:] != self.gain.shape:
+            raise ValueError(
+                f"This layer normalisation was built for maps of shape {tuple(self.gain.shape)}, "
+                f"got {tuple(x_BCHW.shape[1:])}. Use frames of the trained size, or train with "
+                "model.norm_affine=channel, which works at any size."
+            )
+        return torch.addcmul(self.shift, F.group_norm(x_BCHW, self.groups), self.gain)

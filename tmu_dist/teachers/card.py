@@ -1,0 +1,142 @@
+"""What a teacher is, beside its weights: a card that says what it learned, on what, and how well.
+
+Every model folder that the project writes (checkpoints included) has one, so any trained network
+can be evaluated, continued from, or teach.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from tmu_dist.config import ModelConfig, TMUConfig, WindowConfig
+from tmu_dist.data.manifest import Manifest, Units
+from tmu_dist.models.build import FrameShape
+
+CARD_SCHEMA_VERSION = 1
+
+
+class TeacherError(ValueError):
+    """A teacher is missing, damaged, or does not fit the student."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataFacts:
+    """The data that a network was trained on, as far as its numbers depend on it."""
+
+    archive: str
+    manifest_hash: str
+    units: Units
+    frame_interval_minutes: float | None
+    normalisation: str = "stored uint8 / 255"
+
+    @classmethod
+    def of(cls, manifest: Manifest) -> DataFacts:
+        """The facts of one archive."""
+        return cls(
+            archive=manifest.name,
+            manifest_hash=manifest.content_hash,
+            units=manifest.units,
+            frame_interval_minutes=manifest.frame_interval_minutes,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherCard:
+    """Everything needed to rebuild a network and to judge whether it may teach."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+    schema_version: int = CARD_SCHEMA_VERSION
+    name: str
+    method: str
+    step: int
+    seed: int
+    frame: FrameShape
+    window: WindowConfig
+    model: ModelConfig
+    tmu: TMUConfig
+    num_slots: int
+    """Teachers that the network's TMU layers have room for; 0 for a plain network."""
+    data: DataFacts
+    teachers: tuple[str, ...] = ()
+    """Names of the teachers it learned from, in the order of its transfer gates."""
+    teacher_parameters: tuple[int, ...] = ()
+    """Frozen parameters that stood beside it during training, one number a teacher."""
+    scores: dict[str, float] = field(default_factory=dict)
+    git_revision: str = "unknown"
+    weights_sha256: str = ""
+
+    def to_json(self) -> str:
+        """The card as it lies beside the weights."""
+        return _ADAPTER.dump_json(self, indent=2).decode() + "\n"
+
+    @classmethod
+    def from_json(cls, text: str | bytes, *, where: str) -> TeacherCard:
+        """Parse a card.
+
+        Raises:
+            TeacherError: the file is not a card of a known schema; `where` is named.
+        """
+        try:
+            card = _ADAPTER.validate_json(text)
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(map(str, first["loc"])) or "the file"
+            raise TeacherError(
+                f"{where}/card.json is not a valid teacher card: {place}: {first['msg']}."
+            ) from None
+        if card.schema_version != CARD_SCHEMA_VERSION:
+            raise TeacherError(
+                f"{where}/card.json has schema version {card.schema_version}; this version of "
+                f"tmu_dist reads {CARD_SCHEMA_VERSION}. Export the teacher again."
+            )
+        return card
+
+
+_ADAPTER = TypeAdapter(TeacherCard)
+
+
+def check_fits(
+    card: TeacherCard, *, frame: FrameShape, model: ModelConfig, data: DataFacts
+) -> None:
+    """Refuse a teacher whose memories cannot be compared with the student's, element by element.
+
+    The paper's rule (Sec. 4, Implementation): source and target states match in channels, width
+    and height. Layer k teaches layer k. Units, normalisation and frame interval must match too:
+    the same number must mean the same thing.
+
+    Raises:
+        TeacherError: lists every mismatch and what to change.
+    """
+
+    def grid(shape: FrameShape, settings: ModelConfig) -> str:
+        k = settings.patch_size
+        return f"{shape.height // k}x{shape.width // k}"
+
+    def frames(shape: FrameShape) -> str:
+        return f"{shape.channels}x{shape.height}x{shape.width}"
+
+    compared = [
+        ("hidden channels", card.model.hidden_channels, model.hidden_channels),
+        ("layers", card.model.num_layers, model.num_layers),
+        ("patch size", card.model.patch_size, model.patch_size),
+        ("memory grid", grid(card.frame, card.model), grid(frame, model)),
+        ("frames", frames(card.frame), frames(frame)),
+        ("units", card.data.units, data.units),
+        ("normalisation", card.data.normalisation, data.normalisation),
+        ("frame interval [min]", card.data.frame_interval_minutes, data.frame_interval_minutes),
+    ]
+    wrong = [
+        f"{what}: teacher {theirs}, student {ours}"
+        for what, theirs, ours in compared
+        if theirs != ours
+    ]
+    if wrong:
+        raise TeacherError(
+            f"Teacher {card.name!r} does not fit the student ({'; '.join(wrong)}). Memories are "
+            "compared element by element (paper, Sec. 4): change the student's model.* settings "
+            "or the archive to match, or pretrain the teacher with the student's."
+        )

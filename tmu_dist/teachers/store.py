@@ -1,0 +1,148 @@
+"""Model folders: save, load, find. A folder holds weights.safetensors and card.json.
+
+A checkpoint is such a folder with the training state beside it, and a run points to the one it
+selected, so "a teacher" may be named by a teacher folder, a checkpoint, a run, or a URL.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_safetensors
+from safetensors.torch import save as save_safetensors
+from torch import Tensor
+
+from tmu_dist.data.storage import read_bytes
+from tmu_dist.files import atomic_write_text
+from tmu_dist.models.build import build_predictor
+from tmu_dist.models.rollout import Predictor
+from tmu_dist.teachers.card import TeacherCard, TeacherError
+
+WEIGHTS_FILE = "weights.safetensors"
+CARD_FILE = "card.json"
+SELECTED_FILE = "selected.json"
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A network in eval mode, frozen, with its card."""
+
+    model: Predictor
+    card: TeacherCard
+
+
+def write_model(folder: Path, model: Predictor, card: TeacherCard) -> TeacherCard:
+    """Write weights and card into an existing folder; returns the card with the weights' hash."""
+    weights = save_safetensors(
+        {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    )
+    card = replace(card, weights_sha256=hashlib.sha256(weights).hexdigest())
+    (folder / WEIGHTS_FILE).write_bytes(weights)
+    (folder / CARD_FILE).write_text(card.to_json())
+    return card
+
+
+def select_model(run: Path, folder: Path) -> None:
+    """Make a run point to the model folder it offers."""
+    pointer = {"model": os.path.relpath(folder, run)}
+    atomic_write_text(run / SELECTED_FILE, json.dumps(pointer, indent=2) + "\n")
+
+
+def locate(source: str) -> str:
+    """Resolve a run folder to the model folder it offers; other names stay as they are.
+
+    Raises:
+        TeacherError: there is no such folder, or it holds no model.
+    """
+    if "://" in source:
+        return source.rstrip("/")
+    folder = Path(source)
+    if (folder / SELECTED_FILE).is_file():
+        pointer = json.loads((folder / SELECTED_FILE).read_text())
+        return str(folder / pointer["model"])
+    if (folder / CARD_FILE).is_file():
+        return str(folder)
+    if not folder.exists():
+        raise TeacherError(
+            f"No model at {source!r}: the folder does not exist. Name a teacher folder, a "
+            "checkpoint, a run folder or a URL; `python -m tmu_dist.zoo list` shows the zoo."
+        )
+    raise TeacherError(
+        f"No model at {source!r}: the folder has neither {CARD_FILE} (a teacher or checkpoint) "
+        f"nor {SELECTED_FILE} (a run that has validated at least once)."
+    )
+
+
+def load_card(source: str) -> TeacherCard:
+    """Read a model's card without its weights."""
+    where = locate(source)
+    return TeacherCard.from_json(_read(where, CARD_FILE), where=where)
+
+
+def load_weights(source: str) -> tuple[TeacherCard, dict[str, Tensor]]:
+    """Read a model's card and weights, and prove the weights whole.
+
+    Raises:
+        TeacherError: a missing file, or weights that are not the ones the card describes.
+    """
+    where = locate(source)
+    card = TeacherCard.from_json(_read(where, CARD_FILE), where=where)
+    content = _read(where, WEIGHTS_FILE)
+    digest = hashlib.sha256(content).hexdigest()
+    if digest != card.weights_sha256:
+        raise TeacherError(
+            f"{where}/{WEIGHTS_FILE} is damaged or was replaced: sha256 {digest[:12]}..., its "
+            f"card says {card.weights_sha256[:12]}... ({len(content):,} bytes read). Copy the "
+            "folder again from where it came."
+        )
+    try:
+        return card, load_safetensors(content)
+    except SafetensorError as error:
+        raise TeacherError(f"{where}/{WEIGHTS_FILE} cannot be read: {error}") from None
+
+
+def load_model(source: str, *, device: torch.device | str = "cpu") -> LoadedModel:
+    """Rebuild a trained network from a run, checkpoint, teacher folder or URL.
+
+    Raises:
+        TeacherError: it is missing or damaged, or the weights do not fit the architecture.
+    """
+    card, weights = load_weights(source)
+    with torch.random.fork_rng(devices=[]):  # building draws weights that are replaced below
+        model = build_predictor(card.frame, card.model, tmu=card.tmu, num_slots=card.num_slots)
+    load_state(model, weights, where=source)
+    return LoadedModel(model.to(device).eval().requires_grad_(False), card)
+
+
+def load_state(model: Predictor, weights: dict[str, Tensor], *, where: str) -> None:
+    """Copy all weights into a network, refusing anything missing, unknown or of another shape."""
+    own = model.state_dict()
+    wrong = [f"{name} is missing" for name in own.keys() - weights.keys()]
+    wrong += [f"{name} is unknown" for name in weights.keys() - own.keys()]
+    wrong += [
+        f"{name} is {tuple(weights[name].shape)} instead of {tuple(own[name].shape)}"
+        for name in own.keys() & weights.keys()
+        if own[name].shape != weights[name].shape
+    ]
+    if wrong:
+        shown = "; ".join(sorted(wrong)[:5]) + (" ..." if len(wrong) > 5 else "")
+        raise TeacherError(
+            f"The weights of {where} do not fit this network: {len(wrong)} of {len(own)} tensors "
+            f"differ ({shown}). Use the model.* settings of its card."
+        )
+    model.load_state_dict(weights)
+
+
+def _read(where: str, file: str) -> bytes:
+    if "://" in where:
+        return read_bytes(where, file)
+    try:
+        return (Path(where) / file).read_bytes()
+    except FileNotFoundError:
+        raise TeacherError(f"{where} holds no {file}: it is not a complete model folder.") from None

@@ -1,0 +1,383 @@
+"""THE training loop. It knows steps, schedules and checkpoints; it does not know Ray, and it never
+asks which transfer method it is training.
+
+A run is a pure function of its config, data and teachers: initial weights come from the seed, the
+data position is one number, sampling masks are drawn per (seed, step, sequence). So a run that is
+killed and continued ends with the same weights, bit for bit, on the same kind of device.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from tmu_dist.collectives import Collectives
+from tmu_dist.config import RunConfig, to_json
+from tmu_dist.data.loader import Archive, Batch, SequenceLoader, open_archive
+from tmu_dist.evaluation.metrics import ERROR_METRIC_NAMES
+from tmu_dist.evaluation.runner import score_predictor, window_frames
+from tmu_dist.files import atomic_write_text
+from tmu_dist.models.build import FrameShape
+from tmu_dist.models.rollout import Predictor
+from tmu_dist.teachers.card import DataFacts, TeacherCard
+from tmu_dist.training.checkpoint import (
+    CONFIG_FILE,
+    CheckpointStore,
+    Progress,
+    rng_state,
+    set_rng_state,
+)
+from tmu_dist.training.run_log import Event, RunLog, git_revision, write_provenance
+from tmu_dist.training.schedules import sampling_mask, sampling_probability
+from tmu_dist.training.step import TrainingStep
+from tmu_dist.transfer import PreparedTransfer, prepare_transfer
+from tmu_dist.transfer.base import Forward, TrainingBatch
+
+log = logging.getLogger(__name__)
+
+
+class NonFiniteLossError(RuntimeError):
+    """The loss became NaN or infinite."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunResult:
+    """What a finished run tells its caller."""
+
+    run: str
+    steps: int
+    seconds: float
+    """Time spent in training steps, over all starts."""
+    best_step: int
+    best_mse_per_frame: float
+    """Lowest validation error, closed-loop."""
+
+
+def train(
+    config: RunConfig,
+    collectives: Collectives,
+    device: torch.device,
+    *,
+    listener: Callable[[Event], None] | None = None,
+) -> RunResult:
+    """Train until `training.num_steps`, starting from the newest checkpoint of the run folder.
+
+    Every rank calls this with the same config. `listener` sees rank 0's log events.
+
+    Raises:
+        ConfigError, ManifestError, TeacherError, ResumeError: nothing was trained; says why.
+        DeadDistillationError, NonFiniteLossError, WriteError: training stopped; the newest
+            checkpoint is whole.
+    """
+    run = Run(config, collectives, device)
+    run.open_log(listener)
+    settings = config.training
+    try:
+        for batch in run.loader.stream(start=run.progress.consumed):
+            if run.progress.step >= settings.num_steps:
+                break
+            run.advance(batch)
+            step, last = run.progress.step, run.progress.step == settings.num_steps
+            if last or step % config.schedule.validate_every == 0:
+                run.validate()
+            if last or step % config.schedule.checkpoint_every == 0:
+                run.save()
+        return run.finish()
+    finally:
+        run.close_log()
+
+
+class Run:
+    """One run's parts, assembled, and the things that happen to it."""
+
+    def __init__(self, config: RunConfig, collectives: Collectives, device: torch.device) -> None:
+        self.config = config
+        self.collectives = collectives
+        self.device = device
+        self.folder = Path(config.output)
+        archive = open_archive(config.data.url)
+        self.loader, self.validation_loader = self._loaders(archive)
+        data = DataFacts.of(archive.manifest)
+        frame = FrameShape(
+            channels=archive.manifest.channels,
+            height=archive.manifest.height,
+            width=archive.manifest.width,
+        )
+        self.transfer = prepare_transfer(config, frame, data, device)
+
+        torch.manual_seed(config.training.seed)
+        self.student = self.transfer.method.build_student().to(device)
+        self.optimizer = torch.optim.Adam(
+            self.student.parameters(), lr=config.training.learning_rate
+        )
+        self.card = _card(config, frame, data, self.transfer)
+        self.checkpoints = CheckpointStore(
+            self.folder,
+            config,
+            {
+                "data": self.loader.state(),
+                "teachers": [card.weights_sha256 for card in self.transfer.teachers],
+            },
+            keep=config.schedule.keep_checkpoints,
+        )
+        self.progress = self._resume()
+        self.training_step = TrainingStep(
+            self.transfer.method,
+            self._data_parallel(self.student),
+            self.optimizer,
+            device=device,
+            reverse_input=config.training.reverse_input,
+            grad_clip_norm=config.training.grad_clip_norm,
+            precision=config.training.precision,
+        )
+        self._log: RunLog | None = None
+        self._probe: TrainingBatch | None = None
+        self._interval = _Interval()
+
+    def advance(self, batch: Batch) -> None:
+        """One iteration on one batch."""
+        started = time.perf_counter()
+        waited = started - self._interval.ready
+        step = self.progress.step + 1
+        probability = sampling_probability(step, stop_step=self.config.training.sampling_stop_step)
+        training_batch = self._prepare(batch, step, probability)
+        if self._probe is None:
+            self._probe = training_batch
+            self._check_liveness()
+            started = time.perf_counter()
+        terms = self.training_step(training_batch)
+        self._probe = training_batch
+
+        now = time.perf_counter()
+        self.progress.step = step
+        self.progress.consumed = batch.consumed
+        self.progress.seconds += waited + now - started
+        self._interval.add(batch.global_count, waited, waited + now - started)
+        schedule = self.config.schedule
+        due = (schedule.log_every, schedule.validate_every, schedule.checkpoint_every)
+        if step == self.config.training.num_steps or any(step % every == 0 for every in due):
+            self._log_training(terms, probability, show=step % schedule.log_every == 0)
+        self._interval.ready = time.perf_counter()
+
+    def validate(self) -> None:
+        """Score closed-loop on the validation split, check that distillation is alive, select."""
+        self._check_liveness()
+        scores = score_predictor(
+            self.student,
+            self.validation_loader.one_pass(),
+            window=self.config.window,
+            device=self.device,
+            collectives=self.collectives,
+            metrics=ERROR_METRIC_NAMES,
+            max_samples=self.config.data.max_validation_samples,
+        )
+        overall = scores.model.overall()
+        self._write(
+            "validation",
+            **overall,
+            persistence_mse_per_frame=scores.persistence.overall()["mse_per_frame"],
+        )
+        self.card = replace(self.card, step=self.progress.step, scores=overall)
+        best, mse = self.progress.best_mse_per_frame, overall["mse_per_frame"]
+        improved = best is None or mse < best
+        if improved:
+            self.progress.best_step = self.progress.step
+            self.progress.best_mse_per_frame = mse
+        if improved or self._offers_final():
+            self.collectives.on_main(lambda: self.checkpoints.offer(self.student, self.card))
+        self._interval.ready = time.perf_counter()
+
+    def save(self) -> None:
+        """Write a checkpoint; returns when it is on disk."""
+        card = replace(self.card, step=self.progress.step)
+        rng_by_rank = self.collectives.all_gather_objects(rng_state())
+
+        def write() -> None:
+            self.checkpoints.save(self.student, card, self.progress, self.optimizer, rng_by_rank)
+            offered = self.progress.step if self._offers_final() else self.progress.best_step
+            self.checkpoints.prune_offers(offered)
+
+        self.collectives.on_main(write)
+        self._interval.ready = time.perf_counter()
+
+    def finish(self) -> RunResult:
+        """Write result.json beside the run."""
+        progress = self.progress
+        assert progress.best_step is not None and progress.best_mse_per_frame is not None
+        result = RunResult(
+            run=str(self.folder),
+            steps=progress.step,
+            seconds=progress.seconds,
+            best_step=progress.best_step,
+            best_mse_per_frame=progress.best_mse_per_frame,
+        )
+        text = json.dumps(asdict(result), indent=2) + "\n"
+        self.collectives.on_main(lambda: atomic_write_text(self.folder / "result.json", text))
+        return result
+
+    def open_log(self, listener: Callable[[Event], None] | None) -> None:
+        """Start log.jsonl and TensorBoard on rank 0, and record who runs this."""
+
+        def open_on_main() -> None:
+            self._log = RunLog(self.folder, resume_step=self.progress.step, listener=listener)
+            atomic_write_text(self.folder / CONFIG_FILE, to_json(self.config))
+            write_provenance(
+                self.folder,
+                from_step=self.progress.step,
+                world_size=self.collectives.ranks.world_size,
+                device=str(self.device),
+                threads=torch.get_num_threads(),
+                manifest_hash=self.card.data.manifest_hash,
+                teachers={card.name: card.weights_sha256 for card in self.transfer.teachers},
+            )
+
+        self.collectives.on_main(open_on_main)
+        if self.progress.step:
+            self._write("resume")
+        self._interval.ready = time.perf_counter()
+
+    def close_log(self) -> None:
+        """Flush the log."""
+        if self._log is not None:
+            self._log.close()
+
+    def _loaders(self, archive: Archive) -> tuple[SequenceLoader, SequenceLoader]:
+        settings, ranks = self.config.training, self.collectives.ranks
+        common: dict[str, Any] = {
+            "global_batch_size": settings.batch_size,
+            "rank": ranks.rank,
+            "world_size": ranks.world_size,
+            "num_workers": self.config.data.num_workers,
+            "pin_memory": self.device.type == "cuda",
+        }
+        training = SequenceLoader(
+            archive, "train", seed=settings.seed, fraction=self.config.data.fraction, **common
+        )
+        return training, SequenceLoader(archive, "val", shuffle=False, **common)
+
+    def _resume(self) -> Progress:
+        newest = self.collectives.on_main(self.checkpoints.newest)
+        if newest is None:
+            return Progress()
+        saved = self.checkpoints.restore(newest, self.student)
+        self.optimizer.load_state_dict(saved.optimizer)
+        rank = self.collectives.ranks.rank
+        if rank < len(saved.rng_by_rank):
+            set_rng_state(saved.rng_by_rank[rank])
+        best = saved.progress.best_step
+        if best is not None and not self._offers_final():
+            # The run may have offered something newer before it was killed.
+            self.collectives.on_main(lambda: self.checkpoints.offer_again(best))
+        return saved.progress
+
+    def _data_parallel(self, student: Predictor) -> Forward:
+        if self.collectives.ranks.world_size == 1:
+            return student
+        return DistributedDataParallel(
+            student,
+            device_ids=[self.device.index] if self.device.type == "cuda" else None,
+            gradient_as_bucket_view=True,
+        )
+
+    def _prepare(self, batch: Batch, step: int, probability: float) -> TrainingBatch:
+        """Frames to the device and to [0, 1], sampling mask, and weights that average globally."""
+        window = self.config.window
+        frames = window_frames(batch.frames_BTCHW.to(self.device, non_blocking=True), window)
+        mask = sampling_mask(
+            probability,
+            batch.sample_ids_B,
+            window.num_target_frames - 1,
+            seed=self.config.training.seed,
+            step=step,
+        )
+        # Data-parallel training averages gradients over ranks, hence the world size.
+        scale = self.collectives.ranks.world_size / batch.global_count
+        return TrainingBatch(
+            frames_BTCHW=frames,
+            sampling_mask_BT=mask.to(self.device),
+            weights_B=(batch.weights_B * scale).to(self.device),
+        )
+
+    def _check_liveness(self) -> None:
+        probe = self._probe
+        assert probe is not None
+        report = self.collectives.on_main(
+            lambda: self.transfer.method.liveness(self.student, probe)
+        )
+        if report is not None:
+            self._write("liveness", **asdict(report))
+
+    def _log_training(self, terms: dict[str, float], probability: float, *, show: bool) -> None:
+        """Average the terms over ranks, stop on nonsense, and log."""
+        by_rank = self.collectives.all_gather_objects(terms)
+        means = {name: sum(r[name] for r in by_rank) / len(by_rank) for name in terms}
+        if not all(math.isfinite(value) for value in means.values()):
+            raise NonFiniteLossError(
+                f"The loss is not finite at step {self.progress.step}: {means}. The newest "
+                f"checkpoint in {self.folder / 'checkpoints'} is from before. Try "
+                "training.grad_clip_norm=1.0, a smaller training.learning_rate, or "
+                "transfer.tmu.combine=mean (with many teachers the memory of Eq. 5 can grow)."
+            )
+        if show:
+            self._write(
+                "train", **means, sampling_probability=probability, **self._interval.speed()
+            )
+            self._interval.reset()
+
+    def _write(self, event: str, **values: object) -> None:
+        if self._log is not None:
+            self._log.write(event, self.progress.step, **values)
+
+    def _offers_final(self) -> bool:
+        return self.config.training.select == "final"
+
+
+class _Interval:
+    """Sequences and seconds since the last log line."""
+
+    def __init__(self) -> None:
+        self.ready = time.perf_counter()
+        self.reset()
+
+    def reset(self) -> None:
+        self.samples, self.waited, self.seconds = 0, 0.0, 0.0
+
+    def add(self, samples: int, waited: float, seconds: float) -> None:
+        self.samples += samples
+        self.waited += waited
+        self.seconds += seconds
+
+    def speed(self) -> dict[str, float]:
+        return {
+            "samples_per_second": self.samples / self.seconds,
+            "data_wait_fraction": self.waited / self.seconds,
+        }
+
+
+def _card(
+    config: RunConfig, frame: FrameShape, data: DataFacts, transfer: PreparedTransfer
+) -> TeacherCard:
+    return TeacherCard(
+        name=Path(config.output).name,
+        method=config.transfer.method,
+        step=0,
+        seed=config.training.seed,
+        frame=frame,
+        window=config.window,
+        model=config.model,
+        tmu=config.transfer.tmu,
+        num_slots=config.transfer.num_tmu_slots,
+        data=data,
+        teachers=tuple(card.name for card in transfer.teachers),
+        teacher_parameters=transfer.resident_parameters,
+        git_revision=git_revision(),
+    )

@@ -1,0 +1,143 @@
+"""Ray Train around the training loop: start workers, turn them into ranks, restart lost ones.
+
+Checkpoints and logs are the run folder's own, the same as without Ray, so a worker group that is
+started again simply continues the run. Ray is told the results, not the weights.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+# Read by Ray when it is imported: no usage statistics, no second copy of every printed line.
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
+os.environ.setdefault("RAY_TRAIN_METRICS_ENABLED", "0")
+
+import ray
+import ray.train
+import ray.train.torch
+from ray.train import FailureConfig, LoggingConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
+
+from tmu_dist.collectives import Collectives, Ranks
+from tmu_dist.config import ConfigError, RunConfig, from_dict
+from tmu_dist.data.loader import ShardError
+from tmu_dist.files import WriteError
+from tmu_dist.training.launch import process_group_backend
+from tmu_dist.training.loop import NonFiniteLossError, RunResult, train
+from tmu_dist.training.progress import LogFollower, ProgressDisplay
+from tmu_dist.transfer.base import DeadDistillationError
+
+_PERMANENT = (ValueError, WriteError, DeadDistillationError, NonFiniteLossError)
+"""Errors that every rank raises and that starting again would only repeat."""
+
+
+class WorkerLostError(RuntimeError):
+    """Workers failed more often than launch.max_failures allows."""
+
+
+def train_on_ray(config: RunConfig) -> RunResult:
+    """Run `loop.train` on Ray Train workers and show its progress here.
+
+    Joins the cluster of the job or of `RAY_ADDRESS`; otherwise the one running on this machine,
+    or starts one for this process.
+
+    Raises:
+        ConfigError: the cluster has too few CPUs or GPUs for the workers.
+        WorkerLostError: workers failed more than `launch.max_failures` times.
+        Everything that `loop.train` raises, under its own name.
+    """
+    connect()
+    run = Path(config.output)
+    scaling = _scaling(config)
+    trainer = TorchTrainer(
+        train_worker,
+        train_loop_config=asdict(config),
+        scaling_config=scaling,
+        torch_config=TorchConfig(backend=process_group_backend(bool(scaling.use_gpu))),
+        run_config=ray.train.RunConfig(
+            name=run.name,
+            storage_path=str(run / "ray"),
+            failure_config=FailureConfig(max_failures=config.launch.max_failures),
+            logging_config=LoggingConfig(log_level="ERROR"),
+        ),
+    )
+    display = ProgressDisplay(run.name, config.training.num_steps)
+    try:
+        with LogFollower(run, display):
+            outcome = trainer.fit().return_value
+    except TrainingFailedError as error:
+        raise WorkerLostError(_explain(error, config)) from error
+    if isinstance(outcome, Exception):
+        raise outcome
+    return outcome
+
+
+def connect() -> None:
+    """Join or start Ray, quietly; does nothing when this process already has."""
+    if not ray.is_initialized():
+        ray.init(log_to_driver=False, logging_level=logging.WARNING)
+
+
+def train_worker(settings: dict[str, Any]) -> RunResult | Exception:
+    """What one Ray Train worker runs.
+
+    An error that would only repeat is returned, not raised, so that Ray does not restart for it.
+    """
+    context = ray.train.get_context()
+    ranks = Ranks(
+        rank=context.get_world_rank(),
+        world_size=context.get_world_size(),
+        local_rank=context.get_local_rank(),
+    )
+    config = from_dict(settings)
+    try:
+        return train(config, Collectives(ranks), ray.train.torch.get_device())
+    except ShardError:
+        raise  # one rank's alone, and a copy in a cache or a network may heal
+    except _PERMANENT as error:
+        return error
+
+
+def _scaling(config: RunConfig) -> ScalingConfig:
+    resources = ray.cluster_resources()
+    gpus, cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 0))
+    use_gpu = config.launch.device == "cuda" or (config.launch.device == "auto" and gpus > 0)
+    default = gpus if use_gpu else min(2, cpus)
+    num_workers = config.launch.num_workers or default
+    have, kind = (gpus, "GPU") if use_gpu else (cpus, "CPU")
+    if not 1 <= num_workers <= have:
+        raise ConfigError(
+            f"{num_workers or 'no'} workers need one {kind} each, but this Ray cluster has {have}. "
+            f"Set launch.num_workers to at most {have} or add nodes."
+        )
+    if config.training.batch_size % num_workers:
+        raise ConfigError(
+            f"training.batch_size={config.training.batch_size} sequences cannot be split over "
+            f"{num_workers} workers: make it a multiple, or set launch.num_workers."
+        )
+    cpus_per_worker = max(1, cpus // num_workers)
+    return ScalingConfig(
+        num_workers=num_workers,
+        use_gpu=use_gpu,
+        resources_per_worker={"CPU": cpus_per_worker, **({"GPU": 1} if use_gpu else {})},
+    )
+
+
+def _explain(error: TrainingFailedError, config: RunConfig) -> str:
+    reasons = [str(error)]
+    if isinstance(error, WorkerGroupError):
+        reasons = [
+            f"rank {rank}: {type(failure).__name__}: {failure}"
+            for rank, failure in error.worker_failures.items()
+        ]
+    return (
+        f"{config.output}: the workers failed and launch.max_failures={config.launch.max_failures} "
+        f"restarts did not help. {' | '.join(reasons)} The newest checkpoint is whole: the same "
+        "command continues from it."
+    )
