@@ -1,21 +1,27 @@
 """The commands of data preparation: `python -m data_prep --help`."""
 
+from __future__ import annotations
+
 import logging
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 from rich.console import Console
 
 from data_prep.moving_mnist import MovingMNISTConfig, write_moving_mnist
+from tmu_dist.data.manifest import SPLITS
 
+# Commands import their own modules: a generating process imports this file again.
 app = tyro.extras.SubcommandApp()
 console = Console(soft_wrap=True, highlight=False)
 
 
 @app.command
 def moving_mnist(
-    config: tyro.conf.OmitArgPrefixes[MovingMNISTConfig],
+    config: Annotated[MovingMNISTConfig, tyro.conf.arg(name="")],
     *,
     out: str,
     workers: int | None = None,
@@ -24,13 +30,12 @@ def moving_mnist(
     """Write a Moving MNIST archive with train, val and test splits.
 
     Args:
-        config: what to write.
         out: folder or URL of the archive (s3://, gs://, az://, ...).
         workers: processes; one per core when left out. The bytes do not depend on it.
         overwrite: replace an archive that was made with other arguments.
     """
     manifest = write_moving_mnist(config, out, workers=workers, overwrite=overwrite)
-    counts = ", ".join(f"{manifest.num_samples(split):,} {split}" for split in manifest.splits)
+    counts = ", ".join(f"{manifest.num_samples(split):,} {split}" for split in SPLITS)
     console.print(f"{out}: {counts} sequences; manifest {manifest.content_hash[:12]}", markup=False)
 
 
@@ -47,7 +52,7 @@ def verify(url: tyro.conf.Positional[str]) -> None:
     for problem in problems:
         console.print(str(problem), markup=False)
     if problems:
-        sys.exit(f"{url} is broken: {len(problems)} problems.")
+        raise ValueError(f"{url} is broken: {len(problems)} problems, listed above.")
     console.print(f"{url} is whole.", markup=False)
 
 
@@ -73,14 +78,16 @@ def show(
         console.print(path, markup=False)
 
 
-def main() -> None:
-    """Run one command; an error that names its remedy ends it without a traceback."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status; arguments None takes the command line's."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
-        app.cli(prog="python -m data_prep", description=__doc__)
-    except ValueError as error:
-        sys.exit(f"Error: {error}")
+        app.cli(prog="python -m data_prep", description=__doc__, args=arguments)
+    except ValueError as error:  # each of them says what to do; a traceback would hide it
+        sys.stderr.write(f"error: {error}\n")
+        return 1
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -259,8 +259,9 @@ def _write_shards(
     if num_workers == 1:
         yield from map(write_one, jobs)
         return
-    # Not forked: obstore has been used in this process and would hang in a fork.
-    context = multiprocessing.get_context("forkserver")
+    # Not "fork": obstore has been used in this process and would hang. Not "forkserver": the
+    # server lives on, and a loader started later could not choose what it has imported.
+    context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(num_workers, mp_context=context) as pool:
         yield from pool.map(write_one, jobs)
 

@@ -18,7 +18,7 @@ from tmu_dist.data.manifest import Manifest
 
 _PAPER, _INK, _FAINT = "white", "#1c2330", "#6b7485"
 _SHEET_TILE_PX = 64
-_ANIMATION_TILE_PX = 160
+_ANIMATION_TILE_PX = 192
 _FRAME_MS, _LAST_FRAME_MS = 120, 900
 
 
@@ -91,11 +91,11 @@ def _contact_sheet(
         _PAPER,
     )
     pen = ImageDraw.Draw(sheet)
-    pen.text((margin, 14), f"{manifest.name} \u2013 {split}", _INK, _font(22))
+    pen.text((margin, 14), f"{manifest.name} / {split}", _INK, _font(22))
     pen.text(
         (margin, 44),
         f"{len(sample_ids)} of {manifest.num_samples(split):,} sequences, {manifest.num_frames} "
-        f"frames of {manifest.height}\u00d7{manifest.width}",
+        f"frames of {manifest.height}x{manifest.width}",
         _FAINT,
         _font(14),
     )

@@ -58,7 +58,7 @@ def verify_archive(url: str, *, show_progress: bool = True) -> list[Problem]:
     seen_keys: set[str] = set()
     total = sum(map(manifest.num_samples, manifest.splits))
     with tqdm(total=total, unit=" samples", disable=not show_progress) as progress:
-        for split, shards in manifest.splits.items():
+        for shards in manifest.splits.values():
             first_id = 0
             for shard in shards:
                 problems += _check_shard(url, manifest, shard, first_id, seen_keys)

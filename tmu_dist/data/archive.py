@@ -6,11 +6,14 @@ URLs. Nothing is cached but open files. No torch here; the loader turns arrays i
 Shape letters: B samples, T time, C channels, H height, W width.
 """
 
+from __future__ import annotations
+
 import bisect
 import io
 import itertools
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import google_crc32c
@@ -28,7 +31,7 @@ class ShardError(ValueError):
     """A shard that is missing, truncated or altered, or a sample that is not what it should be."""
 
 
-def open_archive(url: str) -> "Archive":
+def open_archive(url: str) -> Archive:
     """Open a finished archive: read and check its manifest.
 
     Raises:
@@ -60,7 +63,8 @@ class Archive:
             split: list(itertools.accumulate(shard.num_samples for shard in shards))
             for split, shards in manifest.splits.items()
         }
-        self._files: dict[str, int] = {}
+        self._files: dict[str, int] = {}  # open local shards
+        self._sized: set[str] = set()  # remote shards whose size is known to be right
         self._decompressor = zstandard.ZstdDecompressor()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -99,36 +103,44 @@ class Archive:
         return number, sample_id - (ends[number - 1] if number else 0)
 
     def _fetch(self, shard: Shard, indices: list[int]) -> list[bytes]:
-        """Return the stored bytes of some samples of one shard, unchecked."""
+        """Return the stored bytes of some samples of one shard."""
         offsets = [shard.offsets[index] for index in indices]
         sizes = [shard.sizes[index] for index in indices]
         try:
             if self._folder is None:
+                if shard.path not in self._sized:
+                    num_bytes = storage.object_size(self.url, shard.path)
+                    self._check_size(shard, indices[0], num_bytes)
+                    self._sized.add(shard.path)
                 return storage.read_ranges(self.url, shard.path, offsets, sizes)
-            file = self._open_file(shard)
+            if shard.path not in self._files:
+                file = self._open_file(self._folder / shard.path)
+                self._files[shard.path] = file
+                self._check_size(shard, indices[0], os.fstat(file).st_size)
+            file = self._files[shard.path]
             return [os.pread(file, *place) for place in zip(sizes, offsets, strict=True)]
         except (FileNotFoundError, storage.MissingObjectError) as error:
             raise self._error(shard, indices[0], "the shard is missing") from error
         except (OSError, storage.StorageError) as error:
             raise self._error(shard, indices[0], f"cannot be read: {error}") from error
 
-    def _open_file(self, shard: Shard) -> int:
-        """Return a descriptor of a local shard; the ones opened first are closed first."""
-        if shard.path not in self._files:
-            assert self._folder is not None
-            if len(self._files) >= _MAX_OPEN_FILES:
-                os.close(self._files.pop(next(iter(self._files))))
-            self._files[shard.path] = os.open(self._folder / shard.path, os.O_RDONLY)
-        return self._files[shard.path]
+    def _open_file(self, path: Path) -> int:
+        """Open a local shard, after closing the one opened first if too many are open."""
+        if len(self._files) >= _MAX_OPEN_FILES:
+            os.close(self._files.pop(next(iter(self._files))))
+        return os.open(path, os.O_RDONLY)
 
-    def _decode(self, shard: Shard, index: int, payload: bytes) -> NDArray[np.uint8]:
-        """Check one sample's stored bytes against the manifest and decode them to frames_TCHW."""
-        if len(payload) != shard.sizes[index]:
+    def _check_size(self, shard: Shard, index: int, num_bytes: int) -> None:
+        if num_bytes != shard.num_bytes:
             raise self._error(
                 shard,
                 index,
-                f"the shard is truncated: got {len(payload)} of {shard.sizes[index]} bytes",
+                f"the shard is truncated or replaced: it has {num_bytes} bytes, "
+                f"the manifest says {shard.num_bytes}",
             )
+
+    def _decode(self, shard: Shard, index: int, payload: bytes) -> NDArray[np.uint8]:
+        """Check one sample's stored bytes against the manifest and decode them to frames_TCHW."""
         checksum = google_crc32c.value(payload)
         if checksum != shard.crc32c[index]:
             raise self._error(

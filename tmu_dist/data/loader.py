@@ -9,7 +9,9 @@ Not here: reading and its checks (archive.py), scaling and augmentation (transfo
 Shape letters: B samples of this rank, T time, C channels, H height, W width.
 """
 
+import multiprocessing
 from collections.abc import Iterable, Iterator, Mapping
+from multiprocessing.context import BaseContext
 from typing import Any, NamedTuple
 
 import torch
@@ -183,37 +185,55 @@ class SequenceLoader:
             yield _Request(part, consumed_before + step_start + step.global_count)
 
     def _read(self, requests: Iterable[_Request]) -> Iterator[Batch]:
-        loader: DataLoader[Batch] = DataLoader(
+        loader: DataLoader[Batch | ShardError] = DataLoader(
             _Reader(self._archive, self._split),
             sampler=requests,  # with batch_size=None, one "index" is one request
             batch_size=None,
             collate_fn=_unchanged,
             num_workers=self._num_workers,
-            # obstore must not be forked once used.
-            multiprocessing_context="forkserver" if self._num_workers else None,
+            multiprocessing_context=_worker_context() if self._num_workers else None,
             pin_memory=self._pin_memory,
             # Its own: without, starting a loader would draw from the model's global generator.
             generator=torch.Generator(),
         )
-        return iter(loader)
+        for answer in loader:
+            if isinstance(answer, ShardError):
+                raise answer
+            yield answer
 
 
-class _Reader(Dataset[Batch]):
-    """Answers requests; lives in the reading processes."""
+class _Reader(Dataset[Batch | ShardError]):
+    """Answers requests; lives in the reading processes.
+
+    A damaged shard is an answer, not an exception: torch would bury the message under a worker's
+    traceback, and keep the failed iterator in a reference cycle that takes seconds to clean up.
+    """
 
     def __init__(self, archive: Archive, split: str) -> None:
         self._archive = archive
         self._split = split
 
-    def __getitem__(self, request: _Request) -> Batch:
+    def __getitem__(self, request: _Request) -> Batch | ShardError:
         ids, weights, global_count = request.part
+        try:
+            frames_BTCHW = self._archive.read(self._split, ids.tolist())
+        except ShardError as error:
+            return error
         return Batch(
-            frames_BTCHW=torch.from_numpy(self._archive.read(self._split, ids.tolist())),
+            frames_BTCHW=torch.from_numpy(frames_BTCHW),
             sample_ids_B=torch.from_numpy(ids),
             weights_B=torch.from_numpy(weights),
             global_count=global_count,
             consumed=request.consumed,
         )
+
+
+def _worker_context() -> BaseContext:
+    """Return how reading processes start: never forked from this one (see storage.py)."""
+    context = multiprocessing.get_context("forkserver")
+    # Imported once in the server, not seconds long in every worker of every pass.
+    context.set_forkserver_preload([__name__])
+    return context
 
 
 def _unchanged(batch: Any) -> Any:

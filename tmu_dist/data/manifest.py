@@ -5,6 +5,8 @@ described in docs/data_format.md. A manifest that parses is consistent in itself
 agree with it is for `python -m data_prep verify` and for the checks made at every read.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import hashlib
 import json
@@ -186,7 +188,7 @@ class Manifest:
         return hashlib.sha256(self.to_json().encode()).hexdigest()
 
     @classmethod
-    def from_json(cls, text: str) -> "Manifest":
+    def from_json(cls, text: str) -> Manifest:
         """Parse and check a manifest.
 
         Raises:

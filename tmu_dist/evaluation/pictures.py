@@ -11,8 +11,7 @@ Shape letters: T time, C channels, H height, W width.
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,9 +23,8 @@ from matplotlib.image import AxesImage
 from numpy.typing import NDArray
 from PIL import Image
 
+from tmu_dist.evaluation.examples import Example, Frames
 from tmu_dist.evaluation.plots import FONT_POINTS, LIGHT, Theme
-
-Frames = NDArray[np.floating[Any]]
 
 ERROR_COLOURS = LinearSegmentedColormap.from_list(
     "error", ["#a8dcff", "#2f86d6", "#000000", "#dd6a1f", "#ffd5a6"]
@@ -35,36 +33,6 @@ ERROR_COLOURS = LinearSegmentedColormap.from_list(
 _CELL_INCHES = 0.66
 _GAP = 0.05
 """Between neighbouring frames, in widths of a frame."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Example:
-    """One sequence and what models made of it; all frames nominally in [0, 1]."""
-
-    sample_id: int
-    inputs_TCHW: Frames
-    truth_TCHW: Frames
-    """True target frames; fewer than forecast where the forecast runs beyond the archive."""
-    forecasts_TCHW: Mapping[str, Frames]
-    """By label of the model; at least one, all of one length."""
-
-    def __post_init__(self) -> None:
-        lengths = {len(frames) for frames in self.forecasts_TCHW.values()}
-        if len(lengths) != 1:
-            raise ValueError(
-                f"An example needs forecasts of one length, got {sorted(lengths)} frames of "
-                f"{list(self.forecasts_TCHW)}."
-            )
-        channels = self.inputs_TCHW.shape[1]
-        if channels not in (1, 3):
-            raise ValueError(
-                f"Frames with 1 (grey) or 3 (RGB) channels can be drawn, not {channels}."
-            )
-
-    @property
-    def num_target_frames(self) -> int:
-        """Length of the forecasts."""
-        return len(next(iter(self.forecasts_TCHW.values())))
 
 
 class _Row(NamedTuple):
@@ -144,10 +112,12 @@ def _gif_bytes(example: Example, label: str, ms_per_frame: int) -> bytes:
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", dpi=100)
         pages.append(Image.open(buffer).convert("RGB"))
-    # One palette for all pages, so that colours don't flicker: from the last page, and from the
-    # error scale drawn large, which would otherwise be too small to get its share of colours.
-    scale = (ERROR_COLOURS(np.linspace(0, 1, pages[-1].width))[:, :3] * 255).astype(np.uint8)
-    samples = np.concatenate([np.asarray(pages[-1]), np.repeat(scale[None], 150, axis=0)])
+    # One palette for all pages, so that colours don't flicker: from the last page, and from both
+    # scales drawn large, which would otherwise be too small to get their share of colours.
+    ramp = np.linspace(0, 1, pages[-1].width)
+    scales = np.stack([ERROR_COLOURS(ramp)[:, :3], np.repeat(ramp[:, None], 3, axis=1)])
+    rows = np.repeat((scales * 255).astype(np.uint8), 100, axis=0)
+    samples = np.concatenate([np.asarray(pages[-1]), rows])
     palette = Image.fromarray(samples).quantize(256)
     first, *rest = [page.quantize(palette=palette, dither=Image.Dither.NONE) for page in pages]
     animation = io.BytesIO()
@@ -271,6 +241,10 @@ def _pick(frames_TCHW: Frames, times: Sequence[int]) -> list[NDArray[Any] | None
 
 def _image(frame_CHW: Frames) -> NDArray[Any]:
     """Grey [H, W] or RGB [H, W, 3] in [0, 1]."""
+    if len(frame_CHW) not in (1, 3):
+        raise ValueError(
+            f"Only grey (1) and RGB (3 channels) frames can be drawn, not {len(frame_CHW)}."
+        )
     clipped = np.clip(frame_CHW, 0, 1)
     return clipped[0] if len(clipped) == 1 else clipped.transpose(1, 2, 0)
 

@@ -20,7 +20,8 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, ScalarForm
 
 SCREEN_DPI = 160
 FONT_POINTS = 9.0
-_LETTER_INCHES = 0.62 * FONT_POINTS / 72
+_LETTER_INCHES = 0.57 * FONT_POINTS / 72
+_WIDTH_INCHES, _HEIGHT_INCHES = 4.8, 3.0
 """Width of an average letter, to leave room for labels."""
 
 
@@ -62,8 +63,24 @@ class Curve:
     label: str
     x: Sequence[float]
     y: Sequence[float]
-    is_reference: bool = False
-    """Drawn grey and dashed, and without a colour of its own."""
+    series: int | None = None
+    """Index of its colour; None draws a reference, grey and dashed."""
+
+    def colour(self, theme: Theme) -> str:
+        """The curve's colour in a theme."""
+        return theme.muted if self.series is None else theme.colour(self.series)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Interval:
+    """One row of an interval chart."""
+
+    label: str
+    mean: float
+    low: float
+    high: float
+    series: int
+    """Index of its colour."""
 
 
 def learning_curves(curves: Sequence[Curve], *, theme: Theme = LIGHT) -> Figure:
@@ -76,7 +93,7 @@ def learning_curves(curves: Sequence[Curve], *, theme: Theme = LIGHT) -> Figure:
     return _line_chart(
         curves,
         x_label="training step",
-        title="MSE per frame, lower is better" + (" (logarithmic scale)" if log_y else ""),
+        title=f"Validation MSE per frame{' (log scale)' if log_y else ''}, lower is better",
         log_y=log_y,
         theme=theme,
     )
@@ -89,9 +106,43 @@ def lead_time_curves(
     return _line_chart(
         curves,
         x_label="lead time [frames]",
-        title=f"{metric_label}, {'higher' if higher_is_better else 'lower'} is better",
+        title=f"{metric_label} by lead time, {'higher' if higher_is_better else 'lower'} is better",
         theme=theme,
     )
+
+
+def interval_chart(intervals: Sequence[Interval], *, title: str, theme: Theme = LIGHT) -> Figure:
+    """A dot and its confidence interval per row, around a line at zero.
+
+    Args:
+        intervals: top to bottom.
+        title: what is shown, with its unit.
+        theme: colours.
+    """
+    if not intervals:
+        raise ValueError("An interval chart needs at least one interval.")
+    width, height = _WIDTH_INCHES, 0.95 + 0.34 * len(intervals)
+    label_inches = _LETTER_INCHES * max(len(row.label) for row in intervals) + 0.25
+    figure = Figure(figsize=(width, height), facecolor=theme.background)
+    axes = figure.add_axes(
+        (label_inches / width, 0.5 / height, 0.96 - label_inches / width, 1 - 0.9 / height)
+    )
+    _strip_axes(axes, theme)
+    axes.grid(visible=False)
+    axes.axvline(0, color=theme.muted, linewidth=1.0)
+    for i, row in enumerate(intervals):
+        colour = theme.colour(row.series)
+        axes.plot((row.low, row.high), (i, i), color=colour, linewidth=2.2)
+        axes.plot(row.mean, i, "o", color=colour, markersize=6)
+    axes.set_yticks(range(len(intervals)), [row.label for row in intervals])
+    for row, label in zip(intervals, axes.get_yticklabels(), strict=True):
+        label.set_color(theme.colour(row.series))
+    axes.set_ylim(len(intervals) - 0.5, -0.5)
+    axes.margins(x=0.12)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=6))
+    figure.text(0.1 / width, 1 - 0.2 / height, title, color=theme.ink, va="center",
+                fontsize=FONT_POINTS + 1)  # fmt: skip
+    return figure
 
 
 def write_figure(figure: Figure, path: Path) -> None:
@@ -117,7 +168,7 @@ def _line_chart(
     if not curves or not all(len(curve.x) for curve in curves):
         raise ValueError("A chart needs at least one curve, and every curve at least one point.")
     label_inches = _LETTER_INCHES * max(len(curve.label) for curve in curves) + 0.25
-    width, height = 5.6, 3.2
+    width, height = _WIDTH_INCHES, _HEIGHT_INCHES
     figure = Figure(figsize=(width, height), facecolor=theme.background)
     axes = figure.add_axes(
         (0.5 / width, 0.5 / height, 1 - (0.5 + label_inches) / width, 1 - 0.9 / height)
@@ -126,14 +177,14 @@ def _line_chart(
     axes.set_title(title, loc="left", x=-0.4 / (width - 0.5 - label_inches), color=theme.ink,
                    fontsize=FONT_POINTS + 1, pad=9)  # fmt: skip
     axes.set_xlabel(x_label, color=theme.muted, fontsize=FONT_POINTS)
-    colours = _curve_colours(curves, theme)
-    for curve, colour in zip(curves, colours, strict=True):
+    for curve in curves:
+        is_reference = curve.series is None
         axes.plot(
             curve.x,
             curve.y,
-            color=colour,
-            linewidth=1.3 if curve.is_reference else 1.9,
-            linestyle=(0, (4, 3)) if curve.is_reference else "-",
+            color=curve.colour(theme),
+            linewidth=1.3 if is_reference else 1.9,
+            linestyle=(0, (4, 3)) if is_reference else "-",
             marker="o" if len(curve.x) == 1 else None,
             markersize=4,
         )
@@ -146,8 +197,9 @@ def _line_chart(
         axes.tick_params(which="minor", length=0)
     else:
         axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
-    _name_lines(axes, curves, colours)
+    few_steps = max(curve.x[-1] for curve in curves) <= 12
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=12 if few_steps else 5, integer=True))
+    _name_lines(axes, curves, theme)
     return figure
 
 
@@ -162,13 +214,7 @@ def _strip_axes(axes: Axes, theme: Theme) -> None:
     axes.tick_params(colors=theme.muted, labelsize=FONT_POINTS, length=0, pad=5)
 
 
-def _curve_colours(curves: Sequence[Curve], theme: Theme) -> list[str]:
-    """Series colours in order; references are grey and use up none."""
-    own = iter(range(len(curves)))
-    return [theme.muted if curve.is_reference else theme.colour(next(own)) for curve in curves]
-
-
-def _name_lines(axes: Axes, curves: Sequence[Curve], colours: Sequence[str]) -> None:
+def _name_lines(axes: Axes, curves: Sequence[Curve], theme: Theme) -> None:
     """Write each curve's label beside its last point, moved apart where they would overlap."""
     axes.autoscale_view()  # fixes the limits, which transData needs
     ends = [axes.transData.transform((curve.x[-1], curve.y[-1]))[1] for curve in curves]
@@ -182,11 +228,11 @@ def _name_lines(axes: Axes, curves: Sequence[Curve], colours: Sequence[str]) -> 
             xytext=(1.03, (place - axes.bbox.y0) / axes.bbox.height),
             textcoords="axes fraction",
             va="center",
-            color=colours[i],
+            color=curves[i].colour(theme),
             fontsize=FONT_POINTS,
             annotation_clip=False,
             arrowprops={
-                "arrowstyle": "-", "color": colours[i], "linewidth": 0.6,
+                "arrowstyle": "-", "color": curves[i].colour(theme), "linewidth": 0.6,
                 "shrinkA": 2, "shrinkB": 1, "relpos": (0, 0.5),
             },
         )  # fmt: skip

@@ -23,6 +23,7 @@ from torch import Tensor
 from tmu_dist.collectives import Collectives
 from tmu_dist.config import WindowConfig
 from tmu_dist.data.loader import Batch
+from tmu_dist.data.manifest import Manifest
 from tmu_dist.data.transforms import to_unit_interval
 from tmu_dist.evaluation.baselines import persistence
 from tmu_dist.evaluation.metrics import METRIC_NAMES, SampleRows, Scores, ScoreTable, SSIMMode
@@ -40,6 +41,7 @@ from tmu_dist.evaluation.result import (
 )
 from tmu_dist.models.build import count_parameters
 from tmu_dist.models.rollout import Predictor, Rollout
+from tmu_dist.teachers.card import TeacherCard
 from tmu_dist.teachers.store import LoadedModel
 
 
@@ -214,6 +216,34 @@ def evaluate(
         ),
         per_sequence=forecasts,
     )
+
+
+def check_archive_fits(card: TeacherCard, manifest: Manifest) -> None:
+    """Refuse an archive whose frames are not what the model was made for.
+
+    Raises:
+        ValueError: other channels, frame size (where the network is tied to one), units or
+            missing pixels; names what the model has and what the archive has.
+    """
+    mine = (card.frame.channels, card.frame.height, card.frame.width)
+    theirs = (manifest.channels, manifest.height, manifest.width)
+    is_tied_to_size = "full" in (card.model.norm_affine, card.model.peephole)
+    if mine[0] != theirs[0] or (is_tied_to_size and mine != theirs):
+        raise ValueError(
+            f"{card.name} was made for frames of channels x height x width = "
+            f"{'x'.join(map(str, mine))}, but {manifest.name} has {'x'.join(map(str, theirs))}: "
+            "evaluate on an archive of that shape."
+        )
+    if card.data.units != manifest.units:
+        raise ValueError(
+            f"{card.name} learned numbers that mean {card.data.units}, but in {manifest.name} "
+            f"they mean {manifest.units}: prepare the archive with the model's units."
+        )
+    if manifest.units.missing_code is not None:
+        raise ValueError(
+            f"{manifest.name} marks missing pixels (code {manifest.units.missing_code}), which "
+            "these scores would count as observed: evaluate on an archive without missing pixels."
+        )
 
 
 def window_frames(frames_BTCHW: Tensor, window: WindowConfig) -> Tensor:

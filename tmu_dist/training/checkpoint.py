@@ -11,6 +11,7 @@ written under another name and renamed when it is whole. The weights that the ru
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import random
@@ -21,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from tmu_dist.config import RunConfig, from_dict, resume_conflicts, to_json
 from tmu_dist.files import atomic_directory
@@ -52,24 +54,29 @@ class Progress:
 
 
 def rng_state() -> dict[str, Any]:
-    """This rank's random generators, as tensors and plain numbers."""
-    kind, keys, position, has_gauss, cached = np.random.get_state()  # noqa: NPY002
+    """This rank's random generators, as plain bytes and numbers."""
+    kind, keys, *rest = np.random.get_state()  # noqa: NPY002
     version, words, gauss = random.getstate()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     return {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        "numpy": [kind, torch.from_numpy(np.asarray(keys).copy()), position, has_gauss, cached],
+        "torch": torch.get_rng_state().numpy().tobytes(),
+        "cuda": [state.numpy().tobytes() for state in cuda],
+        "numpy": [kind, np.asarray(keys).tobytes(), *rest],
         "python": [version, list(words), gauss],
     }
 
 
 def set_rng_state(state: dict[str, Any]) -> None:
     """Continue the random generators where `rng_state` left them."""
-    torch.set_rng_state(state["torch"])
+
+    def tensor(content: bytes) -> Tensor:
+        return torch.frombuffer(bytearray(content), dtype=torch.uint8)
+
+    torch.set_rng_state(tensor(state["torch"]))
     if state["cuda"] and torch.cuda.device_count() == len(state["cuda"]):
-        torch.cuda.set_rng_state_all(state["cuda"])
-    kind, keys, position, has_gauss, cached = state["numpy"]
-    np.random.set_state((kind, keys.numpy(), position, has_gauss, cached))  # noqa: NPY002
+        torch.cuda.set_rng_state_all([tensor(content) for content in state["cuda"]])
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, np.frombuffer(keys, np.uint32), *rest))  # noqa: NPY002
     version, words, gauss = state["python"]
     random.setstate((version, tuple(words), gauss))
 
@@ -129,7 +136,10 @@ class CheckpointStore:
                 "rng_by_rank": rng_by_rank,
                 "identity": self.identity,
             }
-            torch.save(state, staging / STATE_FILE)
+            # Through memory: torch's own file writer does not report a full disk as an OSError.
+            buffer = io.BytesIO()
+            torch.save(state, buffer)
+            (staging / STATE_FILE).write_bytes(buffer.getbuffer())
         for old in sorted((self.run / "checkpoints").glob("step-*"))[: -self.keep]:
             shutil.rmtree(old)
         return folder

@@ -1,0 +1,89 @@
+"""Fixtures shared by all tests: one tiny archive of real digits, and a config that fits it."""
+
+from __future__ import annotations
+
+import os
+
+# Tests run side by side with others on few cores; one thread each also makes sums reproducible.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from data_prep.moving_mnist import MovingMNISTConfig, write_moving_mnist
+from tmu_dist.config import (
+    DataConfig,
+    LaunchConfig,
+    ModelConfig,
+    RunConfig,
+    ScheduleConfig,
+    TrainingConfig,
+    WindowConfig,
+)
+
+torch.set_num_threads(1)
+
+TINY_MODEL = ModelConfig(num_layers=2, hidden_channels=4, kernel_size=3, patch_size=4)
+
+
+@pytest.fixture(scope="session")
+def archive_url(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Sequences of 6 frames of 16x16 pixels: 22 for training, 5 each to validate and test."""
+    url = str(tmp_path_factory.mktemp("archives") / "tiny")
+    settings = MovingMNISTConfig(
+        digits=2,
+        train=22,
+        val=5,
+        test=5,
+        frames=6,
+        frame_size=16,
+        digit_size=7,
+        speed=(1.0, 2.0),
+        samples_per_shard=8,
+    )
+    write_moving_mnist(settings, url, workers=1, show_progress=False)
+    return url
+
+
+@pytest.fixture
+def tiny_config(archive_url: str, tmp_path: Path) -> RunConfig:
+    """A run of 7 steps that takes about a second in this process."""
+    return RunConfig(
+        output=str(tmp_path / "run"),
+        window=WindowConfig(num_input_frames=3, num_target_frames=3),
+        data=DataConfig(url=archive_url),
+        model=TINY_MODEL,
+        training=TrainingConfig(num_steps=7, batch_size=4, sampling_stop_step=10),
+        schedule=ScheduleConfig(log_every=1, validate_every=3, checkpoint_every=2),
+        launch=LaunchConfig(launcher="local"),
+    )
+
+
+@pytest.fixture(scope="session")
+def teacher_runs(archive_url: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """Two trained (a little) teachers that fit `tiny_config`."""
+    from tmu_dist.training.launch import launch
+
+    folder = tmp_path_factory.mktemp("teachers")
+    runs = []
+    for seed in (1, 2):
+        config = RunConfig(
+            output=str(folder / f"teacher-{seed}"),
+            window=WindowConfig(num_input_frames=3, num_target_frames=3),
+            data=DataConfig(url=archive_url),
+            model=TINY_MODEL,
+            training=TrainingConfig(num_steps=2, batch_size=4, seed=seed),
+            launch=LaunchConfig(launcher="local"),
+        )
+        runs.append(launch(config).run)
+    return runs[0], runs[1]
+
+
+@pytest.fixture
+def tmu_config(tiny_config: RunConfig, teacher_runs: tuple[str, str]) -> RunConfig:
+    """`tiny_config` with memory transfer from both teachers."""
+    transfer = replace(tiny_config.transfer, method="tmu", teachers=teacher_runs)
+    return replace(tiny_config, transfer=transfer)

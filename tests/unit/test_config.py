@@ -1,0 +1,135 @@
+"""Settings: one path to change them, and errors that say which one to change."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tmu_dist.config import (
+    ConfigError,
+    RunConfig,
+    from_dict,
+    load_overrides,
+    resume_conflicts,
+    with_overrides,
+)
+from tmu_dist.recipes import RECIPES, get_recipe
+from tmu_dist.train import parse_command
+
+
+def test_dotted_overrides_change_one_field() -> None:
+    config = with_overrides(RunConfig(), {"training.learning_rate": "3e-4", "output": "there"})
+    assert config.training.learning_rate == 3e-4
+    assert config.output == "there"
+    assert config.model == RunConfig().model
+
+
+def test_settings_that_belong_together_may_come_in_any_order() -> None:
+    for order in (1, -1):
+        pair = [("transfer.teachers", ["a", "b"]), ("transfer.method", "tmu")][::order]
+        transfer = with_overrides(RunConfig(), dict(pair)).transfer
+        assert transfer.teachers == ("a", "b")
+        assert transfer.num_tmu_slots == 2
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"training.learning_rte": 1}, "Did you mean 'training.learning_rate'"),
+        ({"trainig.seed": 1}, "Did you mean 'training'"),
+        ({"training.seed": "many"}, "training.seed='many': .*integer"),
+        ({"training": 3}, "'training' is a section"),
+        ({"transfer.method": "magic"}, "'scratch', 'finetune', 'tmu'"),
+        ({"transfer.method": "tmu"}, "at least one teacher"),
+        ({"transfer.teachers": ["a"]}, "uses no teachers"),
+        ({"transfer.method": "finetune", "transfer.teachers": ["a", "b"]}, "exactly one teacher"),
+        ({"transfer.num_slots": 2}, "only has an effect with transfer.method=tmu_scratch"),
+        ({"transfer.tmu.layers": [4]}, "from 0 to 3"),
+        ({"model.kernel_size": 4}, "must be odd"),
+        ({"data.fraction": 0}, r"must lie in \(0, 1\]"),
+        ({"launch.launcher": "local", "launch.num_workers": 2}, "no|only has an effect"),
+    ],
+)
+def test_nonsense_is_refused_with_the_way_out(overrides: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        with_overrides(RunConfig(), overrides)
+
+
+def test_saved_config_comes_back_equal() -> None:
+    config = with_overrides(
+        RunConfig(),
+        {"transfer.method": "tmu", "transfer.teachers": ["a"], "transfer.tmu.layers": [1]},
+    )
+    assert from_dict(asdict(config)) == config
+
+
+def test_yaml_files_are_partial_overrides(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("training:\n  seed: 3\nmodel.num_layers: 2\n")
+    config = with_overrides(RunConfig(), load_overrides(file))
+    assert (config.training.seed, config.model.num_layers) == (3, 2)
+    file.write_text("training: [")
+    with pytest.raises(ConfigError, match="not valid YAML"):
+        load_overrides(file)
+    with pytest.raises(ConfigError, match="does not exist"):
+        load_overrides(tmp_path / "none.yaml")
+
+
+def test_what_may_change_between_starts() -> None:
+    saved = RunConfig()
+    moved = with_overrides(
+        saved, {"data.url": "s3://elsewhere", "launch.max_failures": 0, "training.num_steps": 1}
+    )
+    assert resume_conflicts(saved, moved) == []
+    other = replace(saved, training=replace(saved.training, learning_rate=0.1))
+    (line,) = resume_conflicts(saved, other)
+    assert "training.learning_rate" in line and "0.001" in line and "0.1" in line
+
+
+def test_every_recipe_is_valid_and_knows_how_to_make_what_it_needs() -> None:
+    for name in RECIPES:
+        recipe = get_recipe(name)
+        assert recipe.config.data.url in recipe.archives
+        assert set(recipe.config.transfer.teachers) == recipe.teachers.keys()
+        for folder, teacher in recipe.teachers.items():
+            assert get_recipe(teacher).config.output == folder
+    with pytest.raises(ConfigError, match="Did you mean 'digits-tmu'"):
+        get_recipe("digit-tmu")
+
+
+def test_paper_recipe_is_the_paper() -> None:
+    config = get_recipe("paper-digits-tmu").config
+    assert config.model.num_layers == 4 and config.model.hidden_channels == 64
+    assert config.training.num_steps == 80_000 and config.training.batch_size == 8
+    assert config.training.learning_rate == 1e-3 and config.transfer.beta == 0.1
+    assert config.window.num_input_frames == config.window.num_target_frames == 10
+
+
+def test_command_line_wins_over_file_over_recipe(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("training: {seed: 3, batch_size: 6}\n")
+    words = f"--recipe digits-scratch --config {file} --training.seed 4 --launcher local"
+    recipe = parse_command(words.split())
+    assert recipe.config.training.seed == 4
+    assert recipe.config.training.batch_size == 6
+    assert (
+        recipe.config.training.num_steps == get_recipe("digits-scratch").config.training.num_steps
+    )
+    assert recipe.config.launch.launcher == "local"
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["--recipe nothing", "--config none.yaml", "--training.sed 4", "--launcher cloud"],
+)
+def test_wrong_commands_end_with_code_2_and_say_why(
+    words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as leaving:
+        parse_command(words.split())
+    assert leaving.value.code == 2
+    shown = capsys.readouterr()
+    assert words.split()[-1].lstrip("-") in shown.err + shown.out

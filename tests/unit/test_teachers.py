@@ -1,0 +1,133 @@
+"""Teachers: what is stored comes back, and what is missing, damaged or unfit is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.conftest import TINY_MODEL
+from tmu_dist.config import ModelConfig, RunConfig
+from tmu_dist.data.storage import write_bytes
+from tmu_dist.teachers.card import TeacherError, check_fits
+from tmu_dist.teachers.store import load_card, load_model, locate
+from tmu_dist.training.launch import launch
+from tmu_dist.zoo import add_teacher, list_cards, main
+
+
+def test_run_checkpoint_and_zoo_give_the_same_network(
+    teacher_runs: tuple[str, str], tmp_path: Path
+) -> None:
+    run = teacher_runs[0]
+    folder = add_teacher(run, tmp_path / "zoo", name="first")
+    (checkpoint,) = Path(run, "checkpoints").iterdir()
+    states = [load_model(str(s)).model.state_dict() for s in (run, folder, checkpoint)]
+    for state in states[1:]:
+        assert all(torch.equal(state[name], states[0][name]) for name in states[0])
+    assert [card.name for card in list_cards(tmp_path / "zoo")] == ["first"]
+    loaded = load_model(run)
+    assert not loaded.model.training
+    assert not any(p.requires_grad for p in loaded.model.parameters())
+    assert loaded.card.scores["mse_per_frame"] > 0
+
+
+def test_teacher_from_a_url(teacher_runs: tuple[str, str]) -> None:
+    folder = Path(locate(teacher_runs[0]))
+    for file in folder.iterdir():
+        write_bytes("memory://zoo/first", file.name, file.read_bytes())
+    here, there = load_model(teacher_runs[0]), load_model("memory://zoo/first")
+    assert here.card == there.card
+
+
+def test_zoo_commands(
+    teacher_runs: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    zoo = ["--zoo", str(tmp_path / "zoo")]
+    main([*zoo, "add", teacher_runs[0], "--name", "first"])
+    main([*zoo, "list"])
+    main([*zoo, "show", "first"])
+    shown = capsys.readouterr().out
+    assert "1 teacher(s)" in shown and '"weights_sha256"' in shown
+    with pytest.raises(SystemExit) as leaving:
+        main([*zoo, "add", teacher_runs[1], "--name", "first"])
+    assert leaving.value.code == 2
+    assert "already has" in capsys.readouterr().err
+
+
+def test_damage_is_named(teacher_runs: tuple[str, str], tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(locate(teacher_runs[0]), folder)
+    weights = folder / "weights.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(TeacherError, match=r"weights.safetensors is damaged"):
+        load_model(str(folder))
+    weights.write_bytes(content[:-10])
+    with pytest.raises(TeacherError, match=r"weights.safetensors is damaged"):
+        load_model(str(folder))
+    weights.unlink()
+    with pytest.raises(TeacherError, match=r"holds no weights.safetensors"):
+        load_model(str(folder))
+    card = json.loads((folder / "card.json").read_text())
+    (folder / "card.json").write_text(json.dumps({**card, "schema_version": 99}))
+    with pytest.raises(TeacherError, match="schema version 99"):
+        load_card(str(folder))
+    (folder / "card.json").write_text("{}")
+    with pytest.raises(TeacherError, match="not a valid teacher card"):
+        load_card(str(folder))
+    with pytest.raises(TeacherError, match="does not exist"):
+        load_model(str(tmp_path / "nothing"))
+    with pytest.raises(TeacherError, match="neither card.json"):
+        load_model(str(tmp_path))
+
+
+def test_a_teacher_must_fit(teacher_runs: tuple[str, str]) -> None:
+    card = load_card(teacher_runs[0])
+    check_fits(card, frame=card.frame, model=TINY_MODEL, data=card.data)
+    other = ModelConfig(num_layers=3, hidden_channels=8, kernel_size=3, patch_size=2)
+    units = replace(card.data.units, quantity="rain rate", unit="mm/h")
+    with pytest.raises(TeacherError) as refusal:
+        check_fits(
+            card,
+            frame=replace(card.frame, width=24),
+            model=other,
+            data=replace(card.data, units=units, frame_interval_minutes=5.0),
+        )
+    for part in (
+        "hidden channels: teacher 4, student 8",
+        "layers: teacher 2, student 3",
+        "patch size: teacher 4, student 2",
+        "memory grid: teacher 4x4, student 8x12",
+        "frames: teacher 1x16x16, student 1x16x24",
+        "mm/h",
+        "frame interval [min]: teacher None, student 5.0",
+    ):
+        assert part in str(refusal.value)
+
+
+def test_training_refuses_an_unfit_teacher_before_it_starts(tmu_config: RunConfig) -> None:
+    config = replace(tmu_config, model=replace(TINY_MODEL, hidden_channels=6))
+    with pytest.raises(TeacherError, match="hidden channels: teacher 4, student 6"):
+        launch(config)
+    assert not Path(config.output).exists()
+
+
+def test_finetune_starts_at_the_teacher_and_refuses_a_partial_match(
+    tiny_config: RunConfig, teacher_runs: tuple[str, str]
+) -> None:
+    transfer = replace(tiny_config.transfer, method="finetune", teachers=teacher_runs[:1])
+    config = replace(tiny_config, transfer=transfer)
+    # A step of vanishing length leaves the start where it was.
+    still = replace(config, training=replace(config.training, num_steps=1, learning_rate=1e-30))
+    student = load_model(launch(still).run).model.state_dict()
+    start = load_model(teacher_runs[0]).model.state_dict()
+    assert all(torch.equal(student[name], start[name]) for name in start)
+
+    other = replace(config, model=replace(TINY_MODEL, peephole="none"), output=config.output + "2")
+    with pytest.raises(TeacherError, match=r"2 of \d+ tensors differ|peepholes is unknown"):
+        launch(other)

@@ -1,0 +1,93 @@
+"""Single sequences and what models make of them, as arrays.
+
+Deliberately not here: drawing them (`pictures`), scoring a split (`runner`).
+
+Shape letters: T time, C channels, H height, W width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from tmu_dist.data.archive import Archive
+from tmu_dist.data.transforms import to_unit_interval
+from tmu_dist.teachers.store import LoadedModel
+
+Frames = NDArray[np.floating[Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Example:
+    """One sequence and what models made of it; all frames nominally in [0, 1]."""
+
+    sample_id: int
+    inputs_TCHW: Frames
+    truth_TCHW: Frames
+    """True target frames; fewer than forecast where the forecast runs beyond the archive."""
+    forecasts_TCHW: Mapping[str, Frames]
+    """By label of the model; at least one, all of one length."""
+
+    def __post_init__(self) -> None:
+        lengths = {len(frames) for frames in self.forecasts_TCHW.values()}
+        if len(lengths) != 1:
+            raise ValueError(
+                f"An example needs forecasts of one length, got {sorted(lengths)} frames of "
+                f"{list(self.forecasts_TCHW)}."
+            )
+
+    @property
+    def num_target_frames(self) -> int:
+        """Length of the forecasts."""
+        return len(next(iter(self.forecasts_TCHW.values())))
+
+
+def predict_example(
+    models: Mapping[str, LoadedModel],
+    archive: Archive,
+    split: str,
+    sample_id: int,
+    *,
+    device: torch.device,
+    num_frames: int | None = None,
+) -> Example:
+    """Let models continue one sequence, closed-loop.
+
+    Args:
+        models: by label, on `device`; all watch equally many input frames.
+        archive: where the sequence lies.
+        split: "train", "val" or "test".
+        sample_id: position in the split.
+        device: where to predict.
+        num_frames: input and predicted frames together, of any length; None: the models' window.
+
+    Raises:
+        ValueError: no such sample, models with different windows, or a `num_frames` that leaves
+            nothing to predict.
+    """
+    windows = {loaded.card.window for loaded in models.values()}
+    if len(windows) != 1:
+        raise ValueError(
+            f"Models of one example must have one window, got {sorted(map(str, windows))}."
+        )
+    window = windows.pop()
+    num_inputs, total = window.num_input_frames, num_frames or window.num_frames
+    stored_BTCHW = torch.from_numpy(archive.read(split, [sample_id]))
+    frames_BTCHW = to_unit_interval(stored_BTCHW)[:, :total]
+    inputs_BTCHW = frames_BTCHW[:, :num_inputs].to(device)
+    forecasts = {}
+    with torch.inference_mode():
+        for label, loaded in models.items():
+            rollout = loaded.model(inputs_BTCHW, num_input_frames=num_inputs, num_frames=total)
+            forecasts[label] = rollout.predictions_BTCHW[0, num_inputs - 1 :].cpu().numpy()
+    return Example(
+        sample_id=sample_id,
+        inputs_TCHW=frames_BTCHW[0, :num_inputs].numpy(),
+        truth_TCHW=frames_BTCHW[0, num_inputs:].numpy(),
+        forecasts_TCHW=forecasts,
+    )

@@ -1,0 +1,369 @@
+"""Figures of one evaluation, and one page that compares several.
+
+Every number stands beside persistence and beside its definition. Results are shown as they came:
+nothing here chooses, hides or leaves out a run.
+
+Deliberately not here: HTML and style (`page`), drawing (`plots`, `pictures`), statistics
+(`comparison`), text for the terminal (`terminal`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from tmu_dist.evaluation.comparison import (
+    RunEntry,
+    check_comparable,
+    difference_from,
+    read_learning_curve,
+)
+from tmu_dist.evaluation.examples import Example
+from tmu_dist.evaluation.metrics import select_metrics
+from tmu_dist.evaluation.page import (
+    Cell,
+    Html,
+    Page,
+    Row,
+    bullet_list,
+    definition_list,
+    element,
+    picture,
+    table,
+)
+from tmu_dist.evaluation.pictures import prediction_strip
+from tmu_dist.evaluation.plots import (
+    LIGHT,
+    Curve,
+    Interval,
+    Theme,
+    interval_chart,
+    lead_time_curves,
+    learning_curves,
+    write_figure,
+)
+from tmu_dist.evaluation.result import MODEL, PERSISTENCE, EvaluationResult
+from tmu_dist.evaluation.wording import (
+    format_count,
+    format_difference,
+    format_score,
+    format_seconds,
+)
+from tmu_dist.files import atomic_write_text
+
+_METRICS = select_metrics()
+_TABLE_METRICS = ("mse_per_frame", "mae_per_frame", "ssim", "psnr_db")
+_CHART_METRICS = ("mse_per_frame", "ssim", "mae_per_frame")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PageSettings:
+    """What a comparison page says beside the numbers."""
+
+    title: str
+    summary: str
+    """What was done, in one or two sentences."""
+    command: str
+    """The command that made the page."""
+    created: str
+    """Date and time, as it is to be printed."""
+    git_revision: str
+    reference_label: str | None = "scratch"
+    """The run that others are compared with, sequence by sequence; None leaves that out."""
+    notes: tuple[str, ...] = ()
+    """Further honest notes, a sentence or two each."""
+    repeat_commands: tuple[str, ...] = ()
+    """Commands that repeat the comparison by hand."""
+
+
+def write_figures(result: EvaluationResult, folder: Path) -> list[Path]:
+    """Draw model and persistence against lead time, one PNG per charted metric."""
+    folder.mkdir(parents=True, exist_ok=True)
+    entries = [RunEntry(label=result.model.name, result=result)]
+    paths = [folder / f"lead_time_{name}.png" for name in _CHART_METRICS]
+    for name, path in zip(_CHART_METRICS, paths, strict=True):
+        write_figure(_lead_time_chart(name, entries, LIGHT), path)
+    return paths
+
+
+def write_comparison_page(
+    path: Path,
+    entries: Sequence[RunEntry],
+    settings: PageSettings,
+    *,
+    examples: Sequence[Example] = (),
+) -> None:
+    """Write one self-contained HTML page that compares evaluated runs.
+
+    Args:
+        path: the file; it appears whole or not at all.
+        entries: runs evaluated on the same sequences, in the order of the table.
+        settings: what the page says beside the numbers.
+        examples: sequences with forecasts of these runs, under the same labels in the same order.
+
+    Raises:
+        ValueError: runs that cannot be compared, an unknown reference, or a broken log.
+    """
+    check_comparable(entries)
+    page = Page(title=settings.title)
+    page.add(*_header(entries, settings), *_scores(entries))
+    if settings.reference_label is not None and len(entries) > 1:
+        page.add(*_paired_differences(entries, settings.reference_label))
+    page.add(*_curves(entries), *_gates(entries), *_examples(examples))
+    page.add(*_notes(entries, settings), *_definitions(entries), *_repeat(settings))
+    atomic_write_text(path, page.render())
+
+
+def _header(entries: Sequence[RunEntry], settings: PageSettings) -> list[Html]:
+    result = entries[0].result
+    data, model = result.data, result.model
+    facts = [
+        ("Made", f"{settings.created}, git revision {settings.git_revision}"),
+        ("Command", settings.command),
+        ("Task", f"{model.num_input_frames} frames in, {model.num_target_frames} predicted"),
+        ("Evaluated on", f"{data.split} split of {data.url}: {data.num_sequences:,} sequences "
+                         f"(manifest {data.manifest_hash[:12]})"),
+        ("Seed", _seeds(entries)),
+        ("Machine", result.runtime.device),
+    ]  # fmt: skip
+    return [
+        element("h1", settings.title),
+        element("p", settings.summary, css="lead"),
+        definition_list(facts, css="facts"),
+    ]
+
+
+def _seeds(entries: Sequence[RunEntry]) -> str:
+    seeds = {entry.label: entry.result.model.seed for entry in entries}
+    if len(set(seeds.values())) == 1:
+        return f"{next(iter(seeds.values()))} in every run"
+    return ", ".join(f"{label}: {seed}" for label, seed in seeds.items())
+
+
+def _scores(entries: Sequence[RunEntry]) -> list[Html]:
+    """The paper's Table 1: persistence first, then every run; best values marked."""
+    persistence = entries[0].result.overall[PERSISTENCE]
+    scores = [persistence, *(entry.result.overall[MODEL] for entry in entries)]
+    names = [name for name in _TABLE_METRICS if name in persistence]
+    best = {
+        name: (max if _METRICS[name].higher_is_better else min)(score[name] for score in scores)
+        for name in names
+    }
+    cells = [
+        [Cell(format_score(n, score[n]), is_best=score[n] == best[n]) for n in names]
+        for score in scores
+    ]
+    rows = [Row("persistence", [*cells[0], *[Cell("–")] * 5, Cell("none", is_text=True)])]
+    for i, entry in enumerate(entries):
+        cost, runtime = entry.result.parameters, entry.result.runtime
+        trained = entry.training_seconds
+        costs = [
+            Cell(format_count(cost.train)),
+            Cell(format_count(cost.test)),
+            Cell(f"{runtime.ms_per_sequence_batch_1:.1f}"),
+            Cell(f"{runtime.ms_per_sequence_batch_8:.1f}"),
+            Cell("–" if trained is None else format_seconds(trained)),
+        ]
+        teachers = Cell(", ".join(entry.result.model.teachers) or "none", is_text=True)
+        rows.append(Row(entry.label, [*cells[i + 1], *costs, teachers], series=i))
+    arrows = {name: "↑" if _METRICS[name].higher_is_better else "↓" for name in names}
+    headings = [
+        "Method",
+        *(f"{_METRICS[name].label}\u00a0{arrows[name]}" for name in names),
+        "Weights, train",
+        "Weights, test",
+        "ms/seq., alone",
+        "ms/seq., by 8",
+        "Training",
+        "Teachers",
+    ]
+    caption = (
+        "↓ lower is better, ↑ higher is better; the best value of a column is marked. How each "
+        "number is defined stands below."
+    )
+    return [element("h2", "Scores and cost"), table(headings, rows, caption=caption)]
+
+
+def _paired_differences(entries: Sequence[RunEntry], reference_label: str) -> list[Html]:
+    """Each run minus the reference on the same sequences, as intervals and in words."""
+    by_label = {entry.label: entry for entry in entries}
+    if reference_label not in by_label:
+        raise ValueError(
+            f"reference_label={reference_label!r} is none of the runs {list(by_label)}: name one "
+            "of them, or None to leave out the paired comparison."
+        )
+    reference = by_label[reference_label]
+    rows, intervals = [], []
+    for i, entry in enumerate(entries):
+        if entry is reference:
+            continue
+        found = difference_from(reference, entry, "mse_per_frame")
+        rows.append(
+            Row(
+                entry.label,
+                [
+                    Cell(format_difference(found.mean)),
+                    Cell(f"{format_difference(found.low)} to {format_difference(found.high)}"),
+                    Cell(f"{found.fraction_lower:.0%}"),
+                ],
+                series=i,
+            )
+        )
+        intervals.append(
+            Interval(label=entry.label, mean=found.mean, low=found.low, high=found.high, series=i)
+        )
+
+    def draw(theme: Theme) -> Figure:
+        title = f"MSE per frame: method minus {reference_label}, lower is better"
+        return interval_chart(intervals, title=title, theme=theme)
+
+    headings = ["Method", "Mean difference", "95 % interval", "Sequences improved"]
+    return [
+        element("h2", f"Difference from {reference_label}, sequence by sequence"),
+        element(
+            "p",
+            f"The same {reference.result.data.num_sequences:,} sequences predicted by both: MSE "
+            f"per frame of the method minus that of {reference_label}. The interval is a "
+            "bootstrap over sequences (10,000 resamples). It covers the choice of sequences, not "
+            "the choice of a training seed.",
+        ),
+        element(
+            "div",
+            picture(draw, alt=f"Differences from {reference_label} with 95 % intervals"),
+            table(headings, rows),
+            css="charts",
+        ),
+    ]
+
+
+def _curves(entries: Sequence[RunEntry]) -> list[Html]:
+    """Learning curves of the runs that have a log, and every run against lead time."""
+    pictures = []
+    if any(entry.run_directory for entry in entries):
+        pictures.append(
+            picture(
+                partial(_learning_chart, entries),
+                alt="Validation MSE per frame against training step",
+            )
+        )
+    for name in _CHART_METRICS:
+        pictures.append(
+            picture(
+                partial(_lead_time_chart, name, entries),
+                alt=f"{_METRICS[name].label} against lead time",
+            )
+        )
+    heading = element("h2", "Learning curves and lead times")
+    return [heading, element("div", *pictures, css="charts")]
+
+
+def _learning_chart(entries: Sequence[RunEntry], theme: Theme) -> Figure:
+    curves, persistence, last_step = [], 0.0, 0
+    for i, entry in enumerate(entries):
+        if entry.run_directory is not None:
+            run = read_learning_curve(entry.run_directory)
+            curves.append(Curve(label=entry.label, x=run.steps, y=run.mse_per_frame, series=i))
+            persistence = run.persistence_mse_per_frame
+            last_step = max(last_step, run.steps[-1])
+    reference = Curve(label="persistence", x=(0, last_step), y=(persistence, persistence))
+    return learning_curves([reference, *curves], theme=theme)
+
+
+def _lead_time_chart(name: str, entries: Sequence[RunEntry], theme: Theme) -> Figure:
+    def curve(label: str, values: Sequence[float], series: int | None) -> Curve:
+        return Curve(label=label, x=range(1, len(values) + 1), y=values, series=series)
+
+    metric, first = _METRICS[name], entries[0].result
+    curves = [curve("persistence", first.per_lead_time[PERSISTENCE][name], None)]
+    for i, entry in enumerate(entries):
+        curves.append(curve(entry.label, entry.result.per_lead_time[MODEL][name], i))
+    return lead_time_curves(
+        curves, metric_label=metric.label, higher_is_better=metric.higher_is_better, theme=theme
+    )
+
+
+def _gates(entries: Sequence[RunEntry]) -> list[Html]:
+    """The paper's Table 5, per layer too."""
+    parts = []
+    for entry in entries:
+        gates = entry.result.gates
+        if gates is None:
+            continue
+        rows = [
+            Row(
+                teacher,
+                [
+                    *(Cell(f"{means_M[m]:.3f}", bar=means_M[m]) for means_M in gates.means_LM),
+                    Cell(f"{average:.3f}", bar=average),
+                ],
+            )
+            for m, (teacher, average) in enumerate(zip(gates.teachers, gates.per_teacher()))
+        ]
+        headings = ["Teacher", *(f"Layer {layer}" for layer in gates.layers), "All layers"]
+        parts += [element("h3", entry.label), table(headings, rows)]
+    if not parts:
+        return []
+    explanation = (
+        "How much of each teacher's imitated memory flows into the student's own: 0 is none, 1 is "
+        "all. Averages over test sequences, time, channels and pixels; layer 0 is the lowest."
+    )
+    return [element("h2", "Mean transfer gates"), element("p", explanation), *parts]
+
+
+def _examples(examples: Sequence[Example]) -> list[Html]:
+    if not examples:
+        return []
+    parts = [
+        element("h2", "Example predictions"),
+        element(
+            "p",
+            "Inputs, truth, and under it what each model predicted from the inputs alone. Errors "
+            "are prediction minus truth: blue is too dark, orange too bright.",
+        ),
+    ]
+    for example in examples:
+
+        def draw(theme: Theme, example: Example = example) -> Figure:
+            return prediction_strip(example, theme=theme)
+
+        what = f"Sequence {example.sample_id}"
+        shown = ", ".join(example.forecasts_TCHW)
+        parts += [
+            element("h3", what),
+            picture(draw, alt=f"{what}: input, truth, predictions of {shown}", is_photo=True),
+        ]
+    return parts
+
+
+def _notes(entries: Sequence[RunEntry], settings: PageSettings) -> list[Html]:
+    methods = {(entry.result.model.method, entry.result.model.teachers) for entry in entries}
+    notes = [
+        f"Scores are averages over all {entries[0].result.data.num_sequences:,} sequences.",
+        "Persistence repeats the last input frame and needs no training: a model is worth its "
+        "cost only where it beats it.",
+        *settings.notes,
+    ]
+    if len(methods) == len(entries):
+        notes.insert(
+            0,
+            "Every method was trained once. A single seed ranks nothing: repeat with several "
+            "seeds before concluding that one method is better than another.",
+        )
+    return [element("h2", "What this does and does not show"), bullet_list(notes)]
+
+
+def _definitions(entries: Sequence[RunEntry]) -> list[Html]:
+    texts = {name: text for entry in entries for name, text in entry.result.definitions.items()}
+    return [
+        element("h2", "How the numbers are defined"),
+        definition_list(list(texts.items()), css="terms"),
+    ]
+
+
+def _repeat(settings: PageSettings) -> list[Html]:
+    commands = settings.repeat_commands or (settings.command,)
+    return [element("h2", "How to repeat this"), element("pre", "\n".join(commands))]

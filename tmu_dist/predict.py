@@ -1,0 +1,82 @@
+"""Draw what a trained model predicts for chosen sequences.
+
+    python -m tmu_dist.predict RUN_OR_CHECKPOINT --data URL --samples 0 5 7 --out DIR
+
+Writes per sample a strip (PNG) and an animation (GIF) of truth, prediction and error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import tyro
+from rich.console import Console
+
+from tmu_dist.commands import command_errors
+from tmu_dist.data.loader import open_archive
+from tmu_dist.evaluation.examples import predict_example
+from tmu_dist.evaluation.pictures import prediction_strip, write_gif
+from tmu_dist.evaluation.plots import write_figure
+from tmu_dist.evaluation.runner import check_archive_fits
+from tmu_dist.teachers.store import load_model
+from tmu_dist.training.launch import pick_device
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point of `python -m tmu_dist.predict`."""
+    with command_errors():
+        tyro.cli(run, prog="python -m tmu_dist.predict", description=__doc__, args=arguments)
+
+
+def run(
+    model: tyro.conf.Positional[str],
+    *,
+    data: str,
+    samples: tuple[int, ...],
+    out: Path,
+    split: Literal["train", "val", "test"] = "test",
+    num_frames: int | None = None,
+    arrays: tyro.conf.FlagCreatePairsOff[bool] = False,
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+) -> None:
+    """Predict and draw.
+
+    Args:
+        model: run folder, checkpoint, teacher folder or URL.
+        data: folder or URL of the archive.
+        samples: positions of the sequences in the split.
+        out: folder for the pictures.
+        split: which part of the archive.
+        num_frames: inputs and predictions together, of any length; by default the model's window.
+        arrays: also write inputs, truth and prediction as npz, float32 in stored units / 255.
+        device: where to predict.
+    """
+    chosen_device = pick_device(device, local_rank=0)
+    loaded = load_model(model, device=chosen_device)
+    archive = open_archive(data)
+    check_archive_fits(loaded.card, archive.manifest)
+    label = loaded.card.name
+    out.mkdir(parents=True, exist_ok=True)
+    console = Console()
+    for sample_id in samples:
+        example = predict_example(
+            {label: loaded}, archive, split, sample_id, device=chosen_device, num_frames=num_frames
+        )
+        stem = f"{split}-{sample_id:06d}"
+        write_figure(prediction_strip(example), out / f"{stem}.png")
+        write_gif(out / f"{stem}.gif", example, label)
+        if arrays:
+            np.savez_compressed(
+                out / f"{stem}.npz",
+                inputs_TCHW=example.inputs_TCHW,
+                truth_TCHW=example.truth_TCHW,
+                prediction_TCHW=example.forecasts_TCHW[label],
+            )
+        console.print(str(out / stem) + ".*", markup=False, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    main()
