@@ -32,7 +32,7 @@ def moving_mnist(
     Args:
         out: folder or URL of the archive (s3://, gs://, az://, ...).
         workers: processes; one per core when left out. The bytes do not depend on it.
-        overwrite: replace an archive that was made with other arguments.
+        overwrite: replace whatever archive is there, also a damaged one.
     """
     manifest = write_moving_mnist(config, out, workers=workers, overwrite=overwrite)
     counts = ", ".join(f"{manifest.num_samples(split):,} {split}" for split in SPLITS)

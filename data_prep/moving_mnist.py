@@ -106,14 +106,14 @@ def write_moving_mnist(
     overwrite: bool = False,
     show_progress: bool = True,
 ) -> Manifest:
-    """Write a Moving MNIST archive; does nothing when it is already there, whole.
+    """Write a Moving MNIST archive; does nothing when it is already there, finished.
 
     Args:
         config: what to write.
         out_url: the archive's folder or URL.
         workers: processes; 1 works in this one, None takes one per core. The bytes are the same.
             More than one needs `if __name__ == "__main__"` in the calling script.
-        overwrite: replace an archive of other arguments.
+        overwrite: replace whatever archive is there, also one of the same arguments.
         show_progress: draw a progress bar on stderr.
 
     Returns:

@@ -64,7 +64,8 @@ def atomic_write_text(final: Path, text: str) -> None:
         _flush_to_disk(staging)
         staging.replace(final)
     except OSError as error:
-        staging.unlink(missing_ok=True)
+        if staging.exists():
+            staging.unlink()
         raise WriteError(
             f"Could not write {final}: {error.strerror or error}. {_remedy(final)}"
         ) from error

@@ -56,7 +56,7 @@ class Sample(NamedTuple):
 def encode_frames(frames_TCHW: NDArray[np.uint8]) -> bytes:
     """Return the stored form of a sample's frames: an npy file, compressed with zstd."""
     npy = io.BytesIO()
-    np.save(npy, frames_TCHW, allow_pickle=False)
+    np.save(npy, np.ascontiguousarray(frames_TCHW), allow_pickle=False)
     return zstandard.ZstdCompressor(level=_ZSTD_LEVEL).compress(npy.getvalue())
 
 
@@ -121,7 +121,7 @@ def prepare_archive(
     Args:
         url: where the archive will be.
         created_by: everything that determines its content, as the manifest will record it.
-        overwrite: replace an archive that was made with other arguments.
+        overwrite: replace whatever archive is there, also a damaged one.
 
     Returns:
         None when the shards and the manifest can now be written, or the manifest of the finished

@@ -142,6 +142,22 @@ def test_resuming_anywhere_continues_the_run(url):
             assert batch[3:] == expected[3:]
 
 
+@pytest.mark.parametrize("start", range(2 * NUM_TRAIN + 3))
+def test_any_position_is_a_place_to_start(url, start):
+    """Also between the batches of the run before, on any number of ranks."""
+    one_by_one = [
+        b.sample_ids_B.item() for b in take(train_loader(url, global_batch_size=1).stream(0), 70)
+    ]
+    streams = [train_loader(url, rank=rank, world_size=2).stream(start) for rank in range(2)]
+    for _ in range(3):
+        parts = [next(stream) for stream in streams]
+        end = min(start + 4, (start // NUM_TRAIN + 1) * NUM_TRAIN)
+        real = [i for i, weight in zip(*joined(parts), strict=True) if weight]
+        assert sorted(real) == sorted(one_by_one[start:end])
+        assert {part.consumed for part in parts} == {end}
+        start = end
+
+
 def test_resuming_with_another_world_size_and_batch_size_loses_nothing(url):
     done = take(train_loader(url).stream(0), 3)
     streams = [
@@ -237,7 +253,7 @@ def test_a_shard_truncated_while_it_is_open_is_named(own_url):
     archive.read("train", [8])
     path = Path(own_url) / "train/shard-000001.tar"
     path.write_bytes(path.read_bytes()[:2000])
-    with pytest.raises(ShardError, match=r"shard-000001\.tar, sample 4 at byte .* were altered"):
+    with pytest.raises(ShardError, match=r"shard-000001\.tar, sample 4 at byte .* has 2000 bytes"):
         archive.read("train", [12])
 
 

@@ -56,6 +56,8 @@ class Archive:
     """The samples of an archive by split and id. May be sent to other processes."""
 
     def __init__(self, url: str, manifest: Manifest) -> None:
+        self._files: dict[str, int] = {}  # open local shards
+        self._sized: set[str] = set()  # remote shards whose size is known to be right
         self.url = url
         self.manifest = manifest
         self._folder = storage.local_path(url)
@@ -63,8 +65,6 @@ class Archive:
             split: list(itertools.accumulate(shard.num_samples for shard in shards))
             for split, shards in manifest.splits.items()
         }
-        self._files: dict[str, int] = {}  # open local shards
-        self._sized: set[str] = set()  # remote shards whose size is known to be right
         self._decompressor = zstandard.ZstdDecompressor()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -108,27 +108,29 @@ class Archive:
         sizes = [shard.sizes[index] for index in indices]
         try:
             if self._folder is None:
-                if shard.path not in self._sized:
-                    num_bytes = storage.object_size(self.url, shard.path)
-                    self._check_size(shard, indices[0], num_bytes)
-                    self._sized.add(shard.path)
+                self._check_remote_size(shard, indices[0])
                 return storage.read_ranges(self.url, shard.path, offsets, sizes)
-            if shard.path not in self._files:
-                file = self._open_file(self._folder / shard.path)
-                self._files[shard.path] = file
-                self._check_size(shard, indices[0], os.fstat(file).st_size)
-            file = self._files[shard.path]
+            file = self._open_file(self._folder, shard.path)
+            self._check_size(shard, indices[0], os.fstat(file).st_size)
             return [os.pread(file, *place) for place in zip(sizes, offsets, strict=True)]
         except (FileNotFoundError, storage.MissingObjectError) as error:
             raise self._error(shard, indices[0], "the shard is missing") from error
         except (OSError, storage.StorageError) as error:
             raise self._error(shard, indices[0], f"cannot be read: {error}") from error
 
-    def _open_file(self, path: Path) -> int:
-        """Open a local shard, after closing the one opened first if too many are open."""
-        if len(self._files) >= _MAX_OPEN_FILES:
-            os.close(self._files.pop(next(iter(self._files))))
-        return os.open(path, os.O_RDONLY)
+    def _open_file(self, folder: Path, path: str) -> int:
+        """Return an open local shard; when too many are open, the one opened first is closed."""
+        if path not in self._files:
+            if len(self._files) >= _MAX_OPEN_FILES:
+                os.close(self._files.pop(next(iter(self._files))))
+            self._files[path] = os.open(folder / path, os.O_RDONLY)
+        return self._files[path]
+
+    def _check_remote_size(self, shard: Shard, index: int) -> None:
+        """Check a remote shard's size before its first range is asked for."""
+        if shard.path not in self._sized:
+            self._check_size(shard, index, storage.object_size(self.url, shard.path))
+            self._sized.add(shard.path)
 
     def _check_size(self, shard: Shard, index: int, num_bytes: int) -> None:
         if num_bytes != shard.num_bytes:

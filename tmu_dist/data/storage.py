@@ -32,13 +32,15 @@ if TYPE_CHECKING:
 
 REMOTE_SCHEMES = ("s3", "s3a", "gs", "az", "abfs", "abfss", "http", "https")
 
+# Each pause is drawn from [first, base * last pause], so base 2 would hardly grow. These settings
+# ride out about ten seconds of a store that refuses or fails, then say so.
 _RETRY: RetryConfig = {
     "max_retries": 8,
     "retry_timeout": timedelta(seconds=120),
     "backoff": {
-        "init_backoff": timedelta(milliseconds=100),
-        "max_backoff": timedelta(seconds=10),
-        "base": 2,
+        "init_backoff": timedelta(milliseconds=200),
+        "max_backoff": timedelta(seconds=5),
+        "base": 3,
     },
 }
 

@@ -20,9 +20,9 @@ from tmu_dist.evaluation.plots import DARK, LIGHT, SCREEN_DPI, Theme, svg_text
 
 STYLE = """
 :root { --paper: #ffffff; --panel: #f5f7f8; --ink: #1d2327; --muted: #5d676f; --line: #dfe3e6;
-  --accent: #0a6ab6; --best: #e4f1fb; --bar: #cfe4f5; color-scheme: light dark; }
+  --best: #e4f1fb; --bar: #cfe4f5; color-scheme: light dark; }
 @media (prefers-color-scheme: dark) { :root { --paper: #181c20; --panel: #20262b; --ink: #e8ecef;
-  --muted: #9aa5ad; --line: #30373d; --accent: #62b4f2; --best: #1c3a52; --bar: #24506f; } }
+  --muted: #9aa5ad; --line: #30373d; --best: #1c3a52; --bar: #24506f; } }
 * { box-sizing: border-box; }
 html { -webkit-text-size-adjust: 100%; }
 body { margin: 0 auto; padding: 3rem 1.25rem 4rem; max-width: 70rem; background: var(--paper);
@@ -70,7 +70,7 @@ td.bar { background-image: linear-gradient(var(--bar), var(--bar)); background-r
 figure { margin: 1rem 0; }
 figure img { display: block; width: 100%; height: auto; }
 figure.wide { overflow-x: auto; }
-figure.wide img { min-width: 46rem; max-width: 60rem; }
+figure.wide img { min-width: 38rem; max-width: 60rem; }
 ul { padding-left: 1.2rem; max-width: 46rem; }
 li { margin: 0.4rem 0; }
 footer { margin-top: 4rem; padding-top: 1rem; border-top: 1px solid var(--line); }
@@ -206,7 +206,8 @@ def _table_row(row: Row) -> Html:
 def _table_cell(cell: Cell) -> Html:
     if cell.bar is not None:
         text = html.escape(cell.text)
-        return Html(f'<td class="bar" style="background-size:{cell.bar:.1%} 1.5em">{text}</td>')
+        length = f"calc((100% - 3.4em) * {cell.bar:.4f})"  # 3.4em are left for the number
+        return Html(f'<td class="bar" style="background-size: {length} 1.5em">{text}</td>')
     if cell.is_best:
         return element("td", element("span", cell.text), css="best")
     return element("td", cell.text, css="text" if cell.is_text else "")

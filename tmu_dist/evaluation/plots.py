@@ -45,14 +45,14 @@ LIGHT = Theme(
     ink="#1d2327",
     muted="#667078",
     hairline="#dfe3e6",
-    series=("#0a6ab6", "#c8570c", "#0f8a68", "#a8508c", "#8a6d00", "#3f4fa3"),
+    series=("#1a6ad0", "#b83a08", "#0a5a44", "#b050a0", "#4a3c10"),
 )
 DARK = Theme(
     background="#181c20",
     ink="#e8ecef",
     muted="#9aa5ad",
     hairline="#30373d",
-    series=("#62b4f2", "#f29a5c", "#44cfa4", "#e39aca", "#dcbf4d", "#a3aef5"),
+    series=("#5aa2ff", "#f2763e", "#6fe3b4", "#d889bd", "#f0e26a"),
 )
 
 

@@ -39,12 +39,12 @@ def terminal_summary(result: EvaluationResult) -> Group:
 
 
 def _overall(result: EvaluationResult) -> Table:
-    names = list(result.overall[MODEL])
+    forecasts = (result.overall[PERSISTENCE], result.overall[MODEL])
     rows = [
-        [label, *(format_score(name, result.overall[forecast][name]) for name in names)]
-        for label, forecast in (("persistence", PERSISTENCE), (result.model.name, MODEL))
+        [name, *(format_score(name, scores[name]) for scores in forecasts)]
+        for name in result.overall[MODEL]
     ]
-    return _table("Overall", ["", *names], rows)
+    return _table("Overall", ["", "persistence", "model"], rows)
 
 
 def _lead_times(result: EvaluationResult) -> Table:

@@ -37,7 +37,7 @@ def format_count(count: int) -> str:
 
 def format_seconds(seconds: float) -> str:
     """A duration: 42.1 s, 3 min 05 s, 2 h 07 min."""
-    if seconds < 60:
+    if seconds < 59.95:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     if minutes < 60:

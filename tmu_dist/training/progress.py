@@ -7,9 +7,11 @@ by following log.jsonl, in the driver of a Ray run.
 from __future__ import annotations
 
 import json
+import os
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import TextIO
@@ -105,17 +107,23 @@ class ProgressDisplay:
 
 
 class LogFollower:
-    """Shows a run's log while other processes write it. Use as a context manager."""
+    """Shows a run's log while other processes write it. Use as a context manager.
+
+    A restarted run puts a shorter log in the old one's place, cut back to its checkpoint; what the
+    two have in common is not shown again.
+    """
 
     def __init__(self, run: Path, display: ProgressDisplay) -> None:
         self._path = run / LOG_FILE
         self._display = display
+        self._seen: list[str] = []
+        self._file: TextIO | None = None
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._follow, daemon=True)
 
     def __enter__(self) -> LogFollower:
-        # What an earlier start logged was shown then.
-        self._position = self._size()
+        if self._path.is_file():  # what an earlier start logged was shown then
+            self._seen = self._path.read_text().splitlines(keepends=True)
         self._thread.start()
         return self
 
@@ -128,6 +136,8 @@ class LogFollower:
         self._stop.set()
         self._thread.join()
         self._show_new()
+        if self._file is not None:
+            self._file.close()
         self._display.close()
 
     def _follow(self) -> None:
@@ -135,17 +145,35 @@ class LogFollower:
             self._show_new()
 
     def _show_new(self) -> None:
-        # A restarted run cuts the log back to its checkpoint.
-        self._position = min(self._position, self._size())
-        if self._size() == self._position:
+        if not self._path.is_file():
             return
-        with self._path.open() as file:
-            file.seek(self._position)
-            for line in iter(file.readline, ""):
-                if not line.endswith("\n"):
-                    break
-                self._display(json.loads(line))
-                self._position += len(line.encode())
+        if self._file is None or not os.path.samestat(
+            os.fstat(self._file.fileno()), self._path.stat()
+        ):
+            self._reopen()
+        for line in self._whole_lines():
+            self._seen.append(line)
+            self._display(json.loads(line))
 
-    def _size(self) -> int:
-        return self._path.stat().st_size if self._path.is_file() else 0
+    def _reopen(self) -> None:
+        if self._file is not None:
+            self._file.close()
+        self._file = self._path.open()
+        before, self._seen = self._seen, []
+        for old in before:
+            position = self._file.tell()
+            if self._file.readline() != old:
+                self._file.seek(position)
+                return
+            self._seen.append(old)
+
+    def _whole_lines(self) -> Iterator[str]:
+        """New lines; one that is still being written is left for the next time."""
+        assert self._file is not None
+        while True:
+            position = self._file.tell()
+            line = self._file.readline()
+            if not line.endswith("\n"):
+                self._file.seek(position)
+                return
+            yield line

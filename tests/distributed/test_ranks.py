@@ -1,0 +1,156 @@
+"""Several gloo processes: data-parallel training equals one process, and failures are shared."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from tests.unit.test_training import final_state
+from tests.unit.test_transfer import batch, student_of, tmu_method
+from tmu_dist.collectives import Collectives, Ranks
+from tmu_dist.config import RunConfig
+from tmu_dist.files import WriteError
+from tmu_dist.training.loop import train
+from tmu_dist.training.run_log import read_log
+from tmu_dist.training.step import TrainingStep
+from tmu_dist.transfer.base import TrainingBatch
+
+pytestmark = pytest.mark.distributed
+CPU = torch.device("cpu")
+
+
+def _enter(rank: int, world_size: int, port: int, job: Callable[..., None], args: Any) -> None:
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo")
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=world_size)
+    try:
+        job(Collectives(Ranks(rank=rank, world_size=world_size, local_rank=rank)), *args)
+    finally:
+        dist.destroy_process_group()
+
+
+def spawn(world_size: int, job: Callable[..., None], *args: Any) -> None:
+    """Run `job(collectives, *args)` on that many processes; errors of any of them fail the test."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(_enter, (world_size, port, job, args), nprocs=world_size)
+
+
+def _double_batch(rows: slice, scale: float, padding: int) -> TrainingBatch:
+    """Some rows of one global batch of four in float64; the last `padding` rows weigh nothing."""
+    whole = batch(4)
+    weights = torch.ones(4).double()
+    weights[4 - padding :] = 0
+    return TrainingBatch(
+        frames_BTCHW=whole.frames_BTCHW[rows].double(),
+        sampling_mask_BT=whole.sampling_mask_BT[rows],
+        weights_B=weights[rows] * scale / weights.sum(),
+    )
+
+
+def _one_update(rows: slice, scale: float, padding: int, wrap: bool) -> dict[str, torch.Tensor]:
+    method = tmu_method(1, 2)
+    for teacher in method.bank._teachers:  # type: ignore[attr-defined]
+        teacher.double()
+    student = student_of(method).double()
+    step = TrainingStep(
+        method,
+        DistributedDataParallel(student) if wrap else student,
+        torch.optim.Adam(student.parameters(), lr=1e-2),
+        device=CPU,
+        reverse_input="update",
+        grad_clip_norm=0.5,
+        precision="fp32",
+    )
+    step(_double_batch(rows, scale, padding))
+    return student.state_dict()
+
+
+def _data_parallel_update(collectives: Collectives, padding: int, folder: str) -> None:
+    rank, world_size = collectives.ranks.rank, collectives.ranks.world_size
+    share = 4 // world_size
+    rows = slice(rank * share, (rank + 1) * share)
+    torch.save(_one_update(rows, world_size, padding, wrap=True), f"{folder}/{rank}.pt")
+
+
+@pytest.mark.parametrize("padding", [0, 1, 3])
+def test_two_ranks_equal_one_process(padding: int, tmp_path: Path) -> None:
+    spawn(2, _data_parallel_update, padding, str(tmp_path))
+    expected = _one_update(slice(None), 1.0, padding, wrap=False)
+    for rank in range(2):
+        state = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        for name, value in expected.items():
+            torch.testing.assert_close(state[name], value, rtol=1e-10, atol=1e-10)
+
+
+def _train(collectives: Collectives, config: RunConfig, stop: int | None) -> None:
+    def kill(event: dict[str, Any]) -> None:
+        if event["event"] == "train" and event["step"] == stop:
+            os._exit(3)
+
+    train(config, collectives, CPU, listener=kill)
+
+
+def test_two_ranks_train_stop_and_continue(tmu_config: RunConfig) -> None:
+    """22 training sequences in batches of 4: the last batch of an epoch is padded."""
+    one = replace(tmu_config, output=tmu_config.output + "-one")
+    train(one, Collectives(), CPU)
+    two = replace(tmu_config, output=tmu_config.output + "-two")
+    spawn(2, _train, two, None)
+    stopped = replace(tmu_config, output=tmu_config.output + "-stopped")
+    with pytest.raises(torch.multiprocessing.ProcessExitedException):
+        spawn(2, _train, stopped, 5)
+    spawn(2, _train, stopped, None)
+
+    weights = [final_state(config.output)["weights"] for config in (one, two, stopped)]
+    for name, value in weights[1].items():
+        assert torch.equal(weights[2][name], value)
+        torch.testing.assert_close(weights[0][name], value, rtol=1e-3, atol=1e-4)
+    validations = [
+        [e["mse_per_frame"] for e in read_log(Path(c.output)) if e["event"] == "validation"]
+        for c in (one, two)
+    ]
+    assert validations[0] == pytest.approx(validations[1], rel=1e-4)
+
+
+def test_continue_on_another_number_of_ranks(tmu_config: RunConfig) -> None:
+    straight = replace(tmu_config, output=tmu_config.output + "-straight")
+    train(straight, Collectives(), CPU)
+    with pytest.raises(torch.multiprocessing.ProcessExitedException):
+        spawn(2, _train, tmu_config, 5)
+    train(tmu_config, Collectives(), CPU)
+    expected, weights = (final_state(c.output)["weights"] for c in (straight, tmu_config))
+    for name, value in expected.items():
+        torch.testing.assert_close(weights[name], value, rtol=1e-3, atol=1e-4)
+
+
+def _fail_on_main(collectives: Collectives, folder: str) -> None:
+    def full_disk() -> None:
+        raise WriteError("the disk is full")
+
+    try:
+        collectives.on_main(full_disk)
+    except WriteError as error:
+        Path(folder, str(collectives.ranks.rank)).write_text(str(error))
+    assert collectives.on_main(lambda: 7) == 7
+    assert collectives.all_gather_objects(collectives.ranks.rank) == [0, 1]
+
+
+def test_failure_of_rank_0_reaches_all_ranks(tmp_path: Path) -> None:
+    spawn(2, _fail_on_main, str(tmp_path))
+    assert [(tmp_path / str(rank)).read_text() for rank in range(2)] == ["the disk is full"] * 2
+
+
+def test_ranks_without_a_process_group_are_refused() -> None:
+    with pytest.raises(ValueError, match="init_process_group"):
+        Collectives(Ranks(world_size=2))

@@ -1,0 +1,268 @@
+"""Charts and pictures: files open, have the right size, and show what they must.
+
+Shape letters: T time, C channels, H height, W width.
+"""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+from numpy.typing import NDArray
+from PIL import Image
+
+from tmu_dist.evaluation.examples import Example
+from tmu_dist.evaluation.pictures import ERROR_COLOURS, prediction_strip, write_gif
+from tmu_dist.evaluation.plots import (
+    DARK,
+    LIGHT,
+    Curve,
+    Interval,
+    Theme,
+    interval_chart,
+    lead_time_curves,
+    learning_curves,
+    spread_apart,
+    svg_text,
+    write_figure,
+)
+
+CURVES = [
+    Curve(label="persistence", x=(0, 300), y=(180.0, 180.0)),
+    Curve(label="scratch", x=(100, 200, 300), y=(300.0, 150.0, 100.0), series=0),
+    Curve(label="TMU", x=(100, 200), y=(250.0, 99.0), series=1),
+]
+
+
+def frames(count: int, *, channels: int = 1, value: float = 0.5) -> NDArray[np.float64]:
+    return np.full((count, channels, 8, 12), value)
+
+
+def example(num_inputs: int = 2, num_truth: int = 3, channels: int = 1) -> Example:
+    """Truth 0.5; "low" predicts 0 and "high" predicts 1 (and a value beyond, to be clipped)."""
+    return Example(
+        sample_id=4,
+        inputs_TCHW=frames(num_inputs, channels=channels),
+        truth_TCHW=frames(num_truth, channels=channels),
+        forecasts_TCHW={
+            "low": frames(3, channels=channels, value=0.0),
+            "high": frames(3, channels=channels, value=7.0),
+        },
+    )
+
+
+def texts(figure: Figure) -> list[str]:
+    return [text.get_text() for text in figure.findobj(lambda a: hasattr(a, "get_text"))]
+
+
+def test_learning_curves_name_every_run_at_its_line() -> None:
+    figure = learning_curves(CURVES)
+    axes = figure.axes[0]
+    lines = dict(zip(("persistence", "scratch", "TMU"), axes.lines, strict=True))
+    assert {t.get_text(): t.get_color() for t in axes.texts} == {
+        label: line.get_color() for label, line in lines.items()
+    }
+    assert axes.lines[0].get_linestyle() == "--"
+    np.testing.assert_array_equal(axes.lines[1].get_ydata(), CURVES[1].y)
+
+
+def test_labels_lie_apart_inside_the_figure() -> None:
+    """Four runs that end at the same value, with long names."""
+    curves = [
+        Curve(label=f"a rather long name {i}", x=(1, 2), y=(5.0, 1.0 + i / 1e3), series=i)
+        for i in range(4)
+    ]
+    figure = lead_time_curves(curves, metric_label="MSE", higher_is_better=False)
+    figure.draw_without_rendering()
+    # Of the text alone; an annotation's own extent includes the line that leads to it.
+    extents = [Text.get_window_extent(label) for label in figure.axes[0].texts]
+    boxes = sorted(extents, key=lambda box: box.y0)
+    assert all(low.y1 <= high.y0 + 1 for low, high in itertools.pairwise(boxes))
+    assert all(box.x1 <= figure.bbox.x1 for box in boxes)
+
+
+def test_a_wide_range_is_logarithmic_and_says_so() -> None:
+    wide = [Curve(label="a", x=(1, 2), y=(1000.0, 100.0), series=0)]
+    figure = learning_curves(wide)
+    assert figure.axes[0].get_yscale() == "log"
+    assert any("log scale" in text for text in texts(figure))
+    assert learning_curves(CURVES).axes[0].get_yscale() == "linear"
+
+
+def test_a_single_point_is_visible() -> None:
+    figure = learning_curves([Curve(label="a", x=(1,), y=(3.0,), series=0)])
+    assert figure.axes[0].lines[0].get_marker() == "o"
+
+
+def test_empty_charts_are_refused() -> None:
+    with pytest.raises(ValueError, match="at least one curve"):
+        learning_curves([])
+    with pytest.raises(ValueError, match="at least one point"):
+        learning_curves([Curve(label="a", x=(), y=())])
+    with pytest.raises(ValueError, match="at least one interval"):
+        interval_chart([], title="x")
+
+
+def test_interval_chart_draws_dot_and_range() -> None:
+    rows = [
+        Interval(label="b", mean=-2.0, low=-3.0, high=-1.0, series=1),
+        Interval(label="c", mean=0.5, low=-1.0, high=2.0, series=2),
+    ]
+    axes = interval_chart(rows, title="difference").axes[0]
+    _zero, range_b, dot_b, range_c, _dot_c = axes.lines
+    np.testing.assert_array_equal(range_b.get_xdata(), (-3.0, -1.0))
+    np.testing.assert_array_equal(dot_b.get_xdata(), [-2.0])
+    assert range_c.get_color() == LIGHT.colour(2)
+    assert [t.get_text() for t in axes.get_yticklabels()] == ["b", "c"]
+
+
+def test_themes_change_only_colours() -> None:
+    light, dark = svg_text(learning_curves(CURVES)), svg_text(learning_curves(CURVES, theme=DARK))
+    assert LIGHT.background in light and DARK.background in dark
+    assert light != dark
+
+
+def test_svg_is_reproducible_and_needs_nothing_from_outside() -> None:
+    first, second = svg_text(learning_curves(CURVES)), svg_text(learning_curves(CURVES))
+    assert first == second
+    assert "persistence</text>" in first
+    assert 'xlink:href="http' not in first and "@import" not in first
+
+
+XYZ = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
+# Linear RGB as seen with full vision, protanopia, deuteranopia, tritanopia (Machado et al. 2009).
+SEEN_BY = {
+    "full": np.eye(3),
+    "protanopia": [[0.152, 1.053, -0.205], [0.115, 0.786, 0.099], [-0.004, -0.048, 1.052]],
+    "deuteranopia": [[0.367, 0.861, -0.228], [0.280, 0.673, 0.047], [-0.012, 0.043, 0.969]],
+    "tritanopia": [[1.256, -0.077, -0.179], [-0.078, 0.931, 0.148], [0.005, 0.691, 0.304]],
+}
+
+
+def linear_rgb(colour: str) -> NDArray[np.float64]:
+    c = np.array(to_rgb(colour))
+    return np.where(c <= 0.04045, c / 12.92, ((c + 0.055) / 1.055) ** 2.4)
+
+
+def lab(linear: NDArray[np.float64]) -> NDArray[np.float64]:
+    x, y, z = np.cbrt(XYZ @ linear.clip(1e-3, 1) / (0.9505, 1, 1.089))
+    return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
+
+
+@pytest.mark.parametrize("theme", [LIGHT, DARK])
+def test_colours_are_readable_as_text(theme: Theme) -> None:
+    """WCAG contrast of at least 4.5 with the background."""
+    paper = XYZ[1] @ linear_rgb(theme.background)
+    for colour in (*theme.series, theme.ink, theme.muted):
+        low, high = sorted((XYZ[1] @ linear_rgb(colour), paper))
+        assert (high + 0.05) / (low + 0.05) >= 4.5, colour
+
+
+@pytest.mark.parametrize("theme", [LIGHT, DARK])
+@pytest.mark.parametrize("vision", SEEN_BY)
+def test_series_can_be_told_apart_by_every_eye(theme: Theme, vision: str) -> None:
+    """At least 15 apart in CIELAB, where 2.3 is just noticeable."""
+    seen = [lab(SEEN_BY[vision] @ linear_rgb(colour)) for colour in theme.series]
+    for a, b in itertools.combinations(seen, 2):
+        assert np.linalg.norm(a - b) >= 15
+
+
+@pytest.mark.parametrize(
+    ("rising", "expected"),
+    [
+        ([0, 10, 20], [0, 10, 20]),
+        ([5, 5], [4.5, 5.5]),
+        ([0, 0, 0], [-1, 0, 1]),
+        ([0, 5, 5.2, 9], [0, 4.6, 5.6, 9]),
+    ],
+)
+def test_spread_apart_moves_as_little_as_possible(
+    rising: list[float], expected: list[float]
+) -> None:
+    np.testing.assert_allclose(spread_apart(rising, 1.0), expected)
+
+
+def test_write_figure_makes_a_png(tmp_path: Path) -> None:
+    write_figure(learning_curves(CURVES), tmp_path / "curves.png")
+    with Image.open(tmp_path / "curves.png") as image:
+        assert image.width > image.height > 300
+
+
+def test_strip_labels_every_time_and_row() -> None:
+    found = texts(prediction_strip(example()))
+    for label in ("input", "truth", "low", "high", "t = 1", "2", "t = 3", "4", "5"):
+        assert label in found
+    assert found.count("error") == 3  # under each model, and at the scale
+
+
+def test_strip_shows_the_pixels(tmp_path: Path) -> None:
+    """2 inputs and 3 targets over 2 models: 2 + 3 + 2 * (3 + 3) frames, errors in error colours."""
+    figure = prediction_strip(example())
+    images = figure.axes[0].get_images()
+    assert len(images) == 2 + 3 + 2 * (3 + 3)
+    np.testing.assert_allclose(images[0].get_array(), 0.5)
+    low_error, high_error = images[8].get_array(), images[14].get_array()
+    np.testing.assert_allclose(low_error[0, 0], ERROR_COLOURS(0.25)[:3])  # -0.5 of -1..1
+    np.testing.assert_allclose(high_error[0, 0], ERROR_COLOURS(0.75)[:3])  # 7 clipped to 1: +0.5
+
+
+def test_a_long_strip_shows_evenly_spaced_times() -> None:
+    long = Example(
+        sample_id=0,
+        inputs_TCHW=frames(2),
+        truth_TCHW=frames(3),
+        forecasts_TCHW={"model": frames(50)},
+    )
+    figure = prediction_strip(long, max_columns=8)
+    found = texts(figure)
+    assert "t = 3" in found and "52" in found
+    # 2 inputs, 8 forecasts; of the times shown only the first lies within the truth.
+    assert len(figure.axes[0].get_images()) == 2 + 1 + 8 + 1
+
+
+def test_colour_frames_and_other_channel_counts() -> None:
+    images = prediction_strip(example(channels=3)).axes[0].get_images()
+    assert images[0].get_array().shape == (8, 12, 3)
+    with pytest.raises(ValueError, match="not 2"):
+        prediction_strip(example(channels=2))
+
+
+def test_examples_need_forecasts_of_one_length() -> None:
+    for forecasts in ({}, {"a": frames(2), "b": frames(3)}):
+        with pytest.raises(ValueError, match="one length"):
+            Example(
+                sample_id=0,
+                inputs_TCHW=frames(1),
+                truth_TCHW=frames(1),
+                forecasts_TCHW=forecasts,
+            )
+
+
+def test_gif_plays_inputs_then_forecast(tmp_path: Path) -> None:
+    """Truth ends before the forecast does; only then is the prediction's panel alone."""
+    path = tmp_path / "a.gif"
+    write_gif(path, example(num_inputs=2, num_truth=2), "high", ms_per_frame=100)
+    with Image.open(path) as animation:
+        assert animation.n_frames == 5
+        pages, durations = [], []
+        for t in range(5):
+            animation.seek(t)
+            pages.append(np.asarray(animation.convert("RGB")).astype(int))
+            durations.append(animation.info["duration"])
+    assert durations == [100] * 4 + [1000]
+    height, width = pages[0].shape[:2]
+    middle = height // 2
+    truth, prediction, error = (pages[3][middle, int(width * x)] for x in (0.2, 0.5, 0.8))
+    np.testing.assert_allclose(truth, 127, atol=6)
+    np.testing.assert_allclose(prediction, 255, atol=6)
+    expected = np.array(ERROR_COLOURS(0.75)[:3]) * 255
+    np.testing.assert_allclose(error, expected, atol=12)
+    watching, beyond = pages[0], pages[4]
+    empty = watching[middle, int(width * 0.5)]
+    np.testing.assert_array_equal(watching[middle, int(width * 0.8)], empty)
+    np.testing.assert_array_equal(beyond[middle, int(width * 0.2)], empty)

@@ -1,0 +1,345 @@
+"""The comparison page and the terminal table: complete, self-contained, and honest.
+
+Shape letters: N sequences, T lead time.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from rich.console import Console
+
+from tmu_dist.evaluation.comparison import (
+    RunEntry,
+    check_comparable,
+    paired_difference,
+    read_learning_curve,
+)
+from tmu_dist.evaluation.examples import Example
+from tmu_dist.evaluation.metrics import METRIC_NAMES, Scores, ScoreTable
+from tmu_dist.evaluation.report import PageSettings, write_comparison_page, write_figures
+from tmu_dist.evaluation.result import (
+    GATES_DEFINITION,
+    RUNTIME_DEFINITIONS,
+    EvaluatedData,
+    EvaluatedModel,
+    EvaluationResult,
+    ParameterCounts,
+    Runtime,
+    TransferGates,
+)
+from tmu_dist.evaluation.terminal import terminal_summary
+from tmu_dist.evaluation.wording import format_count, format_score, format_seconds
+
+N, T = 40, 3
+SETTINGS = PageSettings(
+    title="Does <memory> transfer & help?",
+    summary="A summary.",
+    command="python -m tmu_dist.demo --output 'a b'",
+    created="2026-01-02 03:04 UTC",
+    git_revision="abc1234",
+    notes=("A note of the caller.",),
+    repeat_commands=("first command", "second command"),
+)
+
+
+def scores(mse: float, spread: float = 1.0) -> Scores:
+    """Scores whose MSE per frame differs between sequences in a known way."""
+    sequence_N1 = np.linspace(-spread, spread, N)[:, None]
+    values = {name: np.full((N, T), 0.5) for name in METRIC_NAMES}
+    values["mse_per_frame"] = mse + sequence_N1 + np.arange(T) - 1.0
+    return Scores(np.arange(N), values)
+
+
+def result(name: str, mse: float, *, teachers: tuple[str, ...] = ()) -> EvaluationResult:
+    forecasts = {"model": scores(mse), "persistence": scores(200.0)}
+    gates = TransferGates(
+        teachers=teachers, layers=(0, 1), means_LM=((0.25, 0.5), (0.75, 0.5))
+    ) if teachers else None  # fmt: skip
+    return EvaluationResult(
+        model=EvaluatedModel(
+            name=name, method=name, teachers=teachers, seed=0, step=10,
+            num_input_frames=2, num_target_frames=T,
+        ),
+        data=EvaluatedData(url="archive", split="test", manifest_hash="f" * 64, num_sequences=N),
+        definitions=ScoreTable().definitions | RUNTIME_DEFINITIONS | {"gates": GATES_DEFINITION},
+        overall={key: value.overall() for key, value in forecasts.items()},
+        per_lead_time={
+            key: {m: tuple(v.tolist()) for m, v in value.per_lead_time().items()}
+            for key, value in forecasts.items()
+        },
+        gates=gates,
+        parameters=ParameterCounts(train=9_534_208, test=3_589_376),
+        runtime=Runtime(
+            ms_per_sequence_batch_1=17.71, ms_per_sequence_batch_8=9.25,
+            seconds_per_evaluation_batch=0.5, evaluation_batch_size=16, device="cpu, 1 threads",
+        ),
+        per_sequence=forecasts,
+    )  # fmt: skip
+
+
+def write_log(folder: Path, *, last: float = 90.0) -> Path:
+    folder.mkdir()
+    events = [{"event": "train", "step": 5, "loss/total": 1.0}]
+    for step, mse in ((10, 150.0), (20, 120.0), (20, last)):  # step 20 again after a resume
+        events.append(
+            {"event": "validation", "step": step, "mse_per_frame": mse,
+             "persistence_mse_per_frame": 180.0}
+        )  # fmt: skip
+    text = "".join(json.dumps(event) + "\n" for event in events)
+    (folder / "log.jsonl").write_text(text + '{"event": "tra')  # killed while writing
+    return folder
+
+
+@pytest.fixture
+def entries(tmp_path: Path) -> list[RunEntry]:
+    return [
+        RunEntry(
+            label="scratch",
+            result=result("scratch", 120.5),
+            run_directory=write_log(tmp_path / "scratch"),
+            training_seconds=42.0,
+        ),
+        RunEntry(
+            label="TMU, both",
+            result=result("tmu", 94.7, teachers=("1 digit", "2 digits")),
+            run_directory=write_log(tmp_path / "tmu"),
+            training_seconds=185.0,
+        ),
+    ]
+
+
+def example() -> Example:
+    frames = np.zeros((T, 1, 8, 8))
+    return Example(
+        sample_id=17,
+        inputs_TCHW=frames[:2],
+        truth_TCHW=frames,
+        forecasts_TCHW={"scratch": frames, "TMU, both": frames},
+    )
+
+
+class PageText(HTMLParser):
+    """Visible text, table rows, and every address that the page refers to."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.addresses: list[str] = []
+        self.open_tags: list[str] = []
+        self.words: list[str] = []
+        self.rows: list[list[str]] = []
+        self.best: list[str] = []
+        self.feed(page)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.addresses += [v for k, v in attrs if k in ("src", "srcset", "href") and v]
+        if tag not in ("meta", "img", "source"):
+            self.open_tags.append(tag)
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("th", "td"):
+            self.rows[-1].append("")
+            if ("class", "best") in attrs:
+                self.best.append(self.rows[-1][0])
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open_tags.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if "style" not in self.open_tags:
+            self.words.append(data)
+        if {"th", "td"} & set(self.open_tags):
+            self.rows[-1][-1] += data
+
+    @property
+    def text(self) -> str:
+        return " ".join(self.words)
+
+    def row(self, name: str) -> list[str]:
+        return next(row for row in self.rows if row[0] == name)
+
+
+@pytest.fixture
+def page(entries: list[RunEntry], tmp_path: Path) -> PageText:
+    path = tmp_path / "report.html"
+    write_comparison_page(path, entries, SETTINGS, examples=[example()])
+    return PageText(path.read_text())
+
+
+def test_page_loads_nothing_from_outside(page: PageText, tmp_path: Path) -> None:
+    assert not page.open_tags
+    assert page.addresses
+    assert all(re.match(r"data:image/(png|svg\+xml);base64,", a) for a in page.addresses)
+    text = (tmp_path / "report.html").read_text()
+    assert "<script" not in text and "@import" not in text and "url(" not in text
+    # Learning curve, three metrics by lead time, differences, one example; in two themes each.
+    assert len(page.addresses) == 2 * 6
+
+
+def test_page_serves_dark_mode_phones_and_print(tmp_path: Path, page: PageText) -> None:
+    text = (tmp_path / "report.html").read_text()
+    for needed in ("prefers-color-scheme: dark", "width=device-width", "@media print"):
+        assert needed in text
+
+
+def test_page_has_the_columns_of_table_1_with_persistence_first(page: PageText) -> None:
+    heading, first, *_ = page.rows
+    assert heading[1] == "MSE / frame\u00a0↓"
+    assert first[0] == "persistence" and first[1] == "200.0"
+    assert page.row("scratch")[1] == "120.5"
+    tmu = page.row("TMU, both")
+    assert tmu[1] == "94.7"
+    assert tmu[5:] == ["9.53 M", "3.59 M", "17.7", "9.2", "3 min 05 s", "1 digit, 2 digits"]
+
+
+def test_page_marks_the_best_value_of_each_column(page: PageText) -> None:
+    # MSE differs; all others are equal by construction, so everyone is best.
+    assert page.best.count("TMU, both") == 4
+    assert page.best.count("scratch") == page.best.count("persistence") == 3
+
+
+def test_page_marks_persistence_when_it_wins(entries: list[RunEntry], tmp_path: Path) -> None:
+    worse = [replace(entries[0], result=result("scratch", 300.0))]
+    write_comparison_page(tmp_path / "p.html", worse, SETTINGS)
+    found = PageText((tmp_path / "p.html").read_text())
+    assert found.best.count("persistence") == 4 and found.best.count("scratch") == 3
+
+
+def test_page_shows_gates_per_teacher_and_layer(page: PageText) -> None:
+    assert page.row("1 digit") == ["1 digit", "0.250", "0.750", "0.500"]
+    assert page.row("2 digits") == ["2 digits", "0.500", "0.500", "0.500"]
+
+
+def test_page_says_what_when_how_and_its_limits(page: PageText) -> None:
+    for needed in (
+        "Does <memory> transfer & help?",  # escaped on the way in, so it reads as written
+        "python -m tmu_dist.demo --output 'a b'",
+        "2026-01-02 03:04 UTC",
+        "abc1234",
+        "0 in every run",
+        "40 sequences",
+        "A single seed ranks nothing",
+        "A note of the caller.",
+        "first command\nsecond command",
+        "summed over the channels and pixels",
+        "Sequence 17",
+    ):
+        assert needed in page.text
+
+
+def test_page_gives_the_paired_difference(page: PageText) -> None:
+    row = [r for r in page.rows if r[0] == "TMU, both"][1]
+    assert row == ["TMU, both", "−25.8", "−25.8 to −25.8", "100%"]
+
+
+def test_page_refuses_what_cannot_be_compared(entries: list[RunEntry], tmp_path: Path) -> None:
+    path, (first, second) = tmp_path / "report.html", entries
+    other_data = replace(second.result, data=replace(second.result.data, manifest_hash="0" * 64))
+    other_ssim = ScoreTable(ssim_mode="gauss_11").definitions
+    other_metric = replace(
+        second.result, definitions={**second.result.definitions, "ssim": other_ssim["ssim"]}
+    )
+    unknown = replace(SETTINGS, reference_label="scrach")
+    without_rows = replace(second.result, per_sequence=None)
+    for wrong, settings, message in (
+        ([], SETTINGS, "at least one"),
+        ([first, replace(second, label="scratch")], SETTINGS, "label of its own"),
+        ([first, replace(second, result=other_data)], SETTINGS, "their archive differ"),
+        ([first, replace(second, result=other_metric)], SETTINGS, "their metrics differ"),
+        (entries, unknown, "'scrach' is none of the runs"),
+        ([first, replace(second, result=without_rows)], SETTINGS, "no per-sequence scores"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            write_comparison_page(path, wrong, settings)
+    assert not path.exists()
+
+
+def test_paired_difference_agrees_with_the_normal_interval() -> None:
+    """For many independent sequences: mean +- 1.96 standard errors."""
+    rng = np.random.default_rng(0)
+    reference_N1 = rng.normal(100, 20, (400, 1))
+    method_N1 = reference_N1 + rng.normal(-1, 4, (400, 1))
+    ids = np.arange(400)
+    found = paired_difference(Scores(ids, {"m": method_N1}), Scores(ids, {"m": reference_N1}), "m")
+    difference = method_N1 - reference_N1
+    error = 1.96 * difference.std(ddof=1) / 20
+    assert found.mean == pytest.approx(difference.mean())
+    assert found.low == pytest.approx(difference.mean() - error, abs=0.1 * error)
+    assert found.high == pytest.approx(difference.mean() + error, abs=0.1 * error)
+    assert found.fraction_lower == (difference < 0).mean()
+    assert found.num_sequences == 400
+
+
+def test_paired_difference_needs_the_same_sequences() -> None:
+    shifted = Scores(np.arange(1, N + 1), scores(1.0).values_NT)
+    with pytest.raises(ValueError, match="same sequences"):
+        paired_difference(scores(1.0), shifted, "mse_per_frame")
+
+
+def test_learning_curve_counts_a_repeated_step_once(tmp_path: Path) -> None:
+    curve = read_learning_curve(write_log(tmp_path / "run", last=91.0))
+    assert curve.steps == (10, 20)
+    assert curve.mse_per_frame == (150.0, 91.0)
+    assert curve.persistence_mse_per_frame == 180.0
+
+
+def test_learning_curve_names_what_is_wrong(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no log\.jsonl"):
+        read_learning_curve(tmp_path)
+    log = tmp_path / "log.jsonl"
+    log.write_text('{"event": "train", "step": 1}\n')
+    with pytest.raises(ValueError, match="no validation yet"):
+        read_learning_curve(tmp_path)
+    log.write_text('{"event": "train", "step": 1}\nnot json\n')
+    with pytest.raises(ValueError, match="line 2 is not JSON"):
+        read_learning_curve(tmp_path)
+
+
+def test_one_run_without_log_or_teachers_still_makes_a_page(tmp_path: Path) -> None:
+    path = tmp_path / "report.html"
+    lone = RunEntry(label="only", result=result("scratch", 100.0))
+    check_comparable([lone])
+    write_comparison_page(path, [lone], replace(SETTINGS, repeat_commands=()))
+    page = PageText(path.read_text())
+    assert "Mean transfer gates" not in page.text
+    assert page.row("only")[-2:] == ["–", "none"]
+    assert page.text.count(SETTINGS.command) == 2  # in the header and as the way to repeat
+
+
+@pytest.mark.parametrize("width", [80, 140])
+def test_terminal_shows_scores_definitions_gates_and_cost(width: int) -> None:
+    console = Console(width=width)
+    with console.capture() as captured:
+        console.print(terminal_summary(result("tmu", 94.7, teachers=("1 digit", "2 digits"))))
+    text = " ".join(captured.get().split())
+    for needed in ("mse_per_frame 200.0 94.7", "1 digit 0.250 0.750 0.500", "9,534,208",
+                   "17.7 ms per sequence", "summed over the"):  # fmt: skip
+        assert needed in text
+    assert max(len(line) for line in captured.get().splitlines()) <= width
+
+
+def test_figures_are_written(tmp_path: Path) -> None:
+    paths = write_figures(result("tmu", 94.7), tmp_path / "figures")
+    assert [path.name for path in paths] == [
+        f"lead_time_{name}.png" for name in ("mse_per_frame", "ssim", "mae_per_frame")
+    ]
+    for path in paths:
+        with Image.open(path) as image:
+            assert image.width > 400
+
+
+def test_numbers_are_written_for_people() -> None:
+    assert [format_count(n) for n in (850, 84_112, 3_589_376)] == ["850", "84.1 k", "3.59 M"]
+    assert [format_seconds(s) for s in (5.04, 59.96, 185, 7_650)] == [
+        "5.0 s", "1 min 00 s", "3 min 05 s", "2 h 07 min",
+    ]  # fmt: skip
+    assert format_score("psnr_db", np.inf) == "∞"
+    assert format_score("ssim", 0.77712) == "0.7771"

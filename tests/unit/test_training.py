@@ -1,0 +1,296 @@
+"""The training loop: stopped anywhere and continued, it ends with the same weights bit for bit."""
+
+from __future__ import annotations
+
+import json
+import resource
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.unit.test_transfer import batch, student_of, tmu_method
+from tmu_dist.collectives import Collectives
+from tmu_dist.config import RunConfig
+from tmu_dist.files import WriteError, atomic_directory, atomic_write_text
+from tmu_dist.teachers.store import load_card, load_model, load_weights
+from tmu_dist.training.checkpoint import ResumeError
+from tmu_dist.training.loop import NonFiniteLossError, RunResult, train
+from tmu_dist.training.run_log import Event, read_log
+from tmu_dist.training.step import TrainingStep
+
+CPU = torch.device("cpu")
+
+
+class Killed(BaseException):
+    """Stands for a signal: nothing in the loop may catch it."""
+
+
+def run(config: RunConfig, listener: Callable[[Event], None] | None = None) -> RunResult:
+    return train(config, Collectives(), CPU, listener=listener)
+
+
+def run_until(config: RunConfig, step: int) -> None:
+    def kill(event: Event) -> None:
+        if event["event"] == "train" and event["step"] == step:
+            raise Killed
+
+    with pytest.raises(Killed):
+        run(config, kill)
+
+
+def final_state(folder: str) -> dict[str, Any]:
+    newest = sorted(Path(folder, "checkpoints").iterdir())[-1]
+    state = torch.load(newest / "state.pt", weights_only=True)
+    return {"weights": load_weights(str(newest))[1], "optimizer": state["optimizer"]["state"]}
+
+
+def assert_same(one: Any, other: Any) -> None:
+    if isinstance(one, dict):
+        assert one.keys() == other.keys()
+        for key in one:
+            assert_same(one[key], other[key])
+    else:
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("stops", [[1], [2], [3], [5], [6], [1, 4, 6]])
+def test_continued_run_equals_uninterrupted_one(tmu_config: RunConfig, stops: list[int]) -> None:
+    straight = replace(tmu_config, output=tmu_config.output + "-straight")
+    expected = run(straight)
+    for stop in stops:
+        run_until(tmu_config, stop)
+    result = run(tmu_config)
+    assert (result.best_step, result.best_mse_per_frame) == (
+        expected.best_step,
+        expected.best_mse_per_frame,
+    )
+    assert_same(final_state(result.run), final_state(expected.run))
+    assert_same(load_weights(result.run)[1], load_weights(expected.run)[1])
+
+    losses = [
+        [(e["step"], e["loss/total"]) for e in read_log(Path(r)) if e["event"] == "train"]
+        for r in (result.run, expected.run)
+    ]
+    assert losses[0] == losses[1]
+    assert [step for step, _ in losses[0]] == list(range(1, 8))
+
+
+def test_global_random_draws_continue_too(tiny_config: RunConfig) -> None:
+    """Whatever draws from torch's generator (a stochastic model, say) resumes as well."""
+
+    def draws(config: RunConfig, stop: int | None) -> dict[int, float]:
+        seen: dict[int, float] = {}
+
+        def draw(event: Event) -> None:
+            if event["event"] == "train":
+                seen[event["step"]] = torch.rand(()).item()
+                if event["step"] == stop:
+                    raise Killed
+
+        with pytest.raises(Killed) if stop else nullcontext():
+            run(config, draw)
+        return seen
+
+    straight = draws(replace(tiny_config, output=tiny_config.output + "-straight"), None)
+    assert draws(tiny_config, 5) | draws(tiny_config, None) == straight
+
+
+def test_finished_run_is_left_alone_and_can_be_made_longer(tiny_config: RunConfig) -> None:
+    first = run(tiny_config)
+    before = final_state(first.run)
+    assert run(tiny_config).steps == 7
+    assert_same(final_state(first.run), before)
+    longer = replace(tiny_config, training=replace(tiny_config.training, num_steps=9))
+    assert run(longer).steps == 9
+
+
+def test_run_folder_tells_who_made_it(tmu_config: RunConfig) -> None:
+    folder = Path(run(tmu_config).run)
+    provenance = json.loads((folder / "run.json").read_text())["starts"][0]
+    assert provenance["manifest_hash"] == load_card(str(folder)).data.manifest_hash
+    assert list(provenance["teachers"]) == ["teacher-1", "teacher-2"]
+    assert provenance["versions"]["torch"].startswith(torch.__version__.split("+")[0])
+    assert json.loads((folder / "config.json").read_text())["transfer"]["method"] == "tmu"
+    assert list((folder / "tensorboard").iterdir())
+    liveness = [e for e in read_log(folder) if e["event"] == "liveness"]
+    assert liveness[0]["step"] == 0
+    assert all(e["distillation_gradient_norm"] > 0 for e in liveness)
+    card = load_card(str(folder))
+    assert card.teachers == ("teacher-1", "teacher-2")
+    assert len(card.teacher_parameters) == 2
+    assert len(list((folder / "checkpoints").iterdir())) == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"training": {"learning_rate": 0.5}}, "training.learning_rate"),
+        ({"training": {"seed": 9}}, "training.seed"),
+        ({"data": {"fraction": 0.5}}, "data.fraction"),
+        ({"model": {"hidden_channels": 8}}, "model.hidden_channels"),
+    ],
+)
+def test_other_settings_are_refused(
+    tiny_config: RunConfig, change: dict[str, dict[str, Any]], named: str
+) -> None:
+    run_until(tiny_config, 3)
+    ((section, fields),) = change.items()
+    other = replace(tiny_config, **{section: replace(getattr(tiny_config, section), **fields)})
+    with pytest.raises(ResumeError, match=named):
+        run(other)
+
+
+def test_other_teachers_are_refused(tmu_config: RunConfig) -> None:
+    run_until(tmu_config, 3)
+    swapped = replace(tmu_config.transfer, teachers=tmu_config.transfer.teachers[::-1])
+    with pytest.raises(ResumeError, match="teachers: the checkpoint has"):
+        run(replace(tmu_config, transfer=swapped))
+
+
+def test_damaged_checkpoint_is_named(tiny_config: RunConfig) -> None:
+    run_until(tiny_config, 3)
+    (checkpoint,) = Path(tiny_config.output, "checkpoints").iterdir()
+    content = (checkpoint / "state.pt").read_bytes()
+    (checkpoint / "state.pt").write_bytes(content[: len(content) // 2])
+    with pytest.raises(ResumeError, match=rf"{checkpoint.name}/state.pt is damaged"):
+        run(tiny_config)
+
+
+@contextmanager
+def files_limited_to(num_bytes: int) -> Iterator[None]:
+    """Let every write beyond so many bytes of a file fail, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_full_disk_leaves_the_last_checkpoint_whole(tiny_config: RunConfig) -> None:
+    run_until(tiny_config, 3)
+    folder = Path(tiny_config.output)
+    (before,) = (folder / "checkpoints").iterdir()
+    with files_limited_to(20_000), pytest.raises(WriteError, match="step-00000004") as error:
+        run(tiny_config)
+    assert "free" in str(error.value) and "untouched" in str(error.value)
+    assert list((folder / "checkpoints").iterdir()) == [before]
+    assert run(tiny_config).steps == 7
+
+
+def test_atomic_directory_replaces_or_leaves(tmp_path: Path) -> None:
+    final = tmp_path / "deep" / "thing"
+    with atomic_directory(final) as staging:
+        (staging / "a").write_text("1")
+    with atomic_directory(final) as staging:
+        (staging / "b").write_text("2")
+    assert [file.name for file in final.iterdir()] == ["b"]
+    with pytest.raises(Killed), atomic_directory(final) as staging:
+        (staging / "c").write_text("3")
+        raise Killed
+    assert [file.name for file in final.iterdir()] == ["b"]
+    assert [entry.name for entry in final.parent.iterdir()] == ["thing"]
+    (tmp_path / "file").write_text("")
+    with pytest.raises(WriteError, match="Could not write"):
+        atomic_write_text(tmp_path / "file" / "below", "")
+
+
+def test_non_finite_loss_stops_before_a_checkpoint_is_poisoned(tiny_config: RunConfig) -> None:
+    wild = replace(tiny_config, training=replace(tiny_config.training, learning_rate=1e30))
+    with pytest.raises(NonFiniteLossError, match=r"not finite at step \d"):
+        run(wild)
+    for checkpoint in Path(wild.output, "checkpoints").glob("step-*"):
+        weights = load_weights(str(checkpoint))[1]
+        assert all(value.isfinite().all() for value in weights.values())
+
+
+def test_selection_by_best_or_final(tiny_config: RunConfig) -> None:
+    final = replace(tiny_config, training=replace(tiny_config.training, select="final"))
+    result = run(final)
+    assert load_card(result.run).step == 7
+    best = run(replace(tiny_config, output=tiny_config.output + "-best"))
+    assert load_card(best.run).step == best.best_step
+
+
+def test_bf16_trains_close_to_fp32(tmu_config: RunConfig) -> None:
+    losses = {}
+    for precision in ("fp32", "bf16"):
+        config = replace(
+            tmu_config,
+            output=f"{tmu_config.output}-{precision}",
+            training=replace(tmu_config.training, precision=precision),  # type: ignore[arg-type]
+        )
+        log = read_log(Path(run(config).run))
+        losses[precision] = [e["loss/total"] for e in log if e["event"] == "train"]
+    assert losses["bf16"] == pytest.approx(losses["fp32"], rel=2e-2)
+    assert losses["bf16"] != losses["fp32"]
+
+
+def make_step(reverse_input: str, **settings: Any) -> tuple[TrainingStep, torch.nn.Module]:
+    method = tmu_method(1, 2)
+    student = student_of(method)
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+    step = TrainingStep(
+        method,
+        student,
+        optimizer,
+        device=CPU,
+        reverse_input=reverse_input,  # type: ignore[arg-type]
+        grad_clip_norm=settings.get("grad_clip_norm"),
+        precision="fp32",
+    )
+    return step, student
+
+
+def test_reverse_input_is_one_update_two_or_their_average() -> None:
+    given = batch()
+    backwards = replace(given, frames_BTCHW=given.frames_BTCHW.flip(1))
+    states = {}
+    for choice in ("off", "update", "average"):
+        step, student = make_step(choice)
+        step(given)
+        states[choice] = student.state_dict()
+    twice, student = make_step("off")
+    twice(given)
+    assert_same(dict(student.state_dict()), dict(states["off"]))
+    twice(backwards)
+    assert_same(dict(student.state_dict()), dict(states["update"]))
+
+    method = tmu_method(1, 2)
+    reference = student_of(method)
+    losses = [method.loss(reference, one).total() for one in (given, backwards)]
+    (sum(losses) / 2).backward()
+    torch.optim.SGD(reference.parameters(), lr=0.1).step()
+    for name, value in reference.state_dict().items():
+        torch.testing.assert_close(states["average"][name], value)
+
+
+def test_gradient_clipping_bounds_the_step() -> None:
+    step, student = make_step("off", grad_clip_norm=1e-3)
+    before = torch.nn.utils.parameters_to_vector(student.parameters()).clone()
+    step(batch())
+    after = torch.nn.utils.parameters_to_vector(student.parameters())
+    assert (after - before).norm().item() == pytest.approx(0.1 * 1e-3, rel=1e-2)
+
+
+def test_data_problems_are_named_before_training(tiny_config: RunConfig) -> None:
+    window = replace(tiny_config.window, num_target_frames=9)
+    with pytest.raises(ValueError, match="12 frames"):
+        run(replace(tiny_config, window=window))
+    nowhere = replace(tiny_config, data=replace(tiny_config.data, url="nowhere/at-all"))
+    with pytest.raises(ValueError, match="nowhere/at-all"):
+        run(nowhere)
+    model = replace(tiny_config.model, patch_size=5)
+    with pytest.raises(ValueError, match="not tiled by 5x5"):
+        run(replace(tiny_config, model=model))
+
+
+def test_student_can_be_loaded_and_predicts(tmu_config: RunConfig) -> None:
+    """At test time the teachers are gone: the run's own folder is enough."""
+    loaded = load_model(run(tmu_config).run)
+    assert loaded.model.predict(torch.rand(1, 3, 1, 16, 16), 4).shape == (1, 4, 1, 16, 16)
