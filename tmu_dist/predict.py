@@ -21,6 +21,7 @@ from tmu_dist.evaluation.examples import predict_example
 from tmu_dist.evaluation.pictures import prediction_strip, write_gif
 from tmu_dist.evaluation.plots import write_figure
 from tmu_dist.evaluation.runner import check_archive_fits
+from tmu_dist.evaluation.whole_file import whole_file
 from tmu_dist.teachers.store import load_model
 from tmu_dist.training.launch import pick_device
 
@@ -54,12 +55,13 @@ def run(
         arrays: also write inputs, truth and prediction as npz, float32 in stored units / 255.
         device: where to predict.
     """
+    if not samples:
+        raise ValueError("--samples names no sequence: give positions in the split, such as 0 5 7.")
     chosen_device = pick_device(device, local_rank=0)
     loaded = load_model(model, device=chosen_device)
     archive = open_archive(data)
     check_archive_fits(loaded.card, archive.manifest)
     label = loaded.card.name
-    out.mkdir(parents=True, exist_ok=True)
     console = Console()
     for sample_id in samples:
         example = predict_example(
@@ -69,12 +71,13 @@ def run(
         write_figure(prediction_strip(example), out / f"{stem}.png")
         write_gif(out / f"{stem}.gif", example, label)
         if arrays:
-            np.savez_compressed(
-                out / f"{stem}.npz",
-                inputs_TCHW=example.inputs_TCHW,
-                truth_TCHW=example.truth_TCHW,
-                prediction_TCHW=example.forecasts_TCHW[label],
-            )
+            with whole_file(out / f"{stem}.npz") as path:
+                np.savez_compressed(
+                    path,
+                    inputs_TCHW=example.inputs_TCHW,
+                    truth_TCHW=example.truth_TCHW,
+                    prediction_TCHW=example.forecasts_TCHW[label],
+                )
         console.print(str(out / stem) + ".*", markup=False, soft_wrap=True)
 
 

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.distributed
 
 
 def test_two_ranks_evaluate_like_one(archive_url: str, tmp_path: Path) -> None:
-    """Five sequences in batches of four: rank 1 gets one padded sample, both get every result."""
+    """Five sequences in batches of four: in the last batch, rank 1 has nothing but padding."""
     manifest = open_archive(archive_url).manifest
     frame = FrameShape(channels=1, height=manifest.height, width=manifest.width)
     model = ModelConfig(num_layers=1, hidden_channels=4, kernel_size=3)

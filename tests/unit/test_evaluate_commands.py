@@ -155,6 +155,8 @@ def test_predict_explains_bad_input(
     short = fails(capsys, predict, *fixed, "--samples", "0", "--num-frames", "3")
     assert "num_input_frames=3" in short
     assert "samples" in fails(capsys, predict, *fixed)
+    assert "names no sequence" in fails(capsys, predict, *fixed, "--samples")
+    assert not (tmp_path / "out").exists()
 
 
 def test_evaluation_json_is_plain(model_folder: Path, archive_url: str, tmp_path: Path) -> None:

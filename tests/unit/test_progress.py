@@ -9,7 +9,9 @@ from pathlib import Path
 from tmu_dist.training.progress import LogFollower, ProgressDisplay
 from tmu_dist.training.run_log import RunLog, read_log
 
-NUMBERS = {"loss/total": 0.5, "samples_per_second": 10.0, "data_wait_fraction": 0.1}
+
+def numbers(speed: float) -> dict[str, float]:
+    return {"loss/total": 0.5, "samples_per_second": speed, "data_wait_fraction": 0.1}
 
 
 def shown(stream: io.StringIO) -> list[int]:
@@ -22,13 +24,13 @@ def test_follower_shows_every_line_once_across_a_restart(tmp_path: Path) -> None
     follower = LogFollower(tmp_path, display)
     log = RunLog(tmp_path, resume_step=0)
     for step in range(1, 6):
-        log.write("train", step, **NUMBERS)
+        log.write("train", step, **numbers(speed=10.0))
         display._last_line = -1e9  # show every line, not one in ten seconds
         follower._show_new()
     log.close()
     log = RunLog(tmp_path, resume_step=3)
     for step in range(4, 10):
-        log.write("train", step, **NUMBERS)
+        log.write("train", step, **numbers(speed=11.0))
         display._last_line = -1e9
         follower._show_new()
     log.close()

@@ -35,8 +35,8 @@ from tmu_dist.evaluation.result import (
     Runtime,
     TransferGates,
 )
-from tmu_dist.evaluation.terminal import terminal_summary
-from tmu_dist.evaluation.wording import format_count, format_score, format_seconds
+from tmu_dist.evaluation.tables import format_count, format_score, format_seconds
+from tmu_dist.evaluation.terminal import comparison_table, terminal_summary
 
 N, T = 40, 3
 SETTINGS = PageSettings(
@@ -324,6 +324,15 @@ def test_terminal_shows_scores_definitions_gates_and_cost(width: int) -> None:
                    "17.7 ms per sequence", "summed over the"):  # fmt: skip
         assert needed in text
     assert max(len(line) for line in captured.get().splitlines()) <= width
+
+
+def test_terminal_compares_runs(entries: list[RunEntry]) -> None:
+    console = Console(width=160)
+    with console.capture() as captured:
+        console.print(comparison_table(entries))
+    text = " ".join(captured.get().split())
+    assert "persistence 200.0" in text
+    assert "TMU, both 94.7" in text and text.endswith("3 min 05 s 1 digit, 2 digits")
 
 
 def test_figures_are_written(tmp_path: Path) -> None:

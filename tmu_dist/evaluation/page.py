@@ -12,11 +12,12 @@ import base64
 import html
 import io
 from collections.abc import Callable, Sequence
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import dataclass, field
 
 from matplotlib.figure import Figure
 
 from tmu_dist.evaluation.plots import DARK, LIGHT, SCREEN_DPI, Theme, svg_text
+from tmu_dist.evaluation.tables import Cell, Row, TableData
 
 STYLE = """
 :root { --paper: #ffffff; --panel: #f5f7f8; --ink: #1d2327; --muted: #5d676f; --line: #dfe3e6;
@@ -34,7 +35,7 @@ h2 { font-size: 1.2rem; letter-spacing: -0.005em; margin: 3.2rem 0 0.5rem; font-
 h3 { font-size: 1rem; margin: 1.8rem 0 0.3rem; font-weight: 600; }
 p { max-width: 44rem; margin: 0.5rem 0; }
 .lead { font-size: 1.08rem; color: var(--muted); }
-.small, figcaption { color: var(--muted); font-size: 0.875rem; }
+.small { color: var(--muted); font-size: 0.875rem; }
 code, pre { font-family: ui-monospace, "SF Mono", Menlo, Consolas, monospace; font-size: 0.84rem; }
 pre { background: var(--panel); padding: 0.9rem 1.1rem; border-radius: 6px; overflow-x: auto;
   line-height: 1.6; margin: 0.8rem 0; }
@@ -91,30 +92,6 @@ class Html(str):
     """Text that is already HTML."""
 
 
-@dataclass(frozen=True)
-class Cell:
-    """One cell of a table."""
-
-    text: str
-    _: KW_ONLY
-    is_text: bool = False
-    """Words rather than a number: left-aligned and allowed to wrap."""
-    is_best: bool = False
-    bar: float | None = None
-    """Length of a bar behind the number, 0..1."""
-
-
-@dataclass(frozen=True)
-class Row:
-    """One row of a table."""
-
-    name: str
-    cells: Sequence[Cell]
-    _: KW_ONLY
-    series: int | None = None
-    """Index of the colour that the row's run has in charts."""
-
-
 @dataclass
 class Page:
     """Sections in order; `render` gives the whole document."""
@@ -157,33 +134,25 @@ def definition_list(pairs: Sequence[tuple[str, str]], *, css: str) -> Html:
     )
 
 
-def table(headings: Sequence[str], rows: Sequence[Row], *, caption: str = "") -> Html:
-    """A table that scrolls sideways on a narrow screen; the first heading is that of the names."""
-    wordy = [False, *(cell.is_text for cell in rows[0].cells)] if rows else []
-    head = element(
-        "thead",
-        element(
-            "tr",
-            *(
-                element("th", text, css="text" if is_text else "")
-                for text, is_text in zip(headings, wordy, strict=True)
-            ),
-        ),
-    )
-    body = element("tbody", *(_table_row(row) for row in rows))
+def table(data: TableData, *, caption: str = "") -> Html:
+    """A table that scrolls sideways on a narrow screen."""
+    is_text = [False, *(cell.is_text for cell in data.rows[0].cells)]
+    headings = [
+        element("th", text, css="text" if words else "")
+        for text, words in zip(data.headings, is_text, strict=True)
+    ]
+    head = element("thead", element("tr", *headings))
+    body = element("tbody", *(_table_row(row) for row in data.rows))
     note = [element("p", caption, css="small")] if caption else []
     return element("div", element("div", element("table", head, body), css="scroll"), *note)
 
 
-def picture(
-    draw: Callable[[Theme], Figure], *, alt: str, caption: str = "", is_photo: bool = False
-) -> Html:
+def picture(draw: Callable[[Theme], Figure], *, alt: str, is_photo: bool = False) -> Html:
     """A figure drawn for light and for dark mode, inside the page.
 
     Args:
         draw: makes the figure in a theme.
         alt: what is to be seen, for those who cannot see it.
-        caption: text below.
         is_photo: made of pixels (PNG, wide) rather than of lines (SVG).
     """
     encode = _png_uri if is_photo else _svg_uri
@@ -191,8 +160,7 @@ def picture(
         f'<picture><source media="(prefers-color-scheme: dark)" srcset="{encode(draw(DARK))}">'
         f'<img src="{encode(draw(LIGHT))}" alt="{html.escape(alt)}"></picture>'
     )
-    note = [element("figcaption", caption)] if caption else []
-    return element("figure", image, *note, css="wide" if is_photo else "chart")
+    return element("figure", image, css="wide" if is_photo else "chart")
 
 
 def _table_row(row: Row) -> Html:

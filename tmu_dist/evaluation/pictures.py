@@ -11,7 +11,7 @@ Shape letters: T time, C channels, H height, W width.
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,11 +20,20 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
+from matplotlib.text import Text
 from numpy.typing import NDArray
 from PIL import Image
 
 from tmu_dist.evaluation.examples import Example, Frames
-from tmu_dist.evaluation.plots import FONT_POINTS, LIGHT, Theme
+from tmu_dist.evaluation.plots import (
+    FONT_POINTS,
+    LETTER_INCHES,
+    LIGHT,
+    Theme,
+    axes_in_inches,
+    text_in_inches,
+)
+from tmu_dist.evaluation.whole_file import whole_file
 
 ERROR_COLOURS = LinearSegmentedColormap.from_list(
     "error", ["#a8dcff", "#2f86d6", "#000000", "#dd6a1f", "#ffd5a6"]
@@ -83,81 +92,73 @@ def write_gif(path: Path, example: Example, label: str, *, ms_per_frame: int = 1
         label: which of the example's forecasts.
         ms_per_frame: duration of a frame in milliseconds.
     """
-    path.write_bytes(_gif_bytes(example, label, ms_per_frame))
-
-
-def _gif_bytes(example: Example, label: str, ms_per_frame: int) -> bytes:
-    forecast_TCHW = example.forecasts_TCHW[label]
-    num_inputs, num_truth = len(example.inputs_TCHW), len(example.truth_TCHW)
-    errors = _error_images(forecast_TCHW, example.truth_TCHW)
     figure, panels, heading = _gif_stage(example.inputs_TCHW[0], label)
     pages = []
-    for t in range(num_inputs + len(forecast_TCHW)):
-        ahead = t - num_inputs
-        if ahead < 0:
-            shown = [_image(example.inputs_TCHW[t]), None, None]
-            heading.set_text(f"t = {t + 1}   input")
-        else:
-            known = ahead < num_truth
-            shown = [
-                _image(example.truth_TCHW[ahead]) if known else None,
-                _image(forecast_TCHW[ahead]),
-                errors[ahead] if known else None,
-            ]
-            heading.set_text(f"t = {t + 1}   forecast, lead time {ahead + 1}")
-        for panel, image in zip(panels, shown, strict=True):
+    for caption, images in _gif_script(example, label):
+        heading.set_text(caption)
+        for panel, image in zip(panels, images, strict=True):
             panel.set_visible(image is not None)
             if image is not None:
                 panel.set_data(image)
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", dpi=100)
         pages.append(Image.open(buffer).convert("RGB"))
-    # One palette for all pages, so that colours don't flicker: from the last page, and from both
-    # scales drawn large, which would otherwise be too small to get their share of colours.
-    ramp = np.linspace(0, 1, pages[-1].width)
-    scales = np.stack([ERROR_COLOURS(ramp)[:, :3], np.repeat(ramp[:, None], 3, axis=1)])
-    rows = np.repeat((scales * 255).astype(np.uint8), 100, axis=0)
-    samples = np.concatenate([np.asarray(pages[-1]), rows])
-    palette = Image.fromarray(samples).quantize(256)
+    palette = _common_palette(pages[-1])
     first, *rest = [page.quantize(palette=palette, dither=Image.Dither.NONE) for page in pages]
-    animation = io.BytesIO()
-    first.save(
-        animation,
-        format="GIF",
-        save_all=True,
-        append_images=rest,
-        duration=[ms_per_frame] * len(rest) + [1000],
-        loop=0,
-    )
-    return animation.getvalue()
+    durations = [ms_per_frame] * len(rest) + [1000]
+    with whole_file(path) as staging:
+        first.save(staging, save_all=True, append_images=rest, duration=durations, loop=0)
 
 
-def _gif_stage(frame_CHW: Frames, label: str) -> tuple[Figure, list[AxesImage], Any]:
+def _gif_script(example: Example, label: str) -> Iterator[tuple[str, list[NDArray[Any] | None]]]:
+    """Caption, and images of truth, prediction and error, at each time."""
+    truth_TCHW, forecast_TCHW = example.truth_TCHW, example.forecasts_TCHW[label]
+    errors = _error_images(forecast_TCHW, truth_TCHW)
+    num_inputs = len(example.inputs_TCHW)
+    for t, frame_CHW in enumerate(example.inputs_TCHW):
+        yield f"t = {t + 1}   input", [_image(frame_CHW), None, None]
+    for t, frame_CHW in enumerate(forecast_TCHW):
+        known = t < len(truth_TCHW)
+        truth, error = (_image(truth_TCHW[t]), errors[t]) if known else (None, None)
+        caption = f"t = {num_inputs + t + 1}   forecast, lead time {t + 1}"
+        yield caption, [truth, _image(frame_CHW), error]
+
+
+def _common_palette(page: Image.Image) -> Image.Image:
+    """One palette for all pages, so that colours don't flicker from page to page.
+
+    It is taken from a page and from both colour scales drawn large: at their true size they would
+    be too small to get their share of the 256 colours.
+    """
+    ramp = np.linspace(0, 1, page.width)
+    scales = np.stack([ERROR_COLOURS(ramp)[:, :3], np.repeat(ramp[:, None], 3, axis=1)])
+    large_scales = np.repeat((scales * 255).astype(np.uint8), 100, axis=0)
+    return Image.fromarray(np.concatenate([np.asarray(page), large_scales])).quantize(256)
+
+
+def _gif_stage(frame_CHW: Frames, label: str) -> tuple[Figure, list[AxesImage], Text]:
     """An empty stage: three panels with titles and scales, and the heading that tells the time."""
-    theme = LIGHT
     channels, height, width = frame_CHW.shape
-    side, gap, left = 2.2, 0.22, 0.25
-    panel_height = side * height / width
-    total = (2 * left + 3 * side + 2 * gap, panel_height + 1.35)
-    figure = Figure(figsize=total, facecolor=theme.background)
+    panel_width, gap, left = 2.2, 0.22, 0.25
+    panel_height = panel_width * height / width
+    total = (2 * left + 3 * panel_width + 2 * gap, panel_height + 1.35)
+    figure = Figure(figsize=total, facecolor=LIGHT.background)
     panels = []
     for index, title in enumerate(("truth", label, f"error of {label}")):
-        x = (left + index * (side + gap)) / total[0]
-        axes = figure.add_axes((x, 0.62 / total[1], side / total[0], panel_height / total[1]))
-        axes.set_title(title, loc="left", fontsize=FONT_POINTS + 1, color=theme.ink, pad=5)
-        axes.set_xticks([])
-        axes.set_yticks([])
-        axes.set_facecolor("#eef0f2")
-        for spine in axes.spines.values():
-            spine.set_visible(False)
+        x = left + index * (panel_width + gap)
+        axes = axes_in_inches(figure, x, 0.62, panel_width, panel_height)
+        axes.set_title(title, loc="left", fontsize=FONT_POINTS + 1, color=LIGHT.ink, pad=5)
+        axes.set(xticks=[], yticks=[], facecolor="#eef0f2")
+        axes.spines[:].set_visible(False)
         is_error = index == 2
         blank = np.zeros((height, width, 3) if is_error or channels == 3 else (height, width))
         panels.append(axes.imshow(blank, cmap="gray", vmin=0, vmax=1, interpolation="nearest"))
         if is_error or (index == 0 and channels == 1):
-            scale = figure.add_axes((x, 0.36 / total[1], side / total[0], 0.09 / total[1]))
-            _draw_scale(scale, is_error=is_error, theme=theme)
-    heading = figure.text(left / total[0], 1 - 0.22 / total[1], "", va="center", color=theme.ink,
-                          fontsize=FONT_POINTS + 2)  # fmt: skip
+            scale = axes_in_inches(figure, x, 0.36, panel_width, 0.09)
+            _draw_scale(scale, is_error=is_error, theme=LIGHT)
+    heading = text_in_inches(
+        figure, left, total[1] - 0.22, "", color=LIGHT.ink, fontsize=FONT_POINTS + 2
+    )
     return figure, panels, heading
 
 
@@ -165,69 +166,60 @@ def _draw_scale(axes: Axes, *, is_error: bool, theme: Theme) -> None:
     """A horizontal colour scale with its ends named."""
     ramp = np.linspace(0, 1, 256)[None]
     low, high = (-1, 1) if is_error else (0, 1)
-    axes.imshow(
-        ERROR_COLOURS(ramp) if is_error else ramp,
-        cmap="gray", aspect="auto", extent=(low, high, 0, 1),
-    )  # fmt: skip
+    colours = ERROR_COLOURS(ramp) if is_error else ramp
+    axes.imshow(colours, cmap="gray", aspect="auto", extent=(low, high, 0, 1))
     axes.set_yticks([])
-    axes.set_xticks([low, 0, high] if is_error else [low, high])
     if is_error:
-        axes.set_xticklabels(["−1 too dark", "0", "too bright +1"])
+        axes.set_xticks([-1, 0, 1], ["−1 too dark", "0", "too bright +1"])
     else:
-        axes.set_xticklabels(["0 dark", "bright 1"])
+        axes.set_xticks([0, 1], ["0 dark", "bright 1"])
     labels = axes.get_xticklabels()
     labels[0].set_horizontalalignment("left")
     labels[-1].set_horizontalalignment("right")
     axes.tick_params(length=0, pad=3, labelsize=FONT_POINTS - 1, colors=theme.muted)
-    for spine in axes.spines.values():
-        spine.set_visible(False)
+    axes.spines[:].set_visible(False)
 
 
 def _draw_rows(rows: Sequence[_Row], theme: Theme) -> Figure:
-    """Frames on a grid measured in widths of a frame, row labels left, times above."""
+    """Frames on a grid measured in widths of a frame, row labels left, scale below."""
     num_columns = max(len(row.images) for row in rows)
     height, width = next(im.shape[:2] for row in rows for im in row.images if im is not None)
     aspect = height / width
-    label_inches = 0.62 * FONT_POINTS / 72 * max(len(row.label) for row in rows) + 0.2
     grid_width = num_columns * (1 + _GAP) - _GAP
     grid_height = sum(aspect + row.space_above for row in rows)
-    scale_inches = 0.62
-    total = (label_inches + grid_width * _CELL_INCHES + 0.08,
-             grid_height * _CELL_INCHES + scale_inches)  # fmt: skip
-    figure = Figure(figsize=total, facecolor=theme.background)
-    axes = figure.add_axes(
-        (
-            label_inches / total[0],
-            scale_inches / total[1],
-            grid_width * _CELL_INCHES / total[0],
-            grid_height * _CELL_INCHES / total[1],
-        )
-    )
-    axes.axis("off")
+    left = LETTER_INCHES * max(len(row.label) for row in rows) + 0.25
+    below = 0.62
+    inches = (grid_width * _CELL_INCHES, grid_height * _CELL_INCHES)
+    size = (left + inches[0] + 0.08, below + inches[1])
+    figure = Figure(figsize=size, facecolor=theme.background)
+    axes = axes_in_inches(figure, left, below, *inches)
     top = 0.0
     for row in rows:
         top += row.space_above
-        axes.text(-0.15, top + aspect / 2, row.label, ha="right", va="center", color=row.colour,
-                  fontsize=FONT_POINTS)  # fmt: skip
-        for column, image in enumerate(row.images):
-            x = column * (1 + _GAP)
-            if image is not None:
-                axes.imshow(image, extent=(x, x + 1, top + aspect, top), cmap="gray", vmin=0,
-                            vmax=1, interpolation="nearest")  # fmt: skip
-            if row.times is not None:
-                text = f"t = {row.times[column]}" if column == 0 else str(row.times[column])
-                axes.text(x + 0.5, top - 0.08, text, ha="center", va="bottom", color=theme.muted,
-                          fontsize=FONT_POINTS - 1)  # fmt: skip
+        _draw_row(axes, row, top, aspect, theme)
         top += aspect
+    axes.axis("off")
     axes.set(xlim=(0, grid_width), ylim=(grid_height, 0), aspect="auto")
-    scale_width = min(2.4, grid_width * _CELL_INCHES)
-    scale = figure.add_axes(
-        (label_inches / total[0], 0.32 / total[1], scale_width / total[0], 0.08 / total[1])
-    )
+    scale = axes_in_inches(figure, left, 0.32, min(2.4, inches[0]), 0.08)
     _draw_scale(scale, is_error=True, theme=theme)
-    figure.text((label_inches - 0.1) / total[0], 0.36 / total[1], "error", ha="right", va="center",
-                color=theme.muted, fontsize=FONT_POINTS)  # fmt: skip
+    text_in_inches(
+        figure, left - 0.1, 0.36, "error", ha="right", color=theme.muted, fontsize=FONT_POINTS
+    )
     return figure
+
+
+def _draw_row(axes: Axes, row: _Row, top: float, aspect: float, theme: Theme) -> None:
+    label = {"ha": "right", "va": "center", "color": row.colour, "fontsize": FONT_POINTS}
+    axes.text(-0.15, top + aspect / 2, row.label, **label)
+    grey = {"cmap": "gray", "vmin": 0, "vmax": 1, "interpolation": "nearest"}
+    small = {"ha": "center", "va": "bottom", "color": theme.muted, "fontsize": FONT_POINTS - 1}
+    for column, image in enumerate(row.images):
+        x = column * (1 + _GAP)
+        if image is not None:
+            axes.imshow(image, extent=(x, x + 1, top + aspect, top), **grey)
+        if row.times is not None:
+            text = f"t = {row.times[column]}" if column == 0 else str(row.times[column])
+            axes.text(x + 0.5, top - 0.08, text, **small)
 
 
 def _spread(count: int, most: int) -> list[int]:

@@ -12,15 +12,19 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, ScalarFormatter
+
+from tmu_dist.evaluation.whole_file import whole_file
 
 SCREEN_DPI = 160
 FONT_POINTS = 9.0
-_LETTER_INCHES = 0.57 * FONT_POINTS / 72
+LETTER_INCHES = 0.57 * FONT_POINTS / 72
 _WIDTH_INCHES, _HEIGHT_INCHES = 4.8, 3.0
 """Width of an average letter, to leave room for labels."""
 
@@ -122,11 +126,10 @@ def interval_chart(intervals: Sequence[Interval], *, title: str, theme: Theme = 
     if not intervals:
         raise ValueError("An interval chart needs at least one interval.")
     width, height = _WIDTH_INCHES, 0.95 + 0.34 * len(intervals)
-    label_inches = _LETTER_INCHES * max(len(row.label) for row in intervals) + 0.25
+    label_inches = LETTER_INCHES * max(len(row.label) for row in intervals) + 0.25
     figure = Figure(figsize=(width, height), facecolor=theme.background)
-    axes = figure.add_axes(
-        (label_inches / width, 0.5 / height, 0.96 - label_inches / width, 1 - 0.9 / height)
-    )
+    text_in_inches(figure, 0.1, height - 0.2, title, color=theme.ink, fontsize=FONT_POINTS + 1)
+    axes = axes_in_inches(figure, label_inches, 0.5, width - label_inches - 0.2, height - 0.9)
     _strip_axes(axes, theme)
     axes.grid(visible=False)
     axes.axvline(0, color=theme.muted, linewidth=1.0)
@@ -140,14 +143,13 @@ def interval_chart(intervals: Sequence[Interval], *, title: str, theme: Theme = 
     axes.set_ylim(len(intervals) - 0.5, -0.5)
     axes.margins(x=0.12)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6))
-    figure.text(0.1 / width, 1 - 0.2 / height, title, color=theme.ink, va="center",
-                fontsize=FONT_POINTS + 1)  # fmt: skip
     return figure
 
 
 def write_figure(figure: Figure, path: Path) -> None:
     """Write a figure in the format that the file's suffix names."""
-    figure.savefig(path, dpi=SCREEN_DPI)
+    with whole_file(path) as staging:
+        figure.savefig(staging, dpi=SCREEN_DPI)
 
 
 def svg_text(figure: Figure) -> str:
@@ -167,15 +169,12 @@ def _line_chart(
     """Lines with their names at the right end; the horizontal axis counts in whole numbers."""
     if not curves or not all(len(curve.x) for curve in curves):
         raise ValueError("A chart needs at least one curve, and every curve at least one point.")
-    label_inches = _LETTER_INCHES * max(len(curve.label) for curve in curves) + 0.25
+    label_inches = LETTER_INCHES * max(len(curve.label) for curve in curves) + 0.25
     width, height = _WIDTH_INCHES, _HEIGHT_INCHES
     figure = Figure(figsize=(width, height), facecolor=theme.background)
-    axes = figure.add_axes(
-        (0.5 / width, 0.5 / height, 1 - (0.5 + label_inches) / width, 1 - 0.9 / height)
-    )
+    text_in_inches(figure, 0.1, height - 0.2, title, color=theme.ink, fontsize=FONT_POINTS + 1)
+    axes = axes_in_inches(figure, 0.5, 0.5, width - label_inches - 0.5, height - 0.9)
     _strip_axes(axes, theme)
-    axes.set_title(title, loc="left", x=-0.4 / (width - 0.5 - label_inches), color=theme.ink,
-                   fontsize=FONT_POINTS + 1, pad=9)  # fmt: skip
     axes.set_xlabel(x_label, color=theme.muted, fontsize=FONT_POINTS)
     for curve in curves:
         is_reference = curve.series is None
@@ -201,6 +200,20 @@ def _line_chart(
     axes.xaxis.set_major_locator(MaxNLocator(nbins=12 if few_steps else 5, integer=True))
     _name_lines(axes, curves, theme)
     return figure
+
+
+def axes_in_inches(figure: Figure, left: float, bottom: float, width: float, height: float) -> Axes:
+    """Axes at a place given in inches from the figure's lower left corner."""
+    total_width, total_height = figure.get_size_inches()
+    return figure.add_axes(
+        (left / total_width, bottom / total_height, width / total_width, height / total_height)
+    )
+
+
+def text_in_inches(figure: Figure, left: float, bottom: float, text: str, **style: Any) -> Text:
+    """Vertically centred text at a place given in inches from the figure's lower left corner."""
+    width, height = figure.get_size_inches()
+    return figure.text(left / width, bottom / height, text, va="center", **style)
 
 
 def _strip_axes(axes: Axes, theme: Theme) -> None:

@@ -23,12 +23,9 @@ from tmu_dist.evaluation.comparison import (
     read_learning_curve,
 )
 from tmu_dist.evaluation.examples import Example
-from tmu_dist.evaluation.metrics import select_metrics
 from tmu_dist.evaluation.page import (
-    Cell,
     Html,
     Page,
-    Row,
     bullet_list,
     definition_list,
     element,
@@ -48,15 +45,10 @@ from tmu_dist.evaluation.plots import (
 )
 from tmu_dist.evaluation.result import MODEL, PERSISTENCE, EvaluationResult
 from tmu_dist.evaluation.wording import (
-    format_count,
     format_difference,
-    format_score,
-    format_seconds,
 )
 from tmu_dist.files import atomic_write_text
 
-_METRICS = select_metrics()
-_TABLE_METRICS = ("mse_per_frame", "mae_per_frame", "ssim", "psnr_db")
 _CHART_METRICS = ("mse_per_frame", "ssim", "mae_per_frame")
 
 
@@ -82,7 +74,6 @@ class PageSettings:
 
 def write_figures(result: EvaluationResult, folder: Path) -> list[Path]:
     """Draw model and persistence against lead time, one PNG per charted metric."""
-    folder.mkdir(parents=True, exist_ok=True)
     entries = [RunEntry(label=result.model.name, result=result)]
     paths = [folder / f"lead_time_{name}.png" for name in _CHART_METRICS]
     for name, path in zip(_CHART_METRICS, paths, strict=True):
@@ -145,47 +136,11 @@ def _seeds(entries: Sequence[RunEntry]) -> str:
 
 
 def _scores(entries: Sequence[RunEntry]) -> list[Html]:
-    """The paper's Table 1: persistence first, then every run; best values marked."""
-    persistence = entries[0].result.overall[PERSISTENCE]
-    scores = [persistence, *(entry.result.overall[MODEL] for entry in entries)]
-    names = [name for name in _TABLE_METRICS if name in persistence]
-    best = {
-        name: (max if _METRICS[name].higher_is_better else min)(score[name] for score in scores)
-        for name in names
-    }
-    cells = [
-        [Cell(format_score(n, score[n]), is_best=score[n] == best[n]) for n in names]
-        for score in scores
-    ]
-    rows = [Row("persistence", [*cells[0], *[Cell("–")] * 5, Cell("none", is_text=True)])]
-    for i, entry in enumerate(entries):
-        cost, runtime = entry.result.parameters, entry.result.runtime
-        trained = entry.training_seconds
-        costs = [
-            Cell(format_count(cost.train)),
-            Cell(format_count(cost.test)),
-            Cell(f"{runtime.ms_per_sequence_batch_1:.1f}"),
-            Cell(f"{runtime.ms_per_sequence_batch_8:.1f}"),
-            Cell("–" if trained is None else format_seconds(trained)),
-        ]
-        teachers = Cell(", ".join(entry.result.model.teachers) or "none", is_text=True)
-        rows.append(Row(entry.label, [*cells[i + 1], *costs, teachers], series=i))
-    arrows = {name: "↑" if _METRICS[name].higher_is_better else "↓" for name in names}
-    headings = [
-        "Method",
-        *(f"{_METRICS[name].label}\u00a0{arrows[name]}" for name in names),
-        "Weights, train",
-        "Weights, test",
-        "ms/seq., alone",
-        "ms/seq., by 8",
-        "Training",
-        "Teachers",
-    ]
     caption = (
         "↓ lower is better, ↑ higher is better; the best value of a column is marked. How each "
         "number is defined stands below."
     )
-    return [element("h2", "Scores and cost"), table(headings, rows, caption=caption)]
+    return [element("h2", "Scores and cost"), table(score_table(entries), caption=caption)]
 
 
 def _paired_differences(entries: Sequence[RunEntry], reference_label: str) -> list[Html]:
@@ -234,7 +189,7 @@ def _paired_differences(entries: Sequence[RunEntry], reference_label: str) -> li
         element(
             "div",
             picture(draw, alt=f"Differences from {reference_label} with 95 % intervals"),
-            table(headings, rows),
+            table(TableData(headings, rows)),
             css="charts",
         ),
     ]
@@ -254,7 +209,7 @@ def _curves(entries: Sequence[RunEntry]) -> list[Html]:
         pictures.append(
             picture(
                 partial(_lead_time_chart, name, entries),
-                alt=f"{_METRICS[name].label} against lead time",
+                alt=f"{METRICS[name].label} against lead time",
             )
         )
     heading = element("h2", "Learning curves and lead times")
@@ -277,7 +232,7 @@ def _lead_time_chart(name: str, entries: Sequence[RunEntry], theme: Theme) -> Fi
     def curve(label: str, values: Sequence[float], series: int | None) -> Curve:
         return Curve(label=label, x=range(1, len(values) + 1), y=values, series=series)
 
-    metric, first = _METRICS[name], entries[0].result
+    metric, first = METRICS[name], entries[0].result
     curves = [curve("persistence", first.per_lead_time[PERSISTENCE][name], None)]
     for i, entry in enumerate(entries):
         curves.append(curve(entry.label, entry.result.per_lead_time[MODEL][name], i))
@@ -287,24 +242,10 @@ def _lead_time_chart(name: str, entries: Sequence[RunEntry], theme: Theme) -> Fi
 
 
 def _gates(entries: Sequence[RunEntry]) -> list[Html]:
-    """The paper's Table 5, per layer too."""
     parts = []
     for entry in entries:
-        gates = entry.result.gates
-        if gates is None:
-            continue
-        rows = [
-            Row(
-                teacher,
-                [
-                    *(Cell(f"{means_M[m]:.3f}", bar=means_M[m]) for means_M in gates.means_LM),
-                    Cell(f"{average:.3f}", bar=average),
-                ],
-            )
-            for m, (teacher, average) in enumerate(zip(gates.teachers, gates.per_teacher()))
-        ]
-        headings = ["Teacher", *(f"Layer {layer}" for layer in gates.layers), "All layers"]
-        parts += [element("h3", entry.label), table(headings, rows)]
+        if entry.result.gates is not None:
+            parts += [element("h3", entry.label), table(gate_table(entry.result.gates))]
     if not parts:
         return []
     explanation = (

@@ -12,14 +12,15 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from tmu_dist.evaluation.metrics import Scores
+from tmu_dist.evaluation.whole_file import whole_file
 from tmu_dist.files import atomic_write_text
 
 JSON_NAME = "evaluation.json"
@@ -170,20 +171,15 @@ class EvaluationResult:
 
     def save(self, folder: Path) -> None:
         """Write `evaluation.json`, and `per_sequence.npz` when the scores are at hand."""
-        folder.mkdir(parents=True, exist_ok=True)
         if self.per_sequence is not None:
-            partial = folder / f".partial.{PER_SEQUENCE_NAME}"
-            np.savez_compressed(
-                partial,
-                allow_pickle=False,
-                sample_ids=self.per_sequence[MODEL].sample_ids_N,
-                **{
-                    f"{forecast}.{name}": values_NT
-                    for forecast, scores in self.per_sequence.items()
-                    for name, values_NT in scores.values_NT.items()
-                },
-            )
-            partial.replace(folder / PER_SEQUENCE_NAME)
+            arrays = {
+                f"{forecast}.{name}": values_NT
+                for forecast, scores in self.per_sequence.items()
+                for name, values_NT in scores.values_NT.items()
+            }
+            ids_N = self.per_sequence[MODEL].sample_ids_N
+            with whole_file(folder / PER_SEQUENCE_NAME) as path:
+                np.savez_compressed(path, allow_pickle=False, sample_ids=ids_N, **arrays)
         text = json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n"
         atomic_write_text(folder / JSON_NAME, text)
 
@@ -209,10 +205,11 @@ class EvaluationResult:
                     values.setdefault(forecast, {})[name] = arrays[key]
             ids_N = arrays["sample_ids"]
         scores = {forecast: Scores(ids_N, by_name) for forecast, by_name in values.items()}
-        return cls(**{**vars(result), "per_sequence": scores})
+        return replace(result, per_sequence=scores)
 
 
-def _map_numbers(tree: Any, change: Any) -> Any:
+def _map_numbers(tree: Any, change: Callable[[Any], Any]) -> Any:
+    """Change every leaf of nested mappings and lists; lists become tuples."""
     if isinstance(tree, Mapping):
         return {key: _map_numbers(value, change) for key, value in tree.items()}
     if isinstance(tree, list | tuple):

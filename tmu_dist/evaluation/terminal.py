@@ -1,4 +1,4 @@
-"""One evaluation as text for a terminal (rich).
+"""One evaluation, or several side by side, as text for a terminal (rich).
 
 Deliberately not here: pages and figures (`report`).
 """
@@ -11,8 +11,16 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from tmu_dist.evaluation.result import MODEL, PERSISTENCE, EvaluationResult, TransferGates
-from tmu_dist.evaluation.wording import format_score
+from tmu_dist.evaluation.comparison import RunEntry
+from tmu_dist.evaluation.result import MODEL, PERSISTENCE, EvaluationResult
+from tmu_dist.evaluation.tables import (
+    Cell,
+    Row,
+    TableData,
+    format_score,
+    gate_table,
+    score_table,
+)
 
 
 def terminal_summary(result: EvaluationResult) -> Group:
@@ -33,18 +41,23 @@ def terminal_summary(result: EvaluationResult) -> Group:
     )
     parts: list[RenderableType] = [title, _overall(result), _lead_times(result)]
     if result.gates is not None:
-        parts.append(_gates(result.gates))
+        parts.append(_rich_table("Mean transfer gates", gate_table(result.gates)))
     spaced = [line for part in (*parts, costs) for line in (part, Text())]
     return Group(*spaced, _definitions(result))
+
+
+def comparison_table(entries: Sequence[RunEntry]) -> Table:
+    """Persistence and every run with its scores and cost; best values in bold."""
+    return _rich_table("Comparison", score_table(entries))
 
 
 def _overall(result: EvaluationResult) -> Table:
     forecasts = (result.overall[PERSISTENCE], result.overall[MODEL])
     rows = [
-        [name, *(format_score(name, scores[name]) for scores in forecasts)]
+        Row(name, [Cell(format_score(name, scores[name])) for scores in forecasts])
         for name in result.overall[MODEL]
     ]
-    return _table("Overall", ["", "persistence", "model"], rows)
+    return _rich_table("Overall", TableData(["", "persistence", "model"], rows))
 
 
 def _lead_times(result: EvaluationResult) -> Table:
@@ -55,19 +68,11 @@ def _lead_times(result: EvaluationResult) -> Table:
         for label, forecast in (("persistence", PERSISTENCE), ("model", MODEL))
     ]
     rows = [
-        [str(t + 1), *(format_score(name, values[t]) for _, name, values in columns)]
+        Row(str(t + 1), [Cell(format_score(name, values[t])) for _, name, values in columns])
         for t in range(result.model.num_target_frames)
     ]
-    return _table("By lead time", ["frame", *(heading for heading, *_ in columns)], rows)
-
-
-def _gates(gates: TransferGates) -> Table:
-    rows = [
-        [teacher, *(f"{means_M[m]:.3f}" for means_M in gates.means_LM), f"{average:.3f}"]
-        for m, (teacher, average) in enumerate(zip(gates.teachers, gates.per_teacher()))
-    ]
-    layers = [f"layer {layer}" for layer in gates.layers]
-    return _table("Mean transfer gates", ["", *layers, "all layers"], rows)
+    headings = ["frame", *(heading for heading, *_ in columns)]
+    return _rich_table("By lead time", TableData(headings, rows))
 
 
 def _definitions(result: EvaluationResult) -> Table:
@@ -77,10 +82,12 @@ def _definitions(result: EvaluationResult) -> Table:
     return grid
 
 
-def _table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+def _rich_table(title: str, data: TableData) -> Table:
     table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
-    for i, heading in enumerate(headings):
-        table.add_column(heading, justify="left" if i == 0 else "right", header_style="dim")
-    for row in rows:
-        table.add_row(*row)
+    is_text = [True, *(cell.is_text for cell in data.rows[0].cells)]
+    for heading, words in zip(data.headings, is_text, strict=True):
+        table.add_column(heading, justify="left" if words else "right", header_style="dim")
+    for row in data.rows:
+        cells = [Text(cell.text, style="bold" if cell.is_best else "") for cell in row.cells]
+        table.add_row(Text(row.name), *cells)
     return table
