@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+from tmu_dist.collectives import Collectives
 from tmu_dist.commands import command_errors
 from tmu_dist.config import with_overrides
 from tmu_dist.data.loader import open_archive
@@ -77,7 +78,7 @@ def run_demo(launcher: str) -> Path:
 def _train(name: str, launcher: str) -> str:
     recipe = get_recipe(name)
     config = with_overrides(recipe.config, {"launch.launcher": launcher})
-    return run_recipe(replace(recipe, config=config))
+    return run_recipe(replace(recipe, config=config), Collectives())
 
 
 def _evaluate(label: str, run: str) -> RunEntry:
@@ -86,14 +87,10 @@ def _evaluate(label: str, run: str) -> RunEntry:
     result = evaluate_model(run, url)
     result.save(Path(run) / "evaluation-test")
     seconds = json.loads(Path(run, "result.json").read_text())["seconds"]
-    return RunEntry(
-        label=label, result=result, run_directory=Path(run), training_seconds=seconds
-    )
+    return RunEntry(label=label, result=result, run_directory=Path(run), training_seconds=seconds)
 
 
-def _write_page(
-    page: Path, entries: list[RunEntry], runs: dict[str, str], launcher: str
-) -> None:
+def _write_page(page: Path, entries: list[RunEntry], runs: dict[str, str], launcher: str) -> None:
     config = get_recipe(STUDENTS["scratch"]).config
     archive = open_archive(config.data.url)
     models = {label: load_model(run) for label, run in runs.items()}

@@ -16,6 +16,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import tyro
 
@@ -24,6 +25,9 @@ from tmu_dist.config import ConfigError, RunConfig, load_overrides, with_overrid
 from tmu_dist.recipes import DEFAULT_RECIPE, RECIPES, get_recipe
 from tmu_dist.recipes.base import Recipe
 
+if TYPE_CHECKING:
+    from tmu_dist.collectives import Collectives
+
 log = logging.getLogger(__name__)
 
 
@@ -31,8 +35,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of `python -m tmu_dist.train`."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     recipe = parse_command(sys.argv[1:] if arguments is None else arguments)
-    with command_errors():
-        run_recipe(recipe)
+    from tmu_dist.training.launch import joined_ranks  # loads torch, which --help does not need
+
+    with command_errors(), joined_ranks(recipe.config.launch.launcher) as collectives:
+        run_recipe(recipe, collectives)
 
 
 def parse_command(arguments: Sequence[str]) -> Recipe:
@@ -59,40 +65,49 @@ def parse_command(arguments: Sequence[str]) -> Recipe:
     return replace(recipe, config=config)
 
 
-def run_recipe(recipe: Recipe) -> str:
-    """Make what is missing, train, and say where the results are; returns the run folder."""
+def run_recipe(recipe: Recipe, collectives: Collectives) -> str:
+    """Make what is missing, train, and say where the results are; returns the run folder.
+
+    Every rank calls this; files are made by rank 0 alone.
+    """
     from tmu_dist.training.launch import launch
 
     config = recipe.config
-    make_archive(recipe, config.data.url)
+    collectives.on_main(lambda: make_archive(recipe, config.data.url))
     for teacher in config.transfer.teachers:
-        if teacher in recipe.teachers and not (Path(teacher) / "result.json").is_file():
+        finished = Path(teacher) / "result.json"
+        if teacher in recipe.teachers and not collectives.on_main(finished.is_file):
             name = recipe.teachers[teacher]
-            log.info("%s needs a teacher: training recipe %s", Path(config.output).name, name)
-            run_recipe(_launched_alike(get_recipe(name), config))
-    result = launch(config)
-    log.info(
-        "%s: %d steps; best validation MSE/frame %.2f at step %d. Results: %s",
-        Path(result.run).name,
-        result.steps,
-        result.best_mse_per_frame,
-        result.best_step,
-        result.run,
+            _say(collectives, f"{Path(config.output).name} needs a teacher: training {name}")
+            run_recipe(_launched_alike(get_recipe(name), config), collectives)
+    result = launch(config, collectives)
+    _say(
+        collectives,
+        f"{Path(result.run).name}: {result.steps} steps; best validation MSE/frame "
+        f"{result.best_mse_per_frame:.2f} at step {result.best_step}. Results: {result.run}",
     )
     return result.run
 
 
 def make_archive(recipe: Recipe, url: str) -> None:
-    """Write the archive that a recipe names, if it is the recipe's own and not there yet."""
+    """Write the archive that a recipe names, if it is the recipe's own and not there yet.
+
+    Raises:
+        ConfigError: it could not be written; data_prep has said why.
+    """
     if url not in recipe.archives or (Path(url) / "manifest.json").is_file():
         return
     from data_prep.__main__ import main as data_prep
 
     arguments = recipe.archives[url]
     log.info("python -m data_prep %s", shlex.join(arguments))
-    status = data_prep(arguments)
-    if status:
-        raise ConfigError(f"The archive {url} could not be prepared (see above).")
+    if data_prep(arguments) != 0:
+        raise ConfigError(f"The archive {url} could not be prepared, see above.")
+
+
+def _say(collectives: Collectives, message: str) -> None:
+    if collectives.ranks.is_main:
+        log.info("%s", message)
 
 
 def _launched_alike(recipe: Recipe, config: RunConfig) -> Recipe:

@@ -68,7 +68,7 @@ def test_evaluate_prints_and_writes(
     assert result.parameters.train == result.parameters.test + 30
     assert result.gates is not None and result.gates.teachers == ("one", "two")
     printed = capsys.readouterr().out
-    for word in ("persistence", "mse_per_frame", "summed over the channels", "layer 1", "one"):
+    for word in ("persistence", "mse_per_frame", "summed over the channels", "Layer 1", "one"):
         assert word in printed
 
 

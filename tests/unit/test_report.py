@@ -326,13 +326,14 @@ def test_terminal_shows_scores_definitions_gates_and_cost(width: int) -> None:
     assert max(len(line) for line in captured.get().splitlines()) <= width
 
 
-def test_terminal_compares_runs(entries: list[RunEntry]) -> None:
-    console = Console(width=160)
+def test_terminal_compares_runs_in_80_columns(entries: list[RunEntry]) -> None:
+    console = Console(width=80)
     with console.capture() as captured:
         console.print(comparison_table(entries))
-    text = " ".join(captured.get().split())
-    assert "persistence 200.0" in text
-    assert "TMU, both 94.7" in text and text.endswith("3 min 05 s 1 digit, 2 digits")
+    lines = [line.split() for line in captured.get().splitlines()]
+    assert lines[1][-3:] == ["PSNR", "[dB]", "↑"]  # brackets are not markup
+    assert ["persistence", "200.0", "0.5", "0.5000", "0.50"] in lines
+    assert ["TMU,", "both", "94.7", "0.5", "0.5000", "0.50"] in lines
 
 
 def test_figures_are_written(tmp_path: Path) -> None:

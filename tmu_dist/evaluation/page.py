@@ -47,12 +47,13 @@ dl.terms { font-size: 0.9rem; margin: 1rem 0; max-width: 52rem; }
 dl.terms dt { font-weight: 600; margin-top: 0.6rem; }
 dl.terms dd { margin: 0; color: var(--muted); }
 .scroll { overflow-x: auto; margin: 1rem 0; -webkit-overflow-scrolling: touch; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 0.9rem;
-  min-width: 100%; }
-th, td { padding: 0.5rem 0.65rem; text-align: right; white-space: nowrap;
-  border-bottom: 1px solid var(--line); }
+table { border-collapse: separate; border-spacing: 0; font-size: 0.9rem; min-width: 100%;
+  font-variant-numeric: tabular-nums; border-bottom: 1px solid var(--line); }
+th, td { padding: 0.5rem 0.65rem; text-align: right; white-space: nowrap; }
+tbody tr > * { border-top: 1px solid var(--line); }
+tbody tr:first-child > * { border-top: 1.5px solid var(--muted); }
 thead th { vertical-align: bottom; font-weight: 500; color: var(--muted); font-size: 0.82rem;
-  line-height: 1.3; border-bottom: 1.5px solid var(--muted); white-space: normal; }
+  line-height: 1.3; white-space: normal; }
 th:first-child { text-align: left; position: sticky; left: 0; background: var(--paper);
   padding-left: 0; font-weight: 550; }
 td.text, th.text { text-align: left; white-space: normal; min-width: 8.5rem; }
@@ -68,24 +69,31 @@ td.bar { background-image: linear-gradient(var(--bar), var(--bar)); background-r
 @media (prefers-color-scheme: dark) { .swatch { background: var(--dark); } }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 27rem), 1fr));
   gap: 0.5rem 2rem; }
+.examples { display: flex; flex-wrap: wrap; gap: 0 2rem; }
+.examples > section { max-width: 100%; }
 figure { margin: 1rem 0; }
 figure img { display: block; width: 100%; height: auto; }
 figure.wide { overflow-x: auto; }
-figure.wide img { min-width: 38rem; max-width: 60rem; }
+figure.wide img { width: var(--natural); }
 ul { padding-left: 1.2rem; max-width: 46rem; }
 li { margin: 0.4rem 0; }
 footer { margin-top: 4rem; padding-top: 1rem; border-top: 1px solid var(--line); }
 @media (max-width: 40rem) { body { padding-top: 1.8rem; } h2 { margin-top: 2.4rem; }
   dl.facts { grid-template-columns: 1fr; gap: 0; } dl.facts dd { margin-bottom: 0.5rem; }
   th, td { padding: 0.45rem 0.55rem; }
-  th:first-child { white-space: normal; min-width: 7.5rem; max-width: 9rem; } }
+  th:first-child { white-space: normal; min-width: 7.5rem; max-width: 9rem; }
+  figure.wide img { width: calc(0.65 * var(--natural)); } }
 @media print { :root { --paper: #fff; --panel: #f5f7f8; --ink: #000; --muted: #444;
   --line: #ccc; --best: #e4f1fb; --bar: #cfe4f5; }
   body { max-width: none; padding: 0; font-size: 10pt; } table { font-size: 8.5pt; }
   th, td { padding: 0.3rem 0.4rem; } .scroll, figure.wide { overflow: visible; }
-  figure.wide img { min-width: 0; } figure, tr, pre { break-inside: avoid; }
+  figure.wide img { max-width: 100%; } figure, tr, pre { break-inside: avoid; }
   h2, h3 { break-after: avoid; } * { print-color-adjust: exact; } }
 """
+
+
+_CSS_PIXELS_PER_INCH = 100
+"""Size of pixel pictures on the page: one strip of ten frames fills it, or two of five."""
 
 
 class Html(str):
@@ -153,12 +161,15 @@ def picture(draw: Callable[[Theme], Figure], *, alt: str, is_photo: bool = False
     Args:
         draw: makes the figure in a theme.
         alt: what is to be seen, for those who cannot see it.
-        is_photo: made of pixels (PNG, wide) rather than of lines (SVG).
+        is_photo: made of pixels (PNG, shown at its size) rather than of lines (SVG, fills its
+            column).
     """
     encode = _png_uri if is_photo else _svg_uri
+    light, dark = draw(LIGHT), draw(DARK)
+    width = f"--natural: {_CSS_PIXELS_PER_INCH * light.get_figwidth():.0f}px"
     image = Html(
-        f'<picture><source media="(prefers-color-scheme: dark)" srcset="{encode(draw(DARK))}">'
-        f'<img src="{encode(draw(LIGHT))}" alt="{html.escape(alt)}"></picture>'
+        f'<picture><source media="(prefers-color-scheme: dark)" srcset="{encode(dark)}">'
+        f'<img src="{encode(light)}" alt="{html.escape(alt)}" style="{width}"></picture>'
     )
     return element("figure", image, css="wide" if is_photo else "chart")
 

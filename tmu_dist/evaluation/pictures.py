@@ -209,17 +209,18 @@ def _draw_rows(rows: Sequence[_Row], theme: Theme) -> Figure:
 
 
 def _draw_row(axes: Axes, row: _Row, top: float, aspect: float, theme: Theme) -> None:
-    label = {"ha": "right", "va": "center", "color": row.colour, "fontsize": FONT_POINTS}
-    axes.text(-0.15, top + aspect / 2, row.label, **label)
-    grey = {"cmap": "gray", "vmin": 0, "vmax": 1, "interpolation": "nearest"}
-    small = {"ha": "center", "va": "bottom", "color": theme.muted, "fontsize": FONT_POINTS - 1}
+    grey: dict[str, Any] = {"cmap": "gray", "vmin": 0, "vmax": 1}
+    label: dict[str, Any] = {"ha": "right", "va": "center", "color": row.colour}
+    time: dict[str, Any] = {"ha": "center", "va": "bottom", "color": theme.muted}
+    axes.text(-0.15, top + aspect / 2, row.label, fontsize=FONT_POINTS, **label)
     for column, image in enumerate(row.images):
         x = column * (1 + _GAP)
         if image is not None:
-            axes.imshow(image, extent=(x, x + 1, top + aspect, top), **grey)
+            place = (x, x + 1, top + aspect, top)
+            axes.imshow(image, extent=place, interpolation="nearest", **grey)
         if row.times is not None:
             text = f"t = {row.times[column]}" if column == 0 else str(row.times[column])
-            axes.text(x + 0.5, top - 0.08, text, **small)
+            axes.text(x + 0.5, top - 0.08, text, fontsize=FONT_POINTS - 1, **time)
 
 
 def _spread(count: int, most: int) -> list[int]:

@@ -44,8 +44,14 @@ from tmu_dist.evaluation.plots import (
     write_figure,
 )
 from tmu_dist.evaluation.result import MODEL, PERSISTENCE, EvaluationResult
-from tmu_dist.evaluation.wording import (
+from tmu_dist.evaluation.tables import (
+    METRICS,
+    Cell,
+    Row,
+    TableData,
     format_difference,
+    gate_table,
+    score_table,
 )
 from tmu_dist.files import atomic_write_text
 
@@ -258,26 +264,28 @@ def _gates(entries: Sequence[RunEntry]) -> list[Html]:
 def _examples(examples: Sequence[Example]) -> list[Html]:
     if not examples:
         return []
-    parts = [
-        element("h2", "Example predictions"),
-        element(
-            "p",
-            "Inputs, truth, and under it what each model predicted from the inputs alone. Errors "
-            "are prediction minus truth: blue is too dark, orange too bright.",
-        ),
-    ]
+    explanation = (
+        "Inputs, truth, and under it what each model predicted from the inputs alone. Errors are "
+        "prediction minus truth: blue is too dark, orange too bright."
+    )
+    sections = []
     for example in examples:
-
-        def draw(theme: Theme, example: Example = example) -> Figure:
-            return prediction_strip(example, theme=theme)
-
         what = f"Sequence {example.sample_id}"
-        shown = ", ".join(example.forecasts_TCHW)
-        parts += [
-            element("h3", what),
-            picture(draw, alt=f"{what}: input, truth, predictions of {shown}", is_photo=True),
-        ]
-    return parts
+        strip = picture(
+            partial(_strip, example),
+            alt=f"{what}: input, truth, predictions of {', '.join(example.forecasts_TCHW)}",
+            is_photo=True,
+        )
+        sections.append(element("section", element("h3", what), strip))
+    return [
+        element("h2", "Example predictions"),
+        element("p", explanation),
+        element("div", *sections, css="examples"),
+    ]
+
+
+def _strip(example: Example, theme: Theme) -> Figure:
+    return prediction_strip(example, theme=theme)
 
 
 def _notes(entries: Sequence[RunEntry], settings: PageSettings) -> list[Html]:

@@ -180,8 +180,9 @@ def evaluate(
         ssim_mode=ssim_mode,
     )
     gates = scored.gates
-    if gates is not None and len(card.teachers) == len(gates.teachers):
-        gates = replace(gates, teachers=card.teachers)
+    if gates is not None:
+        unused = tuple(f"{slot}, no teacher" for slot in gates.teachers)
+        gates = replace(gates, teachers=card.teachers or unused)
     own = count_parameters(loaded.model)
     forecasts = {MODEL: scored.model, PERSISTENCE: scored.persistence}
     return EvaluationResult(
@@ -333,4 +334,5 @@ def _mean_gates(rows: SampleRows, layers: tuple[int, ...]) -> TransferGates:
 def _describe(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{device.type}, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"{device.type}, {threads} thread{'' if threads == 1 else 's'}"

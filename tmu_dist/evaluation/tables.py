@@ -6,7 +6,7 @@ Deliberately not here: layout (`terminal`, `page`).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
 
 from tmu_dist.evaluation.comparison import RunEntry
@@ -58,8 +58,13 @@ class TableData:
     rows: Sequence[Row]
 
 
-def score_table(entries: Sequence[RunEntry]) -> TableData:
-    """The paper's Table 1: persistence first, then every run; best values marked."""
+def score_table(entries: Sequence[RunEntry], *, with_costs: bool = True) -> TableData:
+    """The paper's Table 1: persistence first, then every run; best values marked.
+
+    Args:
+        entries: comparable runs.
+        with_costs: also weights, times and teachers.
+    """
     persistence = entries[0].result.overall[PERSISTENCE]
     scores = [persistence, *(entry.result.overall[MODEL] for entry in entries)]
     names = [name for name in _SCORE_COLUMNS if name in persistence]
@@ -67,36 +72,42 @@ def score_table(entries: Sequence[RunEntry]) -> TableData:
         name: (max if METRICS[name].higher_is_better else min)(score[name] for score in scores)
         for name in names
     }
-
-    def score_cells(score: Mapping[str, float]) -> list[Cell]:
-        return [Cell(format_score(n, score[n]), is_best=score[n] == best[n]) for n in names]
-
-    no_costs, no_teachers = [Cell("–")] * 5, Cell("none", is_text=True)
-    rows = [Row("persistence", [*score_cells(persistence), *no_costs, no_teachers])]
-    for i, entry in enumerate(entries):
-        cost, runtime = entry.result.parameters, entry.result.runtime
-        trained = entry.training_seconds
-        costs = [
-            Cell(format_count(cost.train)),
-            Cell(format_count(cost.test)),
-            Cell(f"{runtime.ms_per_sequence_batch_1:.1f}"),
-            Cell(f"{runtime.ms_per_sequence_batch_8:.1f}"),
-            Cell("–" if trained is None else format_seconds(trained)),
-        ]
-        teachers = Cell(", ".join(entry.result.model.teachers) or "none", is_text=True)
-        rows.append(Row(entry.label, [*score_cells(scores[i + 1]), *costs, teachers], series=i))
-    arrows = {name: "↑" if METRICS[name].higher_is_better else "↓" for name in names}
-    headings = [
-        "Method",
-        *(f"{METRICS[name].label}\u00a0{arrows[name]}" for name in names),
-        "Weights, train",
-        "Weights, test",
-        "ms/seq., alone",
-        "ms/seq., by 8",
-        "Training",
-        "Teachers",
+    cells = [
+        [Cell(format_score(n, score[n]), is_best=score[n] == best[n]) for n in names]
+        for score in scores
     ]
+    arrows = {name: "↑" if METRICS[name].higher_is_better else "↓" for name in names}
+    headings = ["Method", *(f"{METRICS[name].label}\u00a0{arrows[name]}" for name in names)]
+    if with_costs:
+        headings += _COST_COLUMNS
+        cells[0] += [Cell("–")] * (len(_COST_COLUMNS) - 1) + [Cell("none", is_text=True)]
+        for row, entry in zip(cells[1:], entries, strict=True):
+            row += _cost_cells(entry)
+    rows = [Row("persistence", cells[0])]
+    rows += [Row(entry.label, cells[i + 1], series=i) for i, entry in enumerate(entries)]
     return TableData(headings, rows)
+
+
+_COST_COLUMNS = (
+    "Weights, train",
+    "Weights, test",
+    "ms/seq., alone",
+    "ms/seq., by 8",
+    "Training",
+    "Teachers",
+)
+
+
+def _cost_cells(entry: RunEntry) -> list[Cell]:
+    cost, runtime = entry.result.parameters, entry.result.runtime
+    return [
+        Cell(format_count(cost.train)),
+        Cell(format_count(cost.test)),
+        Cell(f"{runtime.ms_per_sequence_batch_1:.1f}"),
+        Cell(f"{runtime.ms_per_sequence_batch_8:.1f}"),
+        Cell("–" if entry.training_seconds is None else format_seconds(entry.training_seconds)),
+        Cell(", ".join(entry.result.model.teachers) or "none", is_text=True),
+    ]
 
 
 def gate_table(gates: TransferGates) -> TableData:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rich.console import Group, RenderableType
+from rich.console import Group, JustifyMethod, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -47,8 +47,8 @@ def terminal_summary(result: EvaluationResult) -> Group:
 
 
 def comparison_table(entries: Sequence[RunEntry]) -> Table:
-    """Persistence and every run with its scores and cost; best values in bold."""
-    return _rich_table("Comparison", score_table(entries))
+    """Scores of persistence and of every run, best values in bold; costs stand on the page."""
+    return _rich_table("Comparison", score_table(entries, with_costs=False))
 
 
 def _overall(result: EvaluationResult) -> Table:
@@ -86,7 +86,8 @@ def _rich_table(title: str, data: TableData) -> Table:
     table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
     is_text = [True, *(cell.is_text for cell in data.rows[0].cells)]
     for heading, words in zip(data.headings, is_text, strict=True):
-        table.add_column(heading, justify="left" if words else "right", header_style="dim")
+        justify: JustifyMethod = "left" if words else "right"
+        table.add_column(Text(heading), justify=justify, header_style="dim", no_wrap=not words)
     for row in data.rows:
         cells = [Text(cell.text, style="bold" if cell.is_best else "") for cell in row.cells]
         table.add_row(Text(row.name), *cells)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -37,6 +37,7 @@ class Size:
     window: WindowConfig
     model: ModelConfig
     training: TrainingConfig
+    teacher_steps: int
     schedule: ScheduleConfig
 
 
@@ -53,7 +54,8 @@ SMALL = Size(
     ),
     window=WindowConfig(num_input_frames=5, num_target_frames=5),
     model=ModelConfig(num_layers=2, hidden_channels=32),
-    training=TrainingConfig(num_steps=400, batch_size=16, sampling_stop_step=200),
+    training=TrainingConfig(num_steps=600, batch_size=8, sampling_stop_step=300),
+    teacher_steps=800,
     schedule=ScheduleConfig(log_every=10, validate_every=50, checkpoint_every=100),
 )
 
@@ -65,6 +67,7 @@ PAPER = Size(
     window=WindowConfig(),
     model=ModelConfig(),
     training=TrainingConfig(),
+    teacher_steps=80_000,
     schedule=ScheduleConfig(),
 )
 
@@ -128,6 +131,8 @@ def _teacher(size: Size, digits: int) -> Recipe:
     archives = _archive(size, digits, size.source_sequences)
     (url,) = archives
     config = _run(size, f"teacher-{digits}", url, TransferConfig(method="scratch"))
+    training = replace(config.training, num_steps=size.teacher_steps)
+    config = replace(config, training=training)
     return Recipe(config=config, archives=archives)
 
 

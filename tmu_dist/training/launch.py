@@ -6,6 +6,8 @@ All three end in the same `loop.train`, with the same numbers.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,8 +20,42 @@ from tmu_dist.training.loop import RunResult, train
 from tmu_dist.training.progress import ProgressDisplay
 
 
-def launch(config: RunConfig) -> RunResult:
+@contextmanager
+def joined_ranks(launcher: str) -> Iterator[Collectives]:
+    """The ranks that this process belongs to: those of a torchrun job, or this process alone.
+
+    Ray's workers are ranks of their own; the process that starts them is alone.
+
+    Raises:
+        ConfigError: torchrun is named, but did not start this process.
+    """
+    if launcher != "torchrun":
+        yield Collectives()
+        return
+    missing = [name for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK") if name not in os.environ]
+    if missing:
+        raise ConfigError(
+            f"The launcher is torchrun, but {', '.join(missing)} not set: start with "
+            "`torchrun --nproc-per-node N -m tmu_dist.train --launcher torchrun ...`."
+        )
+    ranks = Ranks(
+        rank=int(os.environ["RANK"]),
+        world_size=int(os.environ["WORLD_SIZE"]),
+        local_rank=int(os.environ["LOCAL_RANK"]),
+    )
+    dist.init_process_group(process_group_backend(torch.cuda.is_available()))
+    try:
+        yield Collectives(ranks)
+    finally:
+        dist.destroy_process_group()
+
+
+def launch(config: RunConfig, collectives: Collectives | None = None) -> RunResult:
     """Run to the end, wherever `launch.launcher` says; returns when all ranks are done.
+
+    Args:
+        config: the run.
+        collectives: from `joined_ranks`; None means this process alone.
 
     Raises:
         Everything that `loop.train` raises, in the calling process.
@@ -29,10 +65,13 @@ def launch(config: RunConfig) -> RunResult:
         from tmu_dist.training.ray_worker import train_on_ray
 
         return train_on_ray(config)
-    if config.launch.launcher == "torchrun":
-        return _train_under_torchrun(config)
-    device = pick_device(config.launch.device, local_rank=0)
-    return _train_shown(config, Collectives(), device)
+    collectives = collectives or Collectives()
+    device = pick_device(config.launch.device, local_rank=collectives.ranks.local_rank)
+    display = ProgressDisplay(Path(config.output).name, config.training.num_steps)
+    try:
+        return train(config, collectives, device, listener=display)
+    finally:
+        display.close()
 
 
 def pick_device(wanted: str, *, local_rank: int) -> torch.device:
@@ -56,34 +95,6 @@ def pick_device(wanted: str, *, local_rank: int) -> torch.device:
 def process_group_backend(on_gpu: bool) -> str:
     """NCCL for GPU tensors, gloo for everything on the CPU."""
     return "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
-
-
-def _train_under_torchrun(config: RunConfig) -> RunResult:
-    missing = [name for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK") if name not in os.environ]
-    if missing:
-        raise ConfigError(
-            f"launch.launcher=torchrun, but {', '.join(missing)} not set: start with "
-            "`torchrun --nproc-per-node N -m tmu_dist.train --launcher torchrun ...`."
-        )
-    ranks = Ranks(
-        rank=int(os.environ["RANK"]),
-        world_size=int(os.environ["WORLD_SIZE"]),
-        local_rank=int(os.environ["LOCAL_RANK"]),
-    )
-    device = pick_device(config.launch.device, local_rank=ranks.local_rank)
-    dist.init_process_group(process_group_backend(device.type == "cuda"))
-    try:
-        return _train_shown(config, Collectives(ranks), device)
-    finally:
-        dist.destroy_process_group()
-
-
-def _train_shown(config: RunConfig, collectives: Collectives, device: torch.device) -> RunResult:
-    display = ProgressDisplay(Path(config.output).name, config.training.num_steps)
-    try:
-        return train(config, collectives, device, listener=display)
-    finally:
-        display.close()
 
 
 def _with_absolute_paths(config: RunConfig) -> RunConfig:

@@ -12,10 +12,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-# Read by Ray when it is imported: no usage statistics, no second copy of every printed line.
+# Read by Ray when it is imported: no usage statistics, no second copy of every printed line, and
+# a look at the workers twice a second, which is also how soon a lost one is noticed.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
 os.environ.setdefault("RAY_TRAIN_METRICS_ENABLED", "0")
+os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
 
 import ray
 import ray.train
