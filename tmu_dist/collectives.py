@@ -1,16 +1,21 @@
 """Ranks, and the few collectives that the project uses; all are the identity in one process.
 
-Deliberately not here: process-group creation by a launcher, gradient averaging (that is
-DistributedDataParallel's work, in `tmu_dist.training`), and anything about Ray.
+Deliberately not here: gradient averaging (that is DistributedDataParallel's work, in
+`tmu_dist.training`), and anything about Ray, whose workers come with a process group.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
+import torch
 import torch.distributed as dist
+
+from tmu_dist.config import ConfigError
 
 Item = TypeVar("Item")
 
@@ -77,3 +82,38 @@ class Collectives:
         """Return when every rank has arrived."""
         if self.ranks.world_size > 1:
             dist.barrier()
+
+
+def process_group_backend(on_gpu: bool) -> str:
+    """NCCL for GPU tensors, gloo for everything on the CPU."""
+    return "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
+
+
+@contextmanager
+def joined_ranks(launcher: str) -> Iterator[Collectives]:
+    """The ranks that this process belongs to: those of a torchrun job, or this process alone.
+
+    Ray's workers are ranks of their own; the process that starts them is alone.
+
+    Raises:
+        ConfigError: torchrun is named, but did not start this process.
+    """
+    if launcher != "torchrun":
+        yield Collectives()
+        return
+    missing = [name for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK") if name not in os.environ]
+    if missing:
+        raise ConfigError(
+            f"The launcher is torchrun, but {', '.join(missing)} not set: start with "
+            "`torchrun --nproc-per-node N -m tmu_dist.train --launcher torchrun ...`."
+        )
+    ranks = Ranks(
+        rank=int(os.environ["RANK"]),
+        world_size=int(os.environ["WORLD_SIZE"]),
+        local_rank=int(os.environ["LOCAL_RANK"]),
+    )
+    dist.init_process_group(process_group_backend(torch.cuda.is_available()))
+    try:
+        yield Collectives(ranks)
+    finally:
+        dist.destroy_process_group()

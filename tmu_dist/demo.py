@@ -9,7 +9,6 @@ Interrupted, the same command continues.
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import time
 from collections.abc import Sequence
@@ -31,6 +30,7 @@ from tmu_dist.evaluation.report import PageSettings, write_comparison_page
 from tmu_dist.evaluation.terminal import comparison_table
 from tmu_dist.recipes import get_recipe
 from tmu_dist.recipes.digits import workspace
+from tmu_dist.run_folder import CONFIG_FILE, RESULT_FILE, read_json
 from tmu_dist.teachers.store import load_model
 from tmu_dist.train import run_recipe
 from tmu_dist.training.run_log import git_revision
@@ -83,10 +83,10 @@ def _train(name: str, launcher: str) -> str:
 
 def _evaluate(label: str, run: str) -> RunEntry:
     log.info("evaluating %s on the test split", label)
-    url = json.loads(Path(run, "config.json").read_text())["data"]["url"]
+    url = read_json(Path(run), CONFIG_FILE)["data"]["url"]
     result = evaluate_model(run, url)
     result.save(Path(run) / "evaluation-test")
-    seconds = json.loads(Path(run, "result.json").read_text())["seconds"]
+    seconds = read_json(Path(run), RESULT_FILE)["seconds"]
     return RunEntry(label=label, result=result, run_directory=Path(run), training_seconds=seconds)
 
 

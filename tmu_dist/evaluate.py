@@ -8,19 +8,16 @@ Prints every score with its definition and writes evaluation.json, per_sequence.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
 import torch
-import torch.distributed as dist
 import tyro
 from rich.console import Console
 from tqdm import tqdm
 
-from tmu_dist.collectives import Collectives, Ranks
+from tmu_dist.collectives import Collectives, joined_ranks
 from tmu_dist.commands import command_errors
 from tmu_dist.data.loader import SequenceLoader, open_archive
 from tmu_dist.evaluation.metrics import SSIMMode
@@ -29,7 +26,7 @@ from tmu_dist.evaluation.result import EvaluatedData, EvaluationResult
 from tmu_dist.evaluation.runner import check_archive_fits, evaluate
 from tmu_dist.evaluation.terminal import terminal_summary
 from tmu_dist.teachers.store import load_model
-from tmu_dist.training.launch import pick_device, process_group_backend
+from tmu_dist.training.launch import pick_device
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -64,7 +61,8 @@ def run(
     if out is None and "://" in model:
         raise ValueError(f"{model} is a URL: say with --out where the results are to be written.")
     folder = out or Path(model) / f"evaluation-{split}"
-    with _ranks(launcher, device) as (collectives, chosen_device):
+    with joined_ranks(launcher) as collectives:
+        chosen_device = pick_device(device, local_rank=collectives.ranks.local_rank)
         result = evaluate_model(
             model,
             data,
@@ -139,27 +137,6 @@ def evaluate_model(
         collectives=collectives,
         ssim_mode=ssim_mode,
     )
-
-
-@contextmanager
-def _ranks(launcher: str, device: str) -> Iterator[tuple[Collectives, torch.device]]:
-    """The ranks of this job and this rank's device; the process group ends with the block."""
-    if launcher == "local":
-        yield Collectives(), pick_device(device, local_rank=0)
-        return
-    if "LOCAL_RANK" not in os.environ:
-        raise ValueError(
-            "--launcher torchrun, but this process was not started by torchrun: use `torchrun "
-            "--nproc-per-node N -m tmu_dist.evaluate ...`, or leave --launcher out."
-        )
-    local_rank = int(os.environ["LOCAL_RANK"])
-    chosen = pick_device(device, local_rank=local_rank)
-    dist.init_process_group(process_group_backend(chosen.type == "cuda"))
-    try:
-        ranks = Ranks(rank=dist.get_rank(), world_size=dist.get_world_size(), local_rank=local_rank)
-        yield Collectives(ranks), chosen
-    finally:
-        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -51,24 +51,36 @@ def atomic_directory(final: Path) -> Iterator[Path]:
         shutil.rmtree(staging, ignore_errors=True)
 
 
+@contextmanager
+def atomic_file(final: Path) -> Iterator[Path]:
+    """Yield a path beside `final`, of its suffix, that takes its name when the block ends well.
+
+    Raises:
+        WriteError: as in `atomic_directory`.
+    """
+    staging = final.with_name(f".writing-{os.getpid()}-{final.name}")
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        yield staging
+        _flush_to_disk(staging)
+        staging.replace(final)
+    except OSError as error:
+        raise WriteError(
+            f"Could not write {final}: {error.strerror or error}. {_remedy(final)}"
+        ) from error
+    finally:
+        if staging.exists():
+            staging.unlink()
+
+
 def atomic_write_text(final: Path, text: str) -> None:
     """Write a text file beside its final name and rename it.
 
     Raises:
         WriteError: as in `atomic_directory`.
     """
-    staging = final.with_name(f".{final.name}.writing-{os.getpid()}")
-    try:
-        final.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(final) as staging:
         staging.write_text(text)
-        _flush_to_disk(staging)
-        staging.replace(final)
-    except OSError as error:
-        if staging.exists():
-            staging.unlink()
-        raise WriteError(
-            f"Could not write {final}: {error.strerror or error}. {_remedy(final)}"
-        ) from error
 
 
 def _remedy(path: Path) -> str:

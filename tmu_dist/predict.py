@@ -21,7 +21,7 @@ from tmu_dist.evaluation.examples import predict_example
 from tmu_dist.evaluation.pictures import prediction_strip, write_gif
 from tmu_dist.evaluation.plots import write_figure
 from tmu_dist.evaluation.runner import check_archive_fits
-from tmu_dist.evaluation.whole_file import whole_file
+from tmu_dist.files import atomic_file
 from tmu_dist.teachers.store import load_model
 from tmu_dist.training.launch import pick_device
 
@@ -71,7 +71,7 @@ def run(
         write_figure(prediction_strip(example), out / f"{stem}.png")
         write_gif(out / f"{stem}.gif", example, label)
         if arrays:
-            with whole_file(out / f"{stem}.npz") as path:
+            with atomic_file(out / f"{stem}.npz") as path:
                 np.savez_compressed(
                     path,
                     inputs_TCHW=example.inputs_TCHW,

@@ -24,6 +24,7 @@ from tmu_dist.commands import command_errors
 from tmu_dist.config import ConfigError, RunConfig, load_overrides, with_overrides
 from tmu_dist.recipes import DEFAULT_RECIPE, RECIPES, get_recipe
 from tmu_dist.recipes.base import Recipe
+from tmu_dist.run_folder import RESULT_FILE
 
 if TYPE_CHECKING:
     from tmu_dist.collectives import Collectives
@@ -35,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of `python -m tmu_dist.train`."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     recipe = parse_command(sys.argv[1:] if arguments is None else arguments)
-    from tmu_dist.training.launch import joined_ranks  # loads torch, which --help does not need
+    from tmu_dist.collectives import joined_ranks  # loads torch, which --help does not need
 
     with command_errors(), joined_ranks(recipe.config.launch.launcher) as collectives:
         run_recipe(recipe, collectives)
@@ -75,7 +76,7 @@ def run_recipe(recipe: Recipe, collectives: Collectives) -> str:
     config = recipe.config
     collectives.on_main(lambda: make_archive(recipe, config.data.url))
     for teacher in config.transfer.teachers:
-        finished = Path(teacher) / "result.json"
+        finished = Path(teacher) / RESULT_FILE
         if teacher in recipe.teachers and not collectives.on_main(finished.is_file):
             name = recipe.teachers[teacher]
             _say(collectives, f"{Path(config.output).name} needs a teacher: training {name}")

@@ -151,6 +151,9 @@ def test_other_frame_sizes_need_a_norm_that_is_not_tied_to_one() -> None:
     model = ModelConfig(num_layers=1, hidden_channels=4, norm_affine="channel")
     any_size = build_predictor(FRAME, model, tmu=TMUConfig(), num_slots=2)
     assert any_size.predict(torch.rand(1, 2, 2, 32, 16), 1).shape == (1, 1, 2, 32, 16)
+    full = build_predictor(FRAME, ModelConfig(num_layers=1, hidden_channels=4, peephole="full"))
+    with pytest.raises(ValueError, match="peephole=channel"):
+        full.predict(torch.rand(1, 2, 2, 32, 16), 1)
     one_size = build_predictor(
         FRAME, ModelConfig(num_layers=1, hidden_channels=4), tmu=TMUConfig(), num_slots=2
     )

@@ -19,8 +19,8 @@ from tests.unit.test_transfer import batch, student_of, tmu_method
 from tmu_dist.collectives import Collectives, Ranks
 from tmu_dist.config import RunConfig
 from tmu_dist.files import WriteError
+from tmu_dist.run_folder import read_log
 from tmu_dist.training.loop import train
-from tmu_dist.training.run_log import read_log
 from tmu_dist.training.step import TrainingStep
 from tmu_dist.transfer.base import TrainingBatch
 

@@ -14,9 +14,9 @@ from tmu_dist.collectives import Collectives
 from tmu_dist.config import ModelConfig, ScheduleConfig, TrainingConfig, WindowConfig
 from tmu_dist.demo import STUDENTS, run_demo
 from tmu_dist.recipes import digits, get_recipe
+from tmu_dist.run_folder import read_log
 from tmu_dist.teachers.store import load_card
 from tmu_dist.train import main, run_recipe
-from tmu_dist.training.run_log import read_log
 
 MINIATURE = replace(
     digits.SMALL,

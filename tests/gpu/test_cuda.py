@@ -10,8 +10,8 @@ import torch
 
 from tmu_dist.collectives import Collectives
 from tmu_dist.config import RunConfig
+from tmu_dist.run_folder import read_log
 from tmu_dist.training.loop import train
-from tmu_dist.training.run_log import read_log
 
 pytestmark = [
     pytest.mark.gpu,

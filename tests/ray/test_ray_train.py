@@ -14,9 +14,9 @@ import pytest
 
 from tests.unit.test_training import assert_same, final_state
 from tmu_dist.config import ConfigError, LaunchConfig, RunConfig
+from tmu_dist.run_folder import read_log
 from tmu_dist.teachers.card import TeacherError
 from tmu_dist.training.launch import launch
-from tmu_dist.training.run_log import read_log
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
 

@@ -71,6 +71,17 @@ def test_learning_curves_name_every_run_at_its_line() -> None:
     np.testing.assert_array_equal(axes.lines[1].get_ydata(), CURVES[1].y)
 
 
+def test_labels_stand_at_the_height_where_their_lines_end() -> None:
+    figure = learning_curves([CURVES[0], CURVES[1]])
+    figure.draw_without_rendering()
+    labels = {text.get_text(): text for text in figure.axes[0].texts}
+    for curve in CURVES[:2]:
+        end = figure.axes[0].transData.transform((curve.x[-1], curve.y[-1]))
+        box = Text.get_window_extent(labels[curve.label])
+        assert (box.y0 + box.y1) / 2 == pytest.approx(end[1], abs=2)
+        assert box.x0 > end[0]
+
+
 def test_labels_lie_apart_inside_the_figure() -> None:
     """Four runs that end at the same value, with long names."""
     curves = [

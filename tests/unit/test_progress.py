@@ -6,8 +6,9 @@ import io
 import json
 from pathlib import Path
 
+from tmu_dist.run_folder import read_log
 from tmu_dist.training.progress import LogFollower, ProgressDisplay
-from tmu_dist.training.run_log import RunLog, read_log
+from tmu_dist.training.run_log import RunLog
 
 
 def numbers(speed: float) -> dict[str, float]:

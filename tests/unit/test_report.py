@@ -51,10 +51,11 @@ SETTINGS = PageSettings(
 
 
 def scores(mse: float, spread: float = 1.0) -> Scores:
-    """Scores whose MSE per frame differs between sequences in a known way."""
+    """MSE per frame that differs between sequences in a known way, and an SSIM that fits it."""
     sequence_N1 = np.linspace(-spread, spread, N)[:, None]
     values = {name: np.full((N, T), 0.5) for name in METRIC_NAMES}
     values["mse_per_frame"] = mse + sequence_N1 + np.arange(T) - 1.0
+    values["ssim"] = np.full((N, T), 1 - mse / 1000)
     return Scores(np.arange(N), values)
 
 
@@ -201,16 +202,16 @@ def test_page_has_the_columns_of_table_1_with_persistence_first(page: PageText) 
 
 
 def test_page_marks_the_best_value_of_each_column(page: PageText) -> None:
-    # MSE differs; all others are equal by construction, so everyone is best.
+    # MSE (lower is better) and SSIM (higher) differ; MAE and PSNR are equal, so all are best.
     assert page.best.count("TMU, both") == 4
-    assert page.best.count("scratch") == page.best.count("persistence") == 3
+    assert page.best.count("scratch") == page.best.count("persistence") == 2
 
 
 def test_page_marks_persistence_when_it_wins(entries: list[RunEntry], tmp_path: Path) -> None:
     worse = [replace(entries[0], result=result("scratch", 300.0))]
     write_comparison_page(tmp_path / "p.html", worse, SETTINGS)
     found = PageText((tmp_path / "p.html").read_text())
-    assert found.best.count("persistence") == 4 and found.best.count("scratch") == 3
+    assert found.best.count("persistence") == 4 and found.best.count("scratch") == 2
 
 
 def test_page_shows_gates_per_teacher_and_layer(page: PageText) -> None:
@@ -278,6 +279,11 @@ def test_paired_difference_agrees_with_the_normal_interval() -> None:
     assert found.num_sequences == 400
 
 
+def test_a_run_does_not_improve_on_itself() -> None:
+    found = paired_difference(scores(1.0), scores(1.0), "mse_per_frame")
+    assert (found.mean, found.low, found.high, found.fraction_lower) == (0, 0, 0, 0)
+
+
 def test_paired_difference_needs_the_same_sequences() -> None:
     shifted = Scores(np.arange(1, N + 1), scores(1.0).values_NT)
     with pytest.raises(ValueError, match="same sequences"):
@@ -332,8 +338,8 @@ def test_terminal_compares_runs_in_80_columns(entries: list[RunEntry]) -> None:
         console.print(comparison_table(entries))
     lines = [line.split() for line in captured.get().splitlines()]
     assert lines[1][-3:] == ["PSNR", "[dB]", "↑"]  # brackets are not markup
-    assert ["persistence", "200.0", "0.5", "0.5000", "0.50"] in lines
-    assert ["TMU,", "both", "94.7", "0.5", "0.5000", "0.50"] in lines
+    assert ["persistence", "200.0", "0.5", "0.8000", "0.50"] in lines
+    assert ["TMU,", "both", "94.7", "0.5", "0.9053", "0.50"] in lines
 
 
 def test_figures_are_written(tmp_path: Path) -> None:

@@ -191,19 +191,29 @@ def test_batch_size_does_not_matter_for_a_network() -> None:
 
 
 def test_validation_can_stop_early_and_leaves_the_model_training() -> None:
-    frames, model = moving_frames(9), small_model().train()
-    scored = score_predictor(
-        model,
-        one_pass(frames, batch_size=4),
-        window=WINDOW,
-        device=CPU,
-        metrics=ERROR_METRIC_NAMES,
-        max_samples=5,
-    )
+    frames, model = moving_frames(13), small_model(tmu=TMUConfig(), num_slots=1).train()
+
+    def validated(count: int, max_samples: int | None) -> PassScores:
+        batches = one_pass(frames[:count], batch_size=4)
+        scored = score_predictor(
+            model,
+            batches,
+            window=WINDOW,
+            device=CPU,
+            metrics=ERROR_METRIC_NAMES,
+            max_samples=max_samples,
+        )
+        left = list(batches)
+        assert len(left) == (2 if max_samples else 0), "batches beyond the limit are not read"
+        return scored
+
+    scored = validated(13, max_samples=5)
     assert model.training
     assert scored.model.sample_ids_N.tolist() == [0, 1, 2, 3, 4]
     assert set(scored.model.overall()) == set(ERROR_METRIC_NAMES)
-    assert scored.gates is None
+    first_five = validated(5, max_samples=None)
+    assert scored.gates is not None and first_five.gates is not None
+    np.testing.assert_allclose(scored.gates.means_LM, first_five.gates.means_LM, rtol=1e-6)
 
 
 def test_gates_are_averaged_per_layer_and_teacher() -> None:

@@ -17,10 +17,10 @@ from tests.unit.test_transfer import batch, student_of, tmu_method
 from tmu_dist.collectives import Collectives
 from tmu_dist.config import RunConfig
 from tmu_dist.files import WriteError, atomic_directory, atomic_write_text
+from tmu_dist.run_folder import Event, read_log
 from tmu_dist.teachers.store import load_card, load_model, load_weights
 from tmu_dist.training.checkpoint import ResumeError
 from tmu_dist.training.loop import NonFiniteLossError, RunResult, train
-from tmu_dist.training.run_log import Event, read_log
 from tmu_dist.training.step import TrainingStep
 
 CPU = torch.device("cpu")

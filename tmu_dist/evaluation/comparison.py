@@ -7,7 +7,6 @@ Shape letters: N sequences, R bootstrap resamples.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +15,7 @@ import numpy as np
 
 from tmu_dist.evaluation.metrics import Scores
 from tmu_dist.evaluation.result import MODEL, EvaluationResult
-
-LOG_NAME = "log.jsonl"
+from tmu_dist.run_folder import LOG_FILE, read_log
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,21 +88,11 @@ def read_learning_curve(run_directory: Path) -> LearningCurve:
     Raises:
         ValueError: there is no log, a line of it is broken, or it has no validation.
     """
-    log = run_directory / LOG_NAME
-    if not log.is_file():
-        raise ValueError(f"{run_directory} is not a run folder: it has no {LOG_NAME}.")
-    lines = log.read_text().split("\n")
-    lines.pop()  # empty, or what a killed run had not finished writing
-    validations = {}
-    for number, line in enumerate(lines, start=1):
-        try:
-            event = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{log}, line {number} is not JSON: {error}.") from None
-        if event["event"] == "validation":
-            validations[event["step"]] = event
+    if not (run_directory / LOG_FILE).is_file():
+        raise ValueError(f"{run_directory} is not a run folder: it has no {LOG_FILE}.")
+    validations = {e["step"]: e for e in read_log(run_directory) if e["event"] == "validation"}
     if not validations:
-        raise ValueError(f"{log} has no validation yet: train longer, or validate more often.")
+        raise ValueError(f"{run_directory / LOG_FILE} has no validation yet: train longer.")
     steps = sorted(validations)
     return LearningCurve(
         steps=tuple(steps),

@@ -247,7 +247,7 @@ class SampleRows:
         """Sample ids [N] in rising order, and their rows [N, ...]."""
         if not self._rows:
             raise ValueError("No sample was scored: the split is empty or every weight was 0.")
-        ids_N = np.array(list(self._rows), dtype=np.int64)
+        ids_N = np.array(sorted(self._rows), dtype=np.int64)
         return ids_N, np.stack([self._rows[i] for i in ids_N.tolist()])
 
 

@@ -12,7 +12,6 @@ import base64
 import html
 import io
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 
 from matplotlib.figure import Figure
 
@@ -77,7 +76,6 @@ figure.wide { overflow-x: auto; }
 figure.wide img { width: var(--natural); }
 ul { padding-left: 1.2rem; max-width: 46rem; }
 li { margin: 0.4rem 0; }
-footer { margin-top: 4rem; padding-top: 1rem; border-top: 1px solid var(--line); }
 @media (max-width: 40rem) { body { padding-top: 1.8rem; } h2 { margin-top: 2.4rem; }
   dl.facts { grid-template-columns: 1fr; gap: 0; } dl.facts dd { margin-bottom: 0.5rem; }
   th, td { padding: 0.45rem 0.55rem; }
@@ -91,7 +89,6 @@ footer { margin-top: 4rem; padding-top: 1rem; border-top: 1px solid var(--line);
   h2, h3 { break-after: avoid; } * { print-color-adjust: exact; } }
 """
 
-
 _CSS_PIXELS_PER_INCH = 100
 """Size of pixel pictures on the page: one strip of ten frames fills it, or two of five."""
 
@@ -100,26 +97,14 @@ class Html(str):
     """Text that is already HTML."""
 
 
-@dataclass
-class Page:
-    """Sections in order; `render` gives the whole document."""
-
-    title: str
-    sections: list[Html] = field(default_factory=list)
-
-    def add(self, *parts: Html) -> None:
-        """Append parts to the page."""
-        self.sections.extend(parts)
-
-    def render(self) -> str:
-        """The complete HTML document."""
-        body = "\n".join(self.sections)
-        return (
-            '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-            '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-            f"<title>{html.escape(self.title)}</title>\n<style>{STYLE}</style>\n</head>\n"
-            f"<body>\n{body}\n</body>\n</html>\n"
-        )
+def document(title: str, parts: Sequence[Html]) -> str:
+    """A whole HTML page of these parts."""
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{html.escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n"
+        "<body>\n" + "\n".join(parts) + "\n</body>\n</html>\n"
+    )
 
 
 def element(tag: str, *content: str, css: str = "") -> Html:

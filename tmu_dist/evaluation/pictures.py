@@ -33,7 +33,7 @@ from tmu_dist.evaluation.plots import (
     axes_in_inches,
     text_in_inches,
 )
-from tmu_dist.evaluation.whole_file import whole_file
+from tmu_dist.files import atomic_file
 
 ERROR_COLOURS = LinearSegmentedColormap.from_list(
     "error", ["#a8dcff", "#2f86d6", "#000000", "#dd6a1f", "#ffd5a6"]
@@ -106,7 +106,7 @@ def write_gif(path: Path, example: Example, label: str, *, ms_per_frame: int = 1
     palette = _common_palette(pages[-1])
     first, *rest = [page.quantize(palette=palette, dither=Image.Dither.NONE) for page in pages]
     durations = [ms_per_frame] * len(rest) + [1000]
-    with whole_file(path) as staging:
+    with atomic_file(path) as staging:
         first.save(staging, save_all=True, append_images=rest, duration=durations, loop=0)
 
 

@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, ScalarFormatter
 
-from tmu_dist.evaluation.whole_file import whole_file
+from tmu_dist.files import atomic_file
 
 SCREEN_DPI = 160
 FONT_POINTS = 9.0
@@ -148,7 +148,7 @@ def interval_chart(intervals: Sequence[Interval], *, title: str, theme: Theme = 
 
 def write_figure(figure: Figure, path: Path) -> None:
     """Write a figure in the format that the file's suffix names."""
-    with whole_file(path) as staging:
+    with atomic_file(path) as staging:
         figure.savefig(staging, dpi=SCREEN_DPI)
 
 

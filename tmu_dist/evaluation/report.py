@@ -25,9 +25,9 @@ from tmu_dist.evaluation.comparison import (
 from tmu_dist.evaluation.examples import Example
 from tmu_dist.evaluation.page import (
     Html,
-    Page,
     bullet_list,
     definition_list,
+    document,
     element,
     picture,
     table,
@@ -106,13 +106,12 @@ def write_comparison_page(
         ValueError: runs that cannot be compared, an unknown reference, or a broken log.
     """
     check_comparable(entries)
-    page = Page(title=settings.title)
-    page.add(*_header(entries, settings), *_scores(entries))
+    parts = [*_header(entries, settings), *_scores(entries)]
     if settings.reference_label is not None and len(entries) > 1:
-        page.add(*_paired_differences(entries, settings.reference_label))
-    page.add(*_curves(entries), *_gates(entries), *_examples(examples))
-    page.add(*_notes(entries, settings), *_definitions(entries), *_repeat(settings))
-    atomic_write_text(path, page.render())
+        parts += _paired_differences(entries, settings.reference_label)
+    parts += [*_curves(entries), *_gates(entries), *_examples(examples)]
+    parts += [*_notes(entries, settings), *_definitions(entries), *_repeat(settings)]
+    atomic_write_text(path, document(settings.title, parts))
 
 
 def _header(entries: Sequence[RunEntry], settings: PageSettings) -> list[Html]:

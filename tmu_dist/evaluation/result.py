@@ -20,8 +20,7 @@ from typing import Any
 import numpy as np
 
 from tmu_dist.evaluation.metrics import Scores
-from tmu_dist.evaluation.whole_file import whole_file
-from tmu_dist.files import atomic_write_text
+from tmu_dist.files import atomic_file, atomic_write_text
 
 JSON_NAME = "evaluation.json"
 PER_SEQUENCE_NAME = "per_sequence.npz"
@@ -178,7 +177,7 @@ class EvaluationResult:
                 for name, values_NT in scores.values_NT.items()
             }
             ids_N = self.per_sequence[MODEL].sample_ids_N
-            with whole_file(folder / PER_SEQUENCE_NAME) as path:
+            with atomic_file(folder / PER_SEQUENCE_NAME) as path:
                 np.savez_compressed(path, allow_pickle=False, sample_ids=ids_N, **arrays)
         text = json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n"
         atomic_write_text(folder / JSON_NAME, text)

@@ -170,21 +170,23 @@ def evaluate(
     Raises:
         ValueError: as `score_predictor`.
     """
-    card, window = loaded.card, loaded.card.window
+    card, window, model = loaded.card, loaded.card.window, loaded.model
+    collectives = collectives or Collectives()
     scored = score_predictor(
-        loaded.model,
-        batches,
-        window=window,
-        device=device,
-        collectives=collectives,
-        ssim_mode=ssim_mode,
+        model, batches, window=window, device=device, collectives=collectives, ssim_mode=ssim_mode
     )
     gates = scored.gates
     if gates is not None:
         unused = tuple(f"{slot}, no teacher" for slot in gates.teachers)
         gates = replace(gates, teachers=card.teachers or unused)
-    own = count_parameters(loaded.model)
+    runtime = None
+    if collectives.ranks.is_main:  # alone: ranks that measure at once slow each other down
+        runtime = _measure_runtime(model, timing_frames_BTCHW, window, device, scored)
+    runtime = collectives.broadcast_object(runtime)
+    assert runtime is not None
+    own = count_parameters(model)
     forecasts = {MODEL: scored.model, PERSISTENCE: scored.persistence}
+    gate_definition = {} if gates is None else {"gates": GATES_DEFINITION}
     return EvaluationResult(
         model=EvaluatedModel(
             name=card.name,
@@ -196,9 +198,7 @@ def evaluate(
             num_target_frames=window.num_target_frames,
         ),
         data=data,
-        definitions=scored.definitions
-        | RUNTIME_DEFINITIONS
-        | ({} if gates is None else {"gates": GATES_DEFINITION}),
+        definitions=scored.definitions | RUNTIME_DEFINITIONS | gate_definition,
         overall={name: scores.overall() for name, scores in forecasts.items()},
         per_lead_time={
             name: {metric: tuple(v_T.tolist()) for metric, v_T in scores.per_lead_time().items()}
@@ -206,15 +206,7 @@ def evaluate(
         },
         gates=gates,
         parameters=ParameterCounts(train=own + sum(card.teacher_parameters), test=own),
-        runtime=Runtime(
-            ms_per_sequence_batch_1=latency_ms(loaded.model, timing_frames_BTCHW, window, device),
-            ms_per_sequence_batch_8=latency_ms(
-                loaded.model, timing_frames_BTCHW, window, device, batch_size=8
-            ),
-            seconds_per_evaluation_batch=scored.seconds_per_batch,
-            evaluation_batch_size=scored.batch_size,
-            device=_describe(device),
-        ),
+        runtime=runtime,
         per_sequence=forecasts,
     )
 
@@ -297,6 +289,22 @@ def latency_ms(
         run_once()  # warm-up: first-call allocations and kernel choices
         seconds = statistics.median(run_once() for _ in range(repeats))
     return 1e3 * seconds / batch_size
+
+
+def _measure_runtime(
+    model: Predictor,
+    frames_BTCHW: Tensor,
+    window: WindowConfig,
+    device: torch.device,
+    scored: PassScores,
+) -> Runtime:
+    return Runtime(
+        ms_per_sequence_batch_1=latency_ms(model, frames_BTCHW, window, device),
+        ms_per_sequence_batch_8=latency_ms(model, frames_BTCHW, window, device, batch_size=8),
+        seconds_per_evaluation_batch=scored.seconds_per_batch,
+        evaluation_batch_size=scored.batch_size,
+        device=_describe(device),
+    )
 
 
 @contextmanager

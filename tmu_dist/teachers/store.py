@@ -22,11 +22,11 @@ from tmu_dist.data.storage import read_bytes
 from tmu_dist.files import atomic_write_text
 from tmu_dist.models.build import build_predictor
 from tmu_dist.models.rollout import Predictor
+from tmu_dist.run_folder import SELECTED_FILE
 from tmu_dist.teachers.card import TeacherCard, TeacherError
 
 WEIGHTS_FILE = "weights.safetensors"
 CARD_FILE = "card.json"
-SELECTED_FILE = "selected.json"
 
 
 @dataclass(frozen=True)

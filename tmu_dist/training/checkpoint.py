@@ -27,13 +27,13 @@ from torch import Tensor
 from tmu_dist.config import RunConfig, from_dict, resume_conflicts, to_json
 from tmu_dist.files import atomic_directory
 from tmu_dist.models.rollout import Predictor
+from tmu_dist.run_folder import CONFIG_FILE
 from tmu_dist.teachers.card import TeacherCard
 from tmu_dist.teachers.store import load_state, load_weights, select_model, write_model
 
 log = logging.getLogger(__name__)
 
 STATE_FILE = "state.pt"
-CONFIG_FILE = "config.json"
 
 
 class ResumeError(ValueError):

@@ -5,49 +5,15 @@ All three end in the same `loop.train`, with the same numbers.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
-from tmu_dist.collectives import Collectives, Ranks
+from tmu_dist.collectives import Collectives
 from tmu_dist.config import ConfigError, RunConfig
 from tmu_dist.training.loop import RunResult, train
 from tmu_dist.training.progress import ProgressDisplay
-
-
-@contextmanager
-def joined_ranks(launcher: str) -> Iterator[Collectives]:
-    """The ranks that this process belongs to: those of a torchrun job, or this process alone.
-
-    Ray's workers are ranks of their own; the process that starts them is alone.
-
-    Raises:
-        ConfigError: torchrun is named, but did not start this process.
-    """
-    if launcher != "torchrun":
-        yield Collectives()
-        return
-    missing = [name for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK") if name not in os.environ]
-    if missing:
-        raise ConfigError(
-            f"The launcher is torchrun, but {', '.join(missing)} not set: start with "
-            "`torchrun --nproc-per-node N -m tmu_dist.train --launcher torchrun ...`."
-        )
-    ranks = Ranks(
-        rank=int(os.environ["RANK"]),
-        world_size=int(os.environ["WORLD_SIZE"]),
-        local_rank=int(os.environ["LOCAL_RANK"]),
-    )
-    dist.init_process_group(process_group_backend(torch.cuda.is_available()))
-    try:
-        yield Collectives(ranks)
-    finally:
-        dist.destroy_process_group()
 
 
 def launch(config: RunConfig, collectives: Collectives | None = None) -> RunResult:
@@ -90,11 +56,6 @@ def pick_device(wanted: str, *, local_rank: int) -> torch.device:
     device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)
     return device
-
-
-def process_group_backend(on_gpu: bool) -> str:
-    """NCCL for GPU tensors, gloo for everything on the CPU."""
-    return "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
 
 
 def _with_absolute_paths(config: RunConfig) -> RunConfig:

@@ -28,15 +28,15 @@ from tmu_dist.evaluation.runner import score_predictor, window_frames
 from tmu_dist.files import atomic_write_text
 from tmu_dist.models.build import FrameShape
 from tmu_dist.models.rollout import Predictor
+from tmu_dist.run_folder import CONFIG_FILE, RESULT_FILE, Event
 from tmu_dist.teachers.card import DataFacts, TeacherCard
 from tmu_dist.training.checkpoint import (
-    CONFIG_FILE,
     CheckpointStore,
     Progress,
     rng_state,
     set_rng_state,
 )
-from tmu_dist.training.run_log import Event, RunLog, git_revision, write_provenance
+from tmu_dist.training.run_log import RunLog, git_revision, write_provenance
 from tmu_dist.training.schedules import sampling_mask, sampling_probability
 from tmu_dist.training.step import TrainingStep
 from tmu_dist.transfer import PreparedTransfer, prepare_transfer
@@ -221,7 +221,7 @@ class Run:
             best_mse_per_frame=progress.best_mse_per_frame,
         )
         text = json.dumps(asdict(result), indent=2) + "\n"
-        self.collectives.on_main(lambda: atomic_write_text(self.folder / "result.json", text))
+        self.collectives.on_main(lambda: atomic_write_text(self.folder / RESULT_FILE, text))
         return result
 
     def open_log(self, listener: Callable[[Event], None] | None) -> None:

@@ -18,7 +18,7 @@ from typing import TextIO
 
 from tqdm import tqdm
 
-from tmu_dist.training.run_log import LOG_FILE, Event
+from tmu_dist.run_folder import LOG_FILE, Event
 
 _SECONDS_BETWEEN_LINES = 10.0
 _POLL_SECONDS = 0.5

@@ -26,11 +26,10 @@ from ray.train import FailureConfig, LoggingConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 
-from tmu_dist.collectives import Collectives, Ranks
+from tmu_dist.collectives import Collectives, Ranks, process_group_backend
 from tmu_dist.config import ConfigError, RunConfig, from_dict
 from tmu_dist.data.loader import ShardError
 from tmu_dist.files import WriteError
-from tmu_dist.training.launch import process_group_backend
 from tmu_dist.training.loop import NonFiniteLossError, RunResult, train
 from tmu_dist.training.progress import LogFollower, ProgressDisplay
 from tmu_dist.transfer.base import DeadDistillationError

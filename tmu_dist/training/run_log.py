@@ -20,9 +20,7 @@ from typing import Any
 from torch.utils.tensorboard.writer import SummaryWriter
 
 from tmu_dist.files import atomic_write_text
-
-LOG_FILE = "log.jsonl"
-Event = dict[str, Any]
+from tmu_dist.run_folder import LOG_FILE, PROVENANCE_FILE, Event, read_log
 
 
 class RunLog:
@@ -59,21 +57,12 @@ class RunLog:
         self._board.close()
 
 
-def read_log(run: Path) -> list[Event]:
-    """All events of a run so far, oldest first; a line cut short by a crash is left out."""
-    path = run / LOG_FILE
-    if not path.is_file():
-        return []
-    lines = path.read_text().split("\n")
-    return [json.loads(line) for line in lines[:-1] if line]
-
-
 def write_provenance(run: Path, **facts: Any) -> None:
     """Record who made this run: command, git revision, versions, hashes (run.json).
 
     Starting again adds an entry, so the file tells every command that worked on the run.
     """
-    path = run / "run.json"
+    path = run / PROVENANCE_FILE
     history = json.loads(path.read_text())["starts"] if path.is_file() else []
     history.append(
         {

@@ -57,6 +57,23 @@ class ConvLSTMCell(RecurrentCell):
             size = map_size if peephole == "full" else (1, 1)
             self.peepholes = nn.Parameter(torch.zeros(3, hidden_channels, *size))
 
+    def initial_state(self, x_BCHW: Tensor) -> CellState:
+        """All-zero state.
+
+        Raises:
+            ValueError: "full" peepholes meet another map size than they were built for.
+        """
+        if self.peepholes is not None and self.peepholes.shape[2:] not in (
+            (1, 1),
+            x_BCHW.shape[2:],
+        ):
+            raise ValueError(
+                f"These peepholes were built for maps of {tuple(self.peepholes.shape[2:])}, got "
+                f"{tuple(x_BCHW.shape[2:])}. Use frames of the trained size, or train with "
+                "model.peephole=channel, which works at any size."
+            )
+        return super().initial_state(x_BCHW)
+
     def propose(self, x_BCHW: Tensor, state: CellState, carry: Carry) -> Proposal:
         """Input, forget and modulation gates, and C-tilde = f . C + i . g (Eq. 2)."""
         gates = self.gates(torch.cat([x_BCHW, state.hidden_BPHW], dim=1))
