@@ -225,7 +225,7 @@ _LINK = re.compile(r"\]\(([^)\s]+)\)|\b(?:src|href)=\"([^\"]+)\"")
 _FILE = re.compile(r"(?<![\w./-])((?:[\w-]+/)*[\w-]+\.py)\b(?::([A-Za-z_][\w.]*\w))?")
 _MODULE = re.compile(r"(?<![\w./-])((?:tmu_dist|data_prep)(?:\.[A-Za-z_]\w*)+)(?::([\w.]*\w))?")
 _FLAG = re.compile(rf"--((?:{SECTIONS})\.[\w.-]*\w)")
-_SETTING = re.compile(rf"`((?:{SECTIONS})\.(?![\w.]*\.py)[a-z_.]*\w)(?:=[^`]*)?`")
+_SETTING = re.compile(rf"`((?:{SECTIONS})\.(?!py\b)[a-z_.]*\w)(?:=[^`]*)?`")
 
 
 @cache
