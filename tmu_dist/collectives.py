@@ -67,21 +67,34 @@ class Collectives:
         So a full disk on rank 0 ends all ranks with the same message instead of leaving the
         others waiting in the next collective.
         """
-        outcome: tuple[Item | None, Exception | None] = (None, None)
-        if self.ranks.is_main:
-            try:
-                outcome = (action(), None)
-            except Exception as error:
-                outcome = (None, error)
+        outcome = self._attempt(action) if self.ranks.is_main else (None, None)
         result, failure = self.broadcast_object(outcome)
         if failure is not None:
-            raise failure
+            # On rank 0 the error itself, with its trace; elsewhere a copy.
+            raise outcome[1] or failure
         return result  # type: ignore[return-value]
 
-    def barrier(self) -> None:
-        """Return when every rank has arrived."""
-        if self.ranks.world_size > 1:
-            dist.barrier()
+    def on_all(self, action: Callable[[], Item]) -> list[Item]:
+        """Run `action` on every rank and gather the results, in rank order.
+
+        If it fails on any rank, all ranks raise (the first failing rank's error), so that none is
+        left waiting. `action` itself must not use collectives.
+        """
+        result, error = self._attempt(action)
+        outcomes = self.all_gather_objects((result, error))
+        if error is not None:
+            raise error
+        for _, failure in outcomes:
+            if failure is not None:
+                raise failure
+        return [result for result, _ in outcomes]  # type: ignore[misc]
+
+    @staticmethod
+    def _attempt(action: Callable[[], Item]) -> tuple[Item | None, Exception | None]:
+        try:
+            return action(), None
+        except Exception as error:  # nothing is hidden: whoever asked raises it
+            return None, error
 
 
 def process_group_backend(on_gpu: bool) -> str:
@@ -105,7 +118,7 @@ def joined_ranks(launcher: str) -> Iterator[Collectives]:
     if missing:
         raise ConfigError(
             f"The launcher is torchrun, but {', '.join(missing)} not set: start with "
-            "`torchrun --nproc-per-node N -m tmu_dist.train --launcher torchrun ...`."
+            "`torchrun --nproc-per-node N -m MODULE --launcher torchrun ...`."
         )
     ranks = Ranks(
         rank=int(os.environ["RANK"]),

@@ -6,22 +6,32 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+_OURS = ("tmu_dist", "data_prep")
+
 
 @contextmanager
 def command_errors() -> Iterator[None]:
-    """Turn errors that tell the user what to do into one line on stderr; bugs keep their trace."""
+    """Turn errors that tell the user what to do into one line on stderr.
+
+    These are the project's own errors, wherever they come from, and values that the project's own
+    code refuses. Everything else is a bug or an accident whose trace is needed.
+    """
     try:
         yield
-    except (ValueError, OSError) as error:
-        _leave(str(error))
-    except RuntimeError as error:
-        # The project's own errors explain themselves; others (torch, Ray) are bugs or accidents
-        # whose trace is needed.
-        if not type(error).__module__.startswith(("tmu_dist.", "data_prep.")):
+    except (ValueError, OSError, RuntimeError) as error:
+        if not (_is_ours(type(error).__module__) or _is_ours(_raised_in(error))):
             raise
-        _leave(str(error))
+        sys.stderr.write(f"error: {error}\n")
+        raise SystemExit(2) from None
 
 
-def _leave(message: str) -> None:
-    sys.stderr.write(f"error: {message}\n")
-    raise SystemExit(2)
+def _is_ours(module: str) -> bool:
+    return module.split(".")[0] in _OURS
+
+
+def _raised_in(error: BaseException) -> str:
+    """Name of the module whose code raised the error."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return "" if trace is None else str(trace.tb_frame.f_globals.get("__name__", ""))

@@ -172,6 +172,19 @@ class TransferConfig:
                 "transfer.method=tmu needs at least one teacher in transfer.teachers; "
                 "use tmu_scratch for the same network without teachers.",
             )
+        if self.method != "tmu":
+            for name in ("beta", "teacher_input"):
+                _require(
+                    getattr(self, name) == getattr(TransferConfig, name),
+                    f"transfer.{name} only has an effect with transfer.method=tmu; got "
+                    f"{getattr(self, name)!r} with method={self.method}.",
+                )
+        if self.method not in ("tmu", "tmu_scratch"):
+            _require(
+                self.tmu == TMUConfig(),
+                f"transfer.tmu.* only has an effect on TMU networks, not with "
+                f"method={self.method}; got {self.tmu}.",
+            )
         if self.method == "tmu_scratch":
             _require(
                 self.num_slots >= 1,
@@ -229,7 +242,8 @@ class TrainingConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduleConfig:
-    """What happens every so many steps. None of these changes the weights."""
+    """What happens every so many steps. None of these changes the training; which weights can be
+    selected depends on when they are validated."""
 
     log_every: int = 20
     validate_every: int = 1_000
@@ -308,12 +322,13 @@ def with_overrides(config: Config, overrides: Mapping[str, Any]) -> Config:
             or a combination that the config refuses.
     """
     tree: dict[str, Any] = {}
-    for path, value in overrides.items():
+    for path, value in flatten(overrides):
         node = tree
         *parents, leaf = path.split(".")
         for key in parents:
             node = node.setdefault(key, {})
             _require(isinstance(node, dict), f"Config field {path!r} is given twice.")
+        _require(leaf not in node, f"Config field {path!r} is given twice.")
         node[leaf] = value
     return _replace_tree(config, tree, "")
 

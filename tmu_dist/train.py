@@ -80,7 +80,7 @@ def run_recipe(recipe: Recipe, collectives: Collectives) -> str:
         if teacher in recipe.teachers and not collectives.on_main(finished.is_file):
             name = recipe.teachers[teacher]
             _say(collectives, f"{Path(config.output).name} needs a teacher: training {name}")
-            run_recipe(_launched_alike(get_recipe(name), config), collectives)
+            run_recipe(_teacher_for(config, get_recipe(name)), collectives)
     result = launch(config, collectives)
     _say(
         collectives,
@@ -96,12 +96,13 @@ def make_archive(recipe: Recipe, url: str) -> None:
     Raises:
         ConfigError: it could not be written; data_prep has said why.
     """
-    if url not in recipe.archives or (Path(url) / "manifest.json").is_file():
+    if url not in recipe.archives:
         return
     from data_prep.__main__ import main as data_prep
 
     arguments = recipe.archives[url]
-    log.info("python -m data_prep %s", shlex.join(arguments))
+    if not (Path(url) / "manifest.json").is_file():
+        log.info("python -m data_prep %s", shlex.join(arguments))
     if data_prep(arguments) != 0:
         raise ConfigError(f"The archive {url} could not be prepared, see above.")
 
@@ -111,7 +112,19 @@ def _say(collectives: Collectives, message: str) -> None:
         log.info("%s", message)
 
 
-def _launched_alike(recipe: Recipe, config: RunConfig) -> Recipe:
+def _teacher_for(config: RunConfig, recipe: Recipe) -> Recipe:
+    """A teacher's recipe, to be trained where the student will be.
+
+    Raises:
+        ConfigError: the teacher would not fit the student; said before hours are spent on it.
+    """
+    if recipe.config.model != config.model:
+        raise ConfigError(
+            f"{Path(config.output).name} has another network ({config.model}) than the teacher "
+            f"{Path(recipe.config.output).name} that its recipe would train "
+            f"({recipe.config.model}). Train teachers with these model.* settings first, and name "
+            "them in transfer.teachers."
+        )
     return replace(recipe, config=replace(recipe.config, launch=config.launch))
 
 

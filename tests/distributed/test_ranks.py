@@ -143,10 +143,18 @@ def _fail_on_main(collectives: Collectives, folder: str) -> None:
     except WriteError as error:
         Path(folder, str(collectives.ranks.rank)).write_text(str(error))
     assert collectives.on_main(lambda: 7) == 7
+    with pytest.raises(WriteError, match="only rank 1"):
+        collectives.on_all(lambda: _fail_on_rank_1(collectives))
+    assert collectives.on_all(lambda: collectives.ranks.rank) == [0, 1]
     assert collectives.all_gather_objects(collectives.ranks.rank) == [0, 1]
 
 
-def test_failure_of_rank_0_reaches_all_ranks(tmp_path: Path) -> None:
+def _fail_on_rank_1(collectives: Collectives) -> None:
+    if collectives.ranks.rank == 1:
+        raise WriteError("only rank 1")
+
+
+def test_failure_of_one_rank_reaches_all_ranks(tmp_path: Path) -> None:
     spawn(2, _fail_on_main, str(tmp_path))
     assert [(tmp_path / str(rank)).read_text() for rank in range(2)] == ["the disk is full"] * 2
 

@@ -77,6 +77,15 @@ def test_command_runs_a_recipe_from_an_empty_disk_and_again(
     assert "training.seed" in capsys.readouterr().err
 
 
+def test_teachers_that_would_not_fit_are_not_even_trained(
+    miniature: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["--launcher", "local", "--model.hidden-channels", "8"])
+    assert "Train teachers with these model.* settings first" in capsys.readouterr().err
+    assert not (miniature / "runs").exists()
+
+
 def _run_tmu(collectives: Collectives, home: str) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TMU_DIST_HOME", home)

@@ -17,6 +17,7 @@ from tmu_dist.config import ConfigError, LaunchConfig, RunConfig
 from tmu_dist.run_folder import read_log
 from tmu_dist.teachers.card import TeacherError
 from tmu_dist.training.launch import launch
+from tmu_dist.training.ray_worker import cpus_per_worker
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
 
@@ -76,3 +77,21 @@ def test_errors_that_would_only_repeat_are_raised_at_once(tmu_config: RunConfig)
     odd = replace(tmu_config, training=replace(tmu_config.training, batch_size=3))
     with pytest.raises(ConfigError, match="cannot be split over 2 workers"):
         launch(on_ray(odd, 2, "odd"))
+
+
+@pytest.mark.parametrize(
+    ("cpus", "places", "num_workers", "expected"),
+    [
+        ([2], [2], 2, 1),
+        ([16], [16], 2, 8),
+        ([4, 4, 4], [4, 4, 4], 2, 4),
+        ([4, 4, 4], [4, 4, 4], 4, 2),
+        ([8, 2], [8, 2], 3, 2),
+        ([16, 16], [4, 4], 8, 4),  # GPU nodes
+        ([2], [4], 4, 1),
+    ],
+)
+def test_cpus_of_a_worker_fit_on_the_nodes(
+    cpus: list[int], places: list[int], num_workers: int, expected: int
+) -> None:
+    assert cpus_per_worker(cpus, places, num_workers) == expected

@@ -47,10 +47,16 @@ def test_settings_that_belong_together_may_come_in_any_order() -> None:
         ({"transfer.teachers": ["a"]}, "uses no teachers"),
         ({"transfer.method": "finetune", "transfer.teachers": ["a", "b"]}, "exactly one teacher"),
         ({"transfer.num_slots": 2}, "only has an effect with transfer.method=tmu_scratch"),
-        ({"transfer.tmu.layers": [4]}, "from 0 to 3"),
+        (
+            {"transfer.method": "tmu_scratch", "transfer.num_slots": 1, "transfer.tmu.layers": [4]},
+            "from 0 to 3",
+        ),
+        ({"transfer.beta": 0.5}, "transfer.beta only has an effect with transfer.method=tmu"),
+        ({"transfer.tmu.combine": "mean"}, "only has an effect on TMU networks"),
+        ({"training.seed": 1, "training": {"seed": 2}}, "given twice"),
         ({"model.kernel_size": 4}, "must be odd"),
         ({"data.fraction": 0}, r"must lie in \(0, 1\]"),
-        ({"launch.launcher": "local", "launch.num_workers": 2}, "no|only has an effect"),
+        ({"launch.launcher": "local", "launch.num_workers": 2}, "only has an effect"),
     ],
 )
 def test_nonsense_is_refused_with_the_way_out(overrides: dict[str, Any], message: str) -> None:

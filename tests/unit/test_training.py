@@ -16,8 +16,10 @@ import torch
 from tests.unit.test_transfer import batch, student_of, tmu_method
 from tmu_dist.collectives import Collectives
 from tmu_dist.config import RunConfig
+from tmu_dist.data.loader import Archive, open_archive
 from tmu_dist.files import WriteError, atomic_directory, atomic_write_text
 from tmu_dist.run_folder import Event, read_log
+from tmu_dist.teachers.card import TeacherError
 from tmu_dist.teachers.store import load_card, load_model, load_weights
 from tmu_dist.training.checkpoint import ResumeError
 from tmu_dist.training.loop import NonFiniteLossError, RunResult, train
@@ -152,12 +154,42 @@ def test_other_teachers_are_refused(tmu_config: RunConfig) -> None:
         run(replace(tmu_config, transfer=swapped))
 
 
-def test_damaged_checkpoint_is_named(tiny_config: RunConfig) -> None:
+@pytest.mark.parametrize(
+    "file", ["state.pt", "training.json", "config.json", "weights.safetensors"]
+)
+def test_damaged_checkpoint_is_named(tiny_config: RunConfig, file: str) -> None:
     run_until(tiny_config, 3)
     (checkpoint,) = Path(tiny_config.output, "checkpoints").iterdir()
-    content = (checkpoint / "state.pt").read_bytes()
-    (checkpoint / "state.pt").write_bytes(content[: len(content) // 2])
-    with pytest.raises(ResumeError, match=rf"{checkpoint.name}/state.pt is damaged"):
+    content = bytearray((checkpoint / file).read_bytes())
+    for damaged in (content[: len(content) // 2], _flipped(content)):
+        (checkpoint / file).write_bytes(damaged)
+        with pytest.raises(
+            (ResumeError, TeacherError), match=rf"{checkpoint.name}/{file} is damaged"
+        ):
+            run(tiny_config)
+
+
+def _flipped(content: bytearray) -> bytearray:
+    """One bit of the middle changed, in a way that JSON cannot take for other text."""
+    middle = len(content) // 2
+    return content[:middle] + bytes([content[middle] ^ 0x80]) + content[middle + 1 :]
+
+
+def test_fewer_steps_than_trained_are_refused(tiny_config: RunConfig) -> None:
+    run_until(tiny_config, 5)
+    fewer = replace(tiny_config, training=replace(tiny_config.training, num_steps=3))
+    with pytest.raises(ResumeError, match="trained for 4 steps, more than"):
+        run(fewer)
+
+
+def test_missing_pixels_are_refused_until_they_can_be_masked(
+    tiny_config: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    archive = open_archive(tiny_config.data.url)
+    units = replace(archive.manifest.units, missing_code=255)
+    masked = Archive(archive.url, replace(archive.manifest, units=units))
+    monkeypatch.setattr("tmu_dist.training.loop.open_archive", lambda url: masked)
+    with pytest.raises(ValueError, match=r"marks missing pixels \(code 255\)"):
         run(tiny_config)
 
 
@@ -200,8 +232,15 @@ def test_atomic_directory_replaces_or_leaves(tmp_path: Path) -> None:
         atomic_write_text(tmp_path / "file" / "below", "")
 
 
-def test_non_finite_loss_stops_before_a_checkpoint_is_poisoned(tiny_config: RunConfig) -> None:
-    wild = replace(tiny_config, training=replace(tiny_config.training, learning_rate=1e30))
+@pytest.mark.parametrize("checkpoint_every", [1, 100])
+def test_non_finite_numbers_stop_before_a_checkpoint_is_poisoned(
+    tiny_config: RunConfig, checkpoint_every: int
+) -> None:
+    wild = replace(
+        tiny_config,
+        training=replace(tiny_config.training, learning_rate=1e30),
+        schedule=replace(tiny_config.schedule, checkpoint_every=checkpoint_every),
+    )
     with pytest.raises(NonFiniteLossError, match=r"not finite at step \d"):
         run(wild)
     for checkpoint in Path(wild.output, "checkpoints").glob("step-*"):
@@ -211,6 +250,8 @@ def test_non_finite_loss_stops_before_a_checkpoint_is_poisoned(tiny_config: RunC
 
 def test_selection_by_best_or_final(tiny_config: RunConfig) -> None:
     final = replace(tiny_config, training=replace(tiny_config.training, select="final"))
+    run_until(final, 5)  # checkpoints at 2 and 4, validations at 3: the offer of 3 must stay
+    assert load_card(final.output).step == 3
     result = run(final)
     assert load_card(result.run).step == 7
     best = run(replace(tiny_config, output=tiny_config.output + "-best"))

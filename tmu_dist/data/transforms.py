@@ -6,6 +6,8 @@ Only the plain intensity scale is here. Units with a physical meaning are in the
 import torch
 from torch import Tensor
 
+from tmu_dist.config import WindowConfig
+
 
 def to_unit_interval(frames: Tensor) -> Tensor:
     """Map uint8 frames of any shape to float32 in [0, 1] (divide by 255).
@@ -29,3 +31,19 @@ def to_uint8(frames: Tensor) -> Tensor:
     if frames.isnan().any():
         raise ValueError("to_uint8 got NaN: mask missing pixels first.")
     return (frames.to(torch.float32).clamp(0, 1) * 255).to(torch.uint8)
+
+
+def window_frames(frames_BTCHW: Tensor, window: WindowConfig) -> Tensor:
+    """Stored frames as numbers in [0, 1], cut to the window.
+
+    Raises:
+        ValueError: the sequences are shorter than the window.
+    """
+    available = frames_BTCHW.shape[1]
+    if available < window.num_frames:
+        raise ValueError(
+            f"The model needs sequences of {window.num_frames} frames ({window.num_input_frames} "
+            f"in, {window.num_target_frames} out), but the archive's have {available}: use an "
+            "archive with longer sequences."
+        )
+    return to_unit_interval(frames_BTCHW[:, : window.num_frames])

@@ -76,7 +76,8 @@ def predict_example(
             f"Models of one example must have one window, got {sorted(map(str, windows))}."
         )
     window = windows.pop()
-    num_inputs, total = window.num_input_frames, num_frames or window.num_frames
+    num_inputs = window.num_input_frames
+    total = window.num_frames if num_frames is None else num_frames
     stored_BTCHW = torch.from_numpy(archive.read(split, [sample_id]))
     frames_BTCHW = to_unit_interval(stored_BTCHW)[:, :total]
     inputs_BTCHW = frames_BTCHW[:, :num_inputs].to(device)

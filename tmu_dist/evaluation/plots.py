@@ -25,8 +25,8 @@ from tmu_dist.files import atomic_file
 SCREEN_DPI = 160
 FONT_POINTS = 9.0
 LETTER_INCHES = 0.57 * FONT_POINTS / 72
-_WIDTH_INCHES, _HEIGHT_INCHES = 4.8, 3.0
 """Width of an average letter, to leave room for labels."""
+_WIDTH_INCHES, _HEIGHT_INCHES = 4.8, 3.0
 
 
 @dataclass(frozen=True, kw_only=True)

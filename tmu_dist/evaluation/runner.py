@@ -24,7 +24,7 @@ from tmu_dist.collectives import Collectives
 from tmu_dist.config import WindowConfig
 from tmu_dist.data.loader import Batch
 from tmu_dist.data.manifest import Manifest
-from tmu_dist.data.transforms import to_unit_interval
+from tmu_dist.data.transforms import window_frames
 from tmu_dist.evaluation.baselines import persistence
 from tmu_dist.evaluation.metrics import METRIC_NAMES, SampleRows, Scores, ScoreTable, SSIMMode
 from tmu_dist.evaluation.result import (
@@ -122,21 +122,29 @@ def score_predictor(
     layers: tuple[int, ...] = ()
     batch_size = num_batches = 0
     started = time.perf_counter()
-    with _predicting(model):
-        for batch in batches:
-            frames_BTCHW = window_frames(batch.frames_BTCHW, window)
-            weights_B = batch.weights_B
-            if max_samples is not None:
-                weights_B = weights_B * (batch.sample_ids_B < max_samples)
-            rollout = _roll_out(model, frames_BTCHW[:, : window.num_input_frames], window, device)
-            tables.update(rollout, frames_BTCHW, batch, weights_B, window.num_input_frames)
-            layers = tuple(sorted(rollout.imitations))
-            batch_size, num_batches = len(weights_B), num_batches + 1
-            if max_samples is not None and batch.consumed >= max_samples:
-                break
+
+    def score_own_slice() -> _Tables:
+        nonlocal layers, batch_size, num_batches
+        with _predicting(model):
+            for batch in batches:
+                frames_BTCHW = window_frames(batch.frames_BTCHW, window)
+                weights_B = batch.weights_B
+                if max_samples is not None:
+                    weights_B = weights_B * (batch.sample_ids_B < max_samples)
+                rollout = _roll_out(
+                    model, frames_BTCHW[:, : window.num_input_frames], window, device
+                )
+                tables.update(rollout, frames_BTCHW, batch, weights_B, window.num_input_frames)
+                layers = tuple(sorted(rollout.imitations))
+                batch_size, num_batches = len(weights_B), num_batches + 1
+                if max_samples is not None and batch.consumed >= max_samples:
+                    break
+        return tables
+
+    slices = (collectives or Collectives()).on_all(score_own_slice)
     seconds = time.perf_counter() - started
     merged = _Tables(metrics, ssim_mode)
-    for part in (collectives or Collectives()).all_gather_objects(tables):
+    for part in slices:
         merged.merge(part)
     return PassScores(
         model=merged.model.compute(),
@@ -179,11 +187,10 @@ def evaluate(
     if gates is not None:
         unused = tuple(f"{slot}, no teacher" for slot in gates.teachers)
         gates = replace(gates, teachers=card.teachers or unused)
-    runtime = None
-    if collectives.ranks.is_main:  # alone: ranks that measure at once slow each other down
-        runtime = _measure_runtime(model, timing_frames_BTCHW, window, device, scored)
-    runtime = collectives.broadcast_object(runtime)
-    assert runtime is not None
+    # On one rank: ranks that measure at once slow each other down.
+    runtime = collectives.on_main(
+        lambda: _measure_runtime(model, timing_frames_BTCHW, window, device, scored)
+    )
     own = count_parameters(model)
     forecasts = {MODEL: scored.model, PERSISTENCE: scored.persistence}
     gate_definition = {} if gates is None else {"gates": GATES_DEFINITION}
@@ -220,7 +227,10 @@ def check_archive_fits(card: TeacherCard, manifest: Manifest) -> None:
     """
     mine = (card.frame.channels, card.frame.height, card.frame.width)
     theirs = (manifest.channels, manifest.height, manifest.width)
-    is_tied_to_size = "full" in (card.model.norm_affine, card.model.peephole)
+    has_norms = card.num_slots > 0 or card.model.gate_norm == "layer"
+    is_tied_to_size = card.model.peephole == "full" or (
+        has_norms and card.model.norm_affine == "full"
+    )
     if mine[0] != theirs[0] or (is_tied_to_size and mine != theirs):
         raise ValueError(
             f"{card.name} was made for frames of channels x height x width = "
@@ -237,22 +247,6 @@ def check_archive_fits(card: TeacherCard, manifest: Manifest) -> None:
             f"{manifest.name} marks missing pixels (code {manifest.units.missing_code}), which "
             "these scores would count as observed: evaluate on an archive without missing pixels."
         )
-
-
-def window_frames(frames_BTCHW: Tensor, window: WindowConfig) -> Tensor:
-    """Stored frames as numbers in [0, 1], cut to the window.
-
-    Raises:
-        ValueError: the sequences are shorter than the window.
-    """
-    available = frames_BTCHW.shape[1]
-    if available < window.num_frames:
-        raise ValueError(
-            f"The model needs sequences of {window.num_frames} frames ({window.num_input_frames} "
-            f"in, {window.num_target_frames} out), but the archive's have {available}: use an "
-            "archive with longer sequences."
-        )
-    return to_unit_interval(frames_BTCHW[:, : window.num_frames])
 
 
 def latency_ms(

@@ -54,8 +54,8 @@ SMALL = Size(
     ),
     window=WindowConfig(num_input_frames=5, num_target_frames=5),
     model=ModelConfig(num_layers=2, hidden_channels=32),
-    training=TrainingConfig(num_steps=600, batch_size=8, sampling_stop_step=300),
-    teacher_steps=800,
+    training=TrainingConfig(num_steps=500, batch_size=8, sampling_stop_step=250),
+    teacher_steps=600,
     schedule=ScheduleConfig(log_every=10, validate_every=50, checkpoint_every=100),
 )
 

@@ -6,6 +6,7 @@ can be evaluated, continued from, or teach.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -81,18 +82,24 @@ class TeacherCard:
             TeacherError: the file is not a card of a known schema; `where` is named.
         """
         try:
+            version = json.loads(text)["schema_version"]
+        except (ValueError, TypeError, KeyError):
+            raise TeacherError(
+                f"{where}/card.json is not a valid teacher card: no schema_version in it."
+            ) from None
+        if version != CARD_SCHEMA_VERSION:
+            raise TeacherError(
+                f"{where}/card.json has schema version {version}; this version of tmu_dist reads "
+                f"{CARD_SCHEMA_VERSION}. Export the teacher again."
+            )
+        try:
             card = _ADAPTER.validate_json(text)
         except ValidationError as error:
             first = error.errors()[0]
-            place = ".".join(map(str, first["loc"])) or "the file"
+            place = ".".join(map(str, first["loc"]))
             raise TeacherError(
                 f"{where}/card.json is not a valid teacher card: {place}: {first['msg']}."
             ) from None
-        if card.schema_version != CARD_SCHEMA_VERSION:
-            raise TeacherError(
-                f"{where}/card.json has schema version {card.schema_version}; this version of "
-                f"tmu_dist reads {CARD_SCHEMA_VERSION}. Export the teacher again."
-            )
         return card
 
 

@@ -31,6 +31,8 @@ def launch(config: RunConfig, collectives: Collectives | None = None) -> RunResu
         from tmu_dist.training.ray_worker import train_on_ray
 
         return train_on_ray(config)
+    if collectives is None and config.launch.launcher == "torchrun":
+        raise ConfigError("launch.launcher=torchrun needs the ranks from `joined_ranks`.")
     collectives = collectives or Collectives()
     device = pick_device(config.launch.device, local_rank=collectives.ranks.local_rank)
     display = ProgressDisplay(Path(config.output).name, config.training.num_steps)

@@ -23,8 +23,9 @@ from torch.nn.parallel import DistributedDataParallel
 from tmu_dist.collectives import Collectives
 from tmu_dist.config import RunConfig, to_json
 from tmu_dist.data.loader import Archive, Batch, SequenceLoader, open_archive
+from tmu_dist.data.transforms import window_frames
 from tmu_dist.evaluation.metrics import ERROR_METRIC_NAMES
-from tmu_dist.evaluation.runner import score_predictor, window_frames
+from tmu_dist.evaluation.runner import score_predictor
 from tmu_dist.files import atomic_write_text
 from tmu_dist.models.build import FrameShape
 from tmu_dist.models.rollout import Predictor
@@ -104,32 +105,12 @@ class Run:
         self.collectives = collectives
         self.device = device
         self.folder = Path(config.output)
-        archive = open_archive(config.data.url)
-        self.loader, self.validation_loader = self._loaders(archive)
-        data = DataFacts.of(archive.manifest)
-        frame = FrameShape(
-            channels=archive.manifest.channels,
-            height=archive.manifest.height,
-            width=archive.manifest.width,
-        )
-        self.transfer = prepare_transfer(config, frame, data, device)
-
-        torch.manual_seed(config.training.seed)
-        self.student = self.transfer.method.build_student().to(device)
-        self.optimizer = torch.optim.Adam(
-            self.student.parameters(), lr=config.training.learning_rate
-        )
-        self.card = _card(config, frame, data, self.transfer)
-        self.checkpoints = CheckpointStore(
-            self.folder,
-            config,
-            {
-                "data": self.loader.state(),
-                "teachers": [card.weights_sha256 for card in self.transfer.teachers],
-            },
-            keep=config.schedule.keep_checkpoints,
-        )
-        self.progress = self._resume()
+        # Whatever goes wrong on one rank alone, such as an unreachable store, ends all of them.
+        collectives.on_all(self._prepare_parts)
+        self.progress = Progress()
+        newest = collectives.on_main(self.checkpoints.newest)
+        if newest is not None:
+            collectives.on_all(lambda: self._restore(newest))
         self.training_step = TrainingStep(
             self.transfer.method,
             self._data_parallel(self.student),
@@ -142,6 +123,33 @@ class Run:
         self._log: RunLog | None = None
         self._probe: TrainingBatch | None = None
         self._interval = _Interval()
+
+    def _prepare_parts(self) -> None:
+        """Open the data, load the teachers, build student and optimiser; no collectives."""
+        config = self.config
+        archive = open_archive(config.data.url)
+        manifest = archive.manifest
+        if manifest.units.missing_code is not None:
+            raise ValueError(
+                f"{manifest.name} marks missing pixels (code {manifest.units.missing_code}), which "
+                "training would learn as if they were observed: prepare it without missing pixels."
+            )
+        self.loader, self.validation_loader = self._loaders(archive)
+        data = DataFacts.of(manifest)
+        frame = FrameShape(channels=manifest.channels, height=manifest.height, width=manifest.width)
+        self.transfer = prepare_transfer(config, frame, data, self.device)
+        torch.manual_seed(config.training.seed)
+        self.student = self.transfer.method.build_student().to(self.device)
+        self.optimizer = torch.optim.Adam(
+            self.student.parameters(), lr=config.training.learning_rate
+        )
+        self.card = _card(config, frame, data, self.transfer)
+        self.checkpoints = CheckpointStore(
+            self.folder,
+            config,
+            [card.weights_sha256 for card in self.transfer.teachers],
+            keep=config.schedule.keep_checkpoints,
+        )
 
     def advance(self, batch: Batch) -> None:
         """One iteration on one batch."""
@@ -187,24 +195,35 @@ class Run:
             persistence_mse_per_frame=scores.persistence.overall()["mse_per_frame"],
         )
         self.card = replace(self.card, step=self.progress.step, scores=overall)
-        best, mse = self.progress.best_mse_per_frame, overall["mse_per_frame"]
-        improved = best is None or mse < best
+        progress, mse = self.progress, overall["mse_per_frame"]
+        improved = progress.best_mse_per_frame is None or mse < progress.best_mse_per_frame
         if improved:
-            self.progress.best_step = self.progress.step
-            self.progress.best_mse_per_frame = mse
-        if improved or self._offers_final():
+            progress.best_step, progress.best_mse_per_frame = progress.step, mse
+        if improved or self.config.training.select == "final":
+            progress.offered_step = progress.step
             self.collectives.on_main(lambda: self.checkpoints.offer(self.student, self.card))
         self._interval.ready = time.perf_counter()
 
     def save(self) -> None:
-        """Write a checkpoint; returns when it is on disk."""
-        card = replace(self.card, step=self.progress.step)
+        """Write a checkpoint; returns when it is on disk.
+
+        Raises:
+            NonFiniteLossError: the last update ruined the weights; nothing is written.
+        """
         rng_by_rank = self.collectives.all_gather_objects(rng_state())
 
         def write() -> None:
-            self.checkpoints.save(self.student, card, self.progress, self.optimizer, rng_by_rank)
-            offered = self.progress.step if self._offers_final() else self.progress.best_step
-            self.checkpoints.prune_offers(offered)
+            if not all(parameter.isfinite().all() for parameter in self.student.parameters()):
+                raise self._ruined("The weights are")
+            card = replace(self.card, step=self.progress.step)
+            self.checkpoints.save(
+                self.student,
+                card,
+                self.optimizer,
+                progress=self.progress,
+                data=self.loader.state(),
+                rng_by_rank=rng_by_rank,
+            )
 
         self.collectives.on_main(write)
         self._interval.ready = time.perf_counter()
@@ -264,20 +283,18 @@ class Run:
         )
         return training, SequenceLoader(archive, "val", shuffle=False, **common)
 
-    def _resume(self) -> Progress:
-        newest = self.collectives.on_main(self.checkpoints.newest)
-        if newest is None:
-            return Progress()
-        saved = self.checkpoints.restore(newest, self.student)
+    def _restore(self, checkpoint: Path) -> None:
+        """Continue from a checkpoint; no collectives."""
+        saved = self.checkpoints.restore(checkpoint, self.student)
+        self.loader.check_state(saved.data)
         self.optimizer.load_state_dict(saved.optimizer)
+        self.progress = saved.progress
         rank = self.collectives.ranks.rank
         if rank < len(saved.rng_by_rank):
             set_rng_state(saved.rng_by_rank[rank])
-        best = saved.progress.best_step
-        if best is not None and not self._offers_final():
+        if self.collectives.ranks.is_main and saved.progress.offered_step is not None:
             # The run may have offered something newer before it was killed.
-            self.collectives.on_main(lambda: self.checkpoints.offer_again(best))
-        return saved.progress
+            self.checkpoints.offer_again(saved.progress.offered_step)
 
     def _data_parallel(self, student: Predictor) -> Forward:
         if self.collectives.ranks.world_size == 1:
@@ -321,24 +338,29 @@ class Run:
         by_rank = self.collectives.all_gather_objects(terms)
         means = {name: sum(r[name] for r in by_rank) / len(by_rank) for name in terms}
         if not all(math.isfinite(value) for value in means.values()):
-            raise NonFiniteLossError(
-                f"The loss is not finite at step {self.progress.step}: {means}. The newest "
-                f"checkpoint in {self.folder / 'checkpoints'} is from before. Try "
-                "training.grad_clip_norm=1.0, a smaller training.learning_rate, or "
-                "transfer.tmu.combine=mean (with many teachers the memory of Eq. 5 can grow)."
-            )
+            raise self._ruined(f"The loss is ({means})")
         if show:
             self._write(
                 "train", **means, sampling_probability=probability, **self._interval.speed()
             )
             self._interval.reset()
 
+    def _ruined(self, what: str) -> NonFiniteLossError:
+        return NonFiniteLossError(
+            f"{what} not finite at step {self.progress.step}. The newest checkpoint in "
+            f"{self.folder / 'checkpoints'} is from before. Start again in another `output` folder "
+            "with training.grad_clip_norm=1.0, a smaller training.learning_rate, or "
+            "transfer.tmu.combine=mean (with many teachers the memory of Eq. 5 can grow)."
+        )
+
     def _write(self, event: str, **values: object) -> None:
-        if self._log is not None:
+        """Log on rank 0; a full disk there ends all ranks."""
+
+        def write() -> None:
+            assert self._log is not None
             self._log.write(event, self.progress.step, **values)
 
-    def _offers_final(self) -> bool:
-        return self.config.training.select == "final"
+        self.collectives.on_main(write)
 
 
 class _Interval:

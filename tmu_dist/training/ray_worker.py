@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -106,28 +107,53 @@ def train_worker(settings: dict[str, Any]) -> RunResult | Exception:
 
 
 def _scaling(config: RunConfig) -> ScalingConfig:
-    resources = ray.cluster_resources()
-    gpus, cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 0))
-    use_gpu = config.launch.device == "cuda" or (config.launch.device == "auto" and gpus > 0)
-    default = gpus if use_gpu else min(2, cpus)
-    num_workers = config.launch.num_workers or default
-    have, kind = (gpus, "GPU") if use_gpu else (cpus, "CPU")
+    """How many workers, each on how many CPUs, so that they fit on the nodes as they are."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    wants_gpu = config.launch.device != "cpu"
+    use_gpu = wants_gpu and (
+        config.launch.device == "cuda" or any(node.get("GPU", 0) >= 1 for node in nodes)
+    )
+    kind = "GPU" if use_gpu else "CPU"
+    places = [int(node[kind]) for node in nodes if node.get(kind, 0) >= 1]
+    have = sum(places)
+    num_workers = config.launch.num_workers or (have if use_gpu else min(2, have))
     if not 1 <= num_workers <= have:
         raise ConfigError(
-            f"{num_workers or 'no'} workers need one {kind} each, but this Ray cluster has {have}. "
-            f"Set launch.num_workers to at most {have} or add nodes."
+            f"{num_workers or 'The'} workers need one {kind} each, but this Ray cluster has "
+            f"{have}. Set launch.num_workers to at most {have}, or add nodes."
         )
     if config.training.batch_size % num_workers:
         raise ConfigError(
             f"training.batch_size={config.training.batch_size} sequences cannot be split over "
             f"{num_workers} workers: make it a multiple, or set launch.num_workers."
         )
-    cpus_per_worker = max(1, cpus // num_workers)
     return ScalingConfig(
         num_workers=num_workers,
         use_gpu=use_gpu,
-        resources_per_worker={"CPU": cpus_per_worker, **({"GPU": 1} if use_gpu else {})},
+        resources_per_worker={
+            "CPU": cpus_per_worker(
+                [int(node.get("CPU", 0)) for node in nodes if node.get(kind, 0) >= 1],
+                places,
+                num_workers,
+            ),
+            **({"GPU": 1} if use_gpu else {}),
+        },
     )
+
+
+def cpus_per_worker(cpus: Sequence[int], places: Sequence[int], num_workers: int) -> int:
+    """The most CPUs that each of `num_workers` workers can have on nodes with so many CPUs.
+
+    Args:
+        cpus: CPUs of each node that can hold workers.
+        places: workers that each of these nodes can hold (its GPUs, or its CPUs).
+        num_workers: at most the sum of `places`.
+    """
+    for share in range(max(cpus), 1, -1):
+        fitting = sum(min(place, cpu // share) for cpu, place in zip(cpus, places, strict=True))
+        if fitting >= num_workers:
+            return share
+    return 1
 
 
 def _explain(error: TrainingFailedError, config: RunConfig) -> str:

@@ -14,6 +14,9 @@ from torch import Tensor
 
 from tmu_dist.data.order import keyed_hash
 
+_SAMPLING = 0x5A3B
+"""Sets these draws apart from the data order, which hashes with the same seed."""
+
 
 def sampling_probability(step: int, *, stop_step: int) -> float:
     """Probability of a true input at iteration `step` (from 1): linear from 1 to 0 at `stop_step`.
@@ -31,5 +34,5 @@ def sampling_mask(
     Each sequence and step draws on its own; the whole frame shares the draw.
     """
     draws = sample_ids_B.numpy()[:, None] * num_steps + np.arange(num_steps)
-    uniform = (keyed_hash(draws, seed, step) >> np.uint64(11)) * 2.0**-53
+    uniform = (keyed_hash(draws, _SAMPLING, seed, step) >> np.uint64(11)) * 2.0**-53
     return torch.from_numpy(uniform < probability)
