@@ -17,7 +17,6 @@ from tmu_dist.config import ConfigError, LaunchConfig, RunConfig
 from tmu_dist.run_folder import read_log
 from tmu_dist.teachers.card import TeacherError
 from tmu_dist.training.launch import launch
-from tmu_dist.training.ray_worker import cpus_per_worker
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
 
@@ -94,4 +93,6 @@ def test_errors_that_would_only_repeat_are_raised_at_once(tmu_config: RunConfig)
 def test_cpus_of_a_worker_fit_on_the_nodes(
     cpus: list[int], places: list[int], num_workers: int, expected: int
 ) -> None:
+    from tmu_dist.training.ray_worker import cpus_per_worker
+
     assert cpus_per_worker(cpus, places, num_workers) == expected
