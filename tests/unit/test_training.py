@@ -7,6 +7,7 @@ import resource
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from tmu_dist.files import WriteError, atomic_directory, atomic_write_text
 from tmu_dist.run_folder import Event, read_log
 from tmu_dist.teachers.card import TeacherError
 from tmu_dist.teachers.store import load_card, load_model, load_weights
-from tmu_dist.training.checkpoint import ResumeError
+from tmu_dist.training.checkpoint import ResumeError, lock_run
 from tmu_dist.training.loop import NonFiniteLossError, RunResult, train
 from tmu_dist.training.step import TrainingStep
 
@@ -180,6 +181,30 @@ def test_fewer_steps_than_trained_are_refused(tiny_config: RunConfig) -> None:
     fewer = replace(tiny_config, training=replace(tiny_config.training, num_steps=3))
     with pytest.raises(ResumeError, match="trained for 4 steps, more than"):
         run(fewer)
+
+
+def test_run_may_be_shortened_to_a_checkpoint(tiny_config: RunConfig) -> None:
+    late = replace(tiny_config, schedule=replace(tiny_config.schedule, validate_every=100))
+    run_until(late, 5)
+    shorter = replace(late, training=replace(late.training, num_steps=4))
+    assert run(shorter).best_step == 4
+
+
+def test_two_processes_cannot_train_in_one_folder(
+    tiny_config: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    impatient = partial(lock_run, patience_seconds=0.3)
+    monkeypatch.setattr("tmu_dist.training.loop.lock_run", impatient)
+    refusals = []
+
+    def start_another(event: Event) -> None:
+        if event["event"] == "validation" and not refusals:
+            with pytest.raises(ResumeError, match="Another process is training") as refusal:
+                run(tiny_config)
+            refusals.append(refusal)
+
+    assert run(tiny_config, start_another).steps == 7
+    assert refusals and run(tiny_config).steps == 7
 
 
 def test_missing_pixels_are_refused_until_they_can_be_masked(

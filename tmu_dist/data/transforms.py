@@ -39,11 +39,19 @@ def window_frames(frames_BTCHW: Tensor, window: WindowConfig) -> Tensor:
     Raises:
         ValueError: the sequences are shorter than the window.
     """
-    available = frames_BTCHW.shape[1]
-    if available < window.num_frames:
+    check_long_enough(frames_BTCHW.shape[1], window)
+    return to_unit_interval(frames_BTCHW[:, : window.num_frames])
+
+
+def check_long_enough(num_frames: int, window: WindowConfig) -> None:
+    """Refuse sequences of fewer frames than the window.
+
+    Raises:
+        ValueError: names both lengths.
+    """
+    if num_frames < window.num_frames:
         raise ValueError(
             f"The model needs sequences of {window.num_frames} frames ({window.num_input_frames} "
-            f"in, {window.num_target_frames} out), but the archive's have {available}: use an "
-            "archive with longer sequences."
+            f"in, {window.num_target_frames} out), but the archive's have {num_frames}: use an "
+            "archive with longer sequences, or a shorter window."
         )
-    return to_unit_interval(frames_BTCHW[:, : window.num_frames])

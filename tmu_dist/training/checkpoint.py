@@ -12,15 +12,17 @@ written under another name and renamed when it is whole. The weights that the ru
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import io
 import json
 import random
 import shutil
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -39,6 +41,31 @@ FACTS_FILE = "training.json"
 
 class ResumeError(ValueError):
     """A checkpoint does not belong to what the command asks for."""
+
+
+def lock_run(run: Path, *, patience_seconds: float = 10.0) -> IO[str]:
+    """Make this process the only one that trains in a run folder, until the file is closed.
+
+    A process that was just killed, or is about to end, gets a moment to let go.
+
+    Raises:
+        ResumeError: another process is training there.
+    """
+    run.mkdir(parents=True, exist_ok=True)
+    lock = (run / ".lock").open("w")
+    deadline = time.monotonic() + patience_seconds
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return lock
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                lock.close()
+                raise ResumeError(
+                    f"Another process is training in {run}: wait for it, or use another `output` "
+                    "folder."
+                ) from None
+            time.sleep(0.2)
 
 
 @dataclass(kw_only=True)

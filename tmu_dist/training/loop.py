@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tmu_dist.collectives import Collectives
 from tmu_dist.config import RunConfig, to_json
 from tmu_dist.data.loader import Archive, Batch, SequenceLoader, open_archive
-from tmu_dist.data.transforms import window_frames
+from tmu_dist.data.transforms import check_long_enough, window_frames
 from tmu_dist.evaluation.metrics import ERROR_METRIC_NAMES
 from tmu_dist.evaluation.runner import score_predictor
 from tmu_dist.files import atomic_write_text
@@ -34,6 +34,7 @@ from tmu_dist.teachers.card import DataFacts, TeacherCard
 from tmu_dist.training.checkpoint import (
     CheckpointStore,
     Progress,
+    lock_run,
     rng_state,
     set_rng_state,
 )
@@ -92,6 +93,9 @@ def train(
                 run.validate()
             if last or step % config.schedule.checkpoint_every == 0:
                 run.save()
+        if run.progress.best_step is None:  # shortened to a checkpoint before any validation
+            run.validate()
+            run.save()
         return run.finish()
     finally:
         run.close_log()
@@ -121,6 +125,7 @@ class Run:
             precision=config.training.precision,
         )
         self._log: RunLog | None = None
+        self._lock: IO[str] | None = None
         self._probe: TrainingBatch | None = None
         self._interval = _Interval()
 
@@ -134,6 +139,7 @@ class Run:
                 f"{manifest.name} marks missing pixels (code {manifest.units.missing_code}), which "
                 "training would learn as if they were observed: prepare it without missing pixels."
             )
+        check_long_enough(manifest.num_frames, config.window)
         self.loader, self.validation_loader = self._loaders(archive)
         data = DataFacts.of(manifest)
         frame = FrameShape(channels=manifest.channels, height=manifest.height, width=manifest.width)
@@ -247,6 +253,7 @@ class Run:
         """Start log.jsonl and TensorBoard on rank 0, and record who runs this."""
 
         def open_on_main() -> None:
+            self._lock = lock_run(self.folder)
             self._log = RunLog(self.folder, resume_step=self.progress.step, listener=listener)
             atomic_write_text(self.folder / CONFIG_FILE, to_json(self.config))
             write_provenance(
@@ -265,9 +272,11 @@ class Run:
         self._interval.ready = time.perf_counter()
 
     def close_log(self) -> None:
-        """Flush the log."""
+        """Flush the log and let others continue the run."""
         if self._log is not None:
             self._log.close()
+        if self._lock is not None:
+            self._lock.close()
 
     def _loaders(self, archive: Archive) -> tuple[SequenceLoader, SequenceLoader]:
         settings, ranks = self.config.training, self.collectives.ranks
@@ -326,7 +335,8 @@ class Run:
 
     def _check_liveness(self) -> None:
         probe = self._probe
-        assert probe is not None
+        if probe is None:
+            return
         report = self.collectives.on_main(
             lambda: self.transfer.method.liveness(self.student, probe)
         )
