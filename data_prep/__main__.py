@@ -60,7 +60,7 @@ def verify(url: tyro.conf.Positional[str]) -> None:
 def show(
     url: tyro.conf.Positional[str],
     *,
-    out: Path,
+    out: Path | None = None,
     split: str = "train",
     num: int = 8,
 ) -> None:
@@ -68,13 +68,14 @@ def show(
 
     Args:
         url: folder or URL of the archive.
-        out: folder for the pictures.
+        out: folder for the pictures; pictures/NAME when left out.
         split: train, val or test.
         num: how many samples, spread evenly over the split.
     """
     from data_prep.show import draw_archive
 
-    for path in draw_archive(url, out, split=split, num=num):
+    folder = out or Path("pictures") / url.rstrip("/").rpartition("/")[2]
+    for path in draw_archive(url, folder, split=split, num=num):
         console.print(path, markup=False)
 
 

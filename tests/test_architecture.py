@@ -41,6 +41,7 @@ ROWS = {
     "tmu_dist.training.launch": 4,
     "tmu_dist.training.ray_worker": 4,
     # 5: the commands, and what they share
+    "tmu_dist.__main__": 5,
     "tmu_dist.commands": 5,
     "tmu_dist.demo": 5,
     "tmu_dist.evaluate": 5,

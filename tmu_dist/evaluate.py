@@ -58,9 +58,7 @@ def run(
         device: where to predict.
         launcher: this process alone, or one of the ranks of a torchrun job.
     """
-    if out is None and "://" in model:
-        raise ValueError(f"{model} is a URL: say with --out where the results are to be written.")
-    folder = out or Path(model) / f"evaluation-{split}"
+    folder = beside_model(model, f"evaluation-{split}") if out is None else out
     with joined_ranks(launcher) as collectives:
         chosen_device = pick_device(device, local_rank=collectives.ranks.local_rank)
         result = evaluate_model(
@@ -78,6 +76,17 @@ def run(
             console = Console()
             console.print(terminal_summary(result))
             console.print(f"\nWritten to {folder}", markup=False, soft_wrap=True)
+
+
+def beside_model(model: str, name: str) -> Path:
+    """Where results go when the user does not say: a folder of that name in the model's own.
+
+    Raises:
+        ValueError: the model is a URL.
+    """
+    if "://" in model:
+        raise ValueError(f"{model} is a URL: say with --out where the results are to be written.")
+    return Path(model) / name
 
 
 def evaluate_model(

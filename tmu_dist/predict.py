@@ -1,6 +1,6 @@
 """Draw what a trained model predicts for chosen sequences.
 
-    python -m tmu_dist.predict RUN_OR_CHECKPOINT --data URL --samples 0 5 7 --out DIR
+    python -m tmu_dist.predict RUN_OR_CHECKPOINT --data URL --samples 0 5 7 [--out DIR]
 
 Writes per sample a strip (PNG) and an animation (GIF) of truth, prediction and error.
 """
@@ -37,7 +37,7 @@ def run(
     *,
     data: str,
     samples: tuple[int, ...],
-    out: Path,
+    out: Path | None = None,
     split: Literal["train", "val", "test"] = "test",
     num_frames: int | None = None,
     arrays: tyro.conf.FlagCreatePairsOff[bool] = False,
@@ -49,7 +49,7 @@ def run(
         model: run folder, checkpoint, teacher folder or URL.
         data: folder or URL of the archive.
         samples: positions of the sequences in the split.
-        out: folder for the pictures.
+        out: folder for the pictures; by default pictures-SPLIT beside the model.
         split: which part of the archive.
         num_frames: inputs and predictions together, of any length; by default the model's window.
         arrays: also write inputs, truth and prediction as npz, float32 in stored units / 255.
@@ -62,23 +62,24 @@ def run(
     archive = open_archive(data)
     check_archive_fits(loaded.card, archive.manifest)
     label = loaded.card.name
+    folder = beside_model(model, f"pictures-{split}") if out is None else out
     console = Console()
     for sample_id in samples:
         example = predict_example(
             {label: loaded}, archive, split, sample_id, device=chosen_device, num_frames=num_frames
         )
         stem = f"{split}-{sample_id:06d}"
-        write_figure(prediction_strip(example), out / f"{stem}.png")
-        write_gif(out / f"{stem}.gif", example, label)
+        write_figure(prediction_strip(example), folder / f"{stem}.png")
+        write_gif(folder / f"{stem}.gif", example, label)
         if arrays:
-            with atomic_file(out / f"{stem}.npz") as path:
+            with atomic_file(folder / f"{stem}.npz") as path:
                 np.savez_compressed(
                     path,
                     inputs_TCHW=example.inputs_TCHW,
                     truth_TCHW=example.truth_TCHW,
                     prediction_TCHW=example.forecasts_TCHW[label],
                 )
-        console.print(str(out / stem) + ".*", markup=False, soft_wrap=True)
+        console.print(str(folder / stem) + ".*", markup=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

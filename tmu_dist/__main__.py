@@ -1,0 +1,30 @@
+"""`tmu-dist COMMAND ...`, the same as `python -m tmu_dist.COMMAND ...`."""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+
+COMMANDS = {
+    "train": "train one run",
+    "evaluate": "score a trained model on one split, beside persistence",
+    "predict": "draw what a model predicts for chosen sequences",
+    "zoo": "list, show and add teachers",
+    "demo": "from raw digits to a transferred student, with a report",
+}
+
+
+def main() -> None:
+    """Run one command; without one, list them."""
+    name = sys.argv[1] if len(sys.argv) > 1 else ""
+    if name not in COMMANDS:
+        lines = [f"  {command:10}{text}" for command, text in COMMANDS.items()]
+        sys.stderr.write(
+            "usage: tmu-dist COMMAND ... (each has --help)\n" + "\n".join(lines) + "\n"
+        )
+        raise SystemExit(0 if name in ("", "-h", "--help") else 2)
+    import_module(f"tmu_dist.{name}").main(sys.argv[2:])
+
+
+if __name__ == "__main__":
+    main()
