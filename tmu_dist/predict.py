@@ -17,6 +17,7 @@ from rich.console import Console
 
 from tmu_dist.commands import command_errors
 from tmu_dist.data.loader import open_archive
+from tmu_dist.evaluate import beside_model
 from tmu_dist.evaluation.examples import predict_example
 from tmu_dist.evaluation.pictures import prediction_strip, write_gif
 from tmu_dist.evaluation.plots import write_figure

@@ -135,6 +135,13 @@ def test_predict_writes_pictures_and_arrays(
     assert arrays["prediction_TCHW"].shape == (3, 1, 16, 16)
 
 
+def test_pictures_lie_beside_the_model_unless_told_otherwise(
+    model_folder: Path, archive_url: str
+) -> None:
+    predict.main([str(model_folder), "--data", archive_url, "--samples", "1"])
+    assert (model_folder / "pictures-test" / "test-000001.png").is_file()
+
+
 def test_predict_runs_beyond_the_archive(
     model_folder: Path, archive_url: str, tmp_path: Path
 ) -> None:
