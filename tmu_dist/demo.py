@@ -86,8 +86,8 @@ def _evaluate(label: str, run: str) -> RunEntry:
     url = read_json(Path(run), CONFIG_FILE)["data"]["url"]
     result = evaluate_model(run, url)
     result.save(Path(run) / "evaluation-test")
-    seconds = read_json(Path(run), RESULT_FILE)["seconds"]
-    return RunEntry(label=label, result=result, run_directory=Path(run), training_seconds=seconds)
+    seconds = read_json(Path(run), RESULT_FILE)["seconds_per_batch"]
+    return RunEntry(label=label, result=result, run_directory=Path(run), seconds_per_batch=seconds)
 
 
 def _write_page(page: Path, entries: list[RunEntry], runs: dict[str, str], launcher: str) -> None:

@@ -84,8 +84,9 @@ def run_recipe(recipe: Recipe, collectives: Collectives) -> str:
     result = launch(config, collectives)
     _say(
         collectives,
-        f"{Path(result.run).name}: {result.steps} steps; best validation MSE/frame "
-        f"{result.best_mse_per_frame:.2f} at step {result.best_step}. Results: {result.run}",
+        f"{Path(result.run).name}: {result.steps} steps, {result.seconds_per_batch:.3f} "
+        f"s/batch; best validation MSE/frame {result.best_mse_per_frame:.2f} at step "
+        f"{result.best_step}. Results: {result.run}",
     )
     return result.run
 

@@ -27,8 +27,8 @@ class RunEntry:
     result: EvaluationResult
     run_directory: Path | None = None
     """Where its log.jsonl lies; without one it has no learning curve."""
-    training_seconds: float | None = None
-    """Wall time of training; None where it is not known."""
+    seconds_per_batch: float | None = None
+    """Of training, as the run's result.json has it; None where it is not known."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -306,6 +306,11 @@ def _notes(entries: Sequence[RunEntry], settings: PageSettings) -> list[Html]:
 
 def _definitions(entries: Sequence[RunEntry]) -> list[Html]:
     texts = {name: text for entry in entries for name, text in entry.result.definitions.items()}
+    if any(entry.seconds_per_batch is not None for entry in entries):
+        texts["s/batch, train"] = (
+            "wall time of one training iteration on all ranks of the run, waiting for data "
+            "included, validation and checkpoints left out"
+        )
     return [
         element("h2", "How the numbers are defined"),
         definition_list(list(texts.items()), css="terms"),

@@ -93,7 +93,7 @@ _COST_COLUMNS = (
     "Weights, test",
     "ms/seq., alone",
     "ms/seq., by 8",
-    "Training",
+    "s/batch, train",
     "Teachers",
 )
 
@@ -105,7 +105,7 @@ def _cost_cells(entry: RunEntry) -> list[Cell]:
         Cell(format_count(cost.test)),
         Cell(f"{runtime.ms_per_sequence_batch_1:.1f}"),
         Cell(f"{runtime.ms_per_sequence_batch_8:.1f}"),
-        Cell("–" if entry.training_seconds is None else format_seconds(entry.training_seconds)),
+        Cell("–" if entry.seconds_per_batch is None else f"{entry.seconds_per_batch:.3f}"),
         Cell(", ".join(entry.result.model.teachers) or "none", is_text=True),
     ]
 
@@ -140,13 +140,3 @@ def format_count(count: int) -> str:
     if count < 1_000:
         return str(count)
     return f"{count / 1e3:.1f} k" if count < 1_000_000 else f"{count / 1e6:.2f} M"
-
-
-def format_seconds(seconds: float) -> str:
-    """A duration: 42.1 s, 3 min 05 s, 2 h 07 min."""
-    if seconds < 59.95:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes} min {rest:02d} s"
-    return f"{minutes // 60} h {minutes % 60:02d} min"

@@ -59,6 +59,8 @@ class RunResult:
     steps: int
     seconds: float
     """Time spent in training steps, over all starts."""
+    seconds_per_batch: float
+    """Of training, waiting for data included (a column of the paper's Table 1)."""
     best_step: int
     best_mse_per_frame: float
     """Lowest validation error, closed-loop."""
@@ -242,6 +244,7 @@ class Run:
             run=str(self.folder),
             steps=progress.step,
             seconds=progress.seconds,
+            seconds_per_batch=progress.seconds / progress.step,
             best_step=progress.best_step,
             best_mse_per_frame=progress.best_mse_per_frame,
         )
