@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import threading
 import time
 from contextlib import suppress
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.e2e.test_kill import command
 from tests.unit.test_training import assert_same, final_state
 from tmu_dist.config import ConfigError, LaunchConfig, RunConfig
 from tmu_dist.run_folder import read_log
@@ -96,3 +98,15 @@ def test_cpus_of_a_worker_fit_on_the_nodes(
     from tmu_dist.training.ray_worker import cpus_per_worker
 
     assert cpus_per_worker(cpus, places, num_workers) == expected
+
+
+def test_cluster_that_does_not_answer_is_named(tiny_config: RunConfig, tmp_path: Path) -> None:
+    process = subprocess.run(
+        command(tiny_config, tmp_path, "--launcher", "ray"),
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "RAY_ADDRESS": "127.0.0.1:9"},
+        timeout=60,
+    )
+    assert process.returncode == 2
+    assert "No Ray cluster answers at RAY_ADDRESS=127.0.0.1:9" in process.stderr

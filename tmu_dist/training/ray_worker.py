@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -81,9 +82,24 @@ def train_on_ray(config: RunConfig) -> RunResult:
 
 
 def connect() -> None:
-    """Join or start Ray, quietly; does nothing when this process already has."""
-    if not ray.is_initialized():
-        ray.init(log_to_driver=False, logging_level=logging.WARNING)
+    """Join or start Ray, quietly; does nothing when this process already has.
+
+    Raises:
+        ConfigError: nothing answers at RAY_ADDRESS (Ray itself would try for minutes).
+    """
+    if ray.is_initialized():
+        return
+    address = os.environ.get("RAY_ADDRESS", "")
+    host, _, port = address.rpartition(":")
+    if host and port.isdecimal() and "://" not in address:
+        try:
+            socket.create_connection((host, int(port)), timeout=10).close()
+        except OSError as error:
+            raise ConfigError(
+                f"No Ray cluster answers at RAY_ADDRESS={address} ({error}): start it, correct the "
+                "address, or unset RAY_ADDRESS to use or start one on this machine."
+            ) from None
+    ray.init(log_to_driver=False, logging_level=logging.WARNING)
 
 
 def train_worker(settings: dict[str, Any]) -> RunResult | Exception:
