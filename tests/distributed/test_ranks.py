@@ -11,12 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from tests.unit.test_training import final_state
 from tests.unit.test_transfer import batch, student_of, tmu_method
-from tmu_dist.collectives import Collectives, Ranks
+from tmu_dist.collectives import Collectives, Ranks, joined_ranks
 from tmu_dist.config import RunConfig
 from tmu_dist.files import WriteError
 from tmu_dist.run_folder import read_log
@@ -29,13 +28,17 @@ CPU = torch.device("cpu")
 
 
 def _enter(rank: int, world_size: int, port: int, job: Callable[..., None], args: Any) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo")
+    os.environ.update(
+        RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        LOCAL_RANK=str(rank),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        GLOO_SOCKET_IFNAME="lo",
+    )
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=world_size)
-    try:
-        job(Collectives(Ranks(rank=rank, world_size=world_size, local_rank=rank)), *args)
-    finally:
-        dist.destroy_process_group()
+    with joined_ranks("torchrun") as collectives:
+        job(collectives, *args)
 
 
 def spawn(world_size: int, job: Callable[..., None], *args: Any) -> None:
