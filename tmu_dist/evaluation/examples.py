@@ -82,10 +82,9 @@ def predict_example(
     frames_BTCHW = to_unit_interval(stored_BTCHW)[:, :total]
     inputs_BTCHW = frames_BTCHW[:, :num_inputs].to(device)
     forecasts = {}
-    with torch.inference_mode():
-        for label, loaded in models.items():
-            rollout = loaded.model(inputs_BTCHW, num_input_frames=num_inputs, num_frames=total)
-            forecasts[label] = rollout.predictions_BTCHW[0, num_inputs - 1 :].cpu().numpy()
+    for label, loaded in models.items():
+        prediction_BTCHW = loaded.model.predict(inputs_BTCHW, total - num_inputs)
+        forecasts[label] = prediction_BTCHW[0].cpu().numpy()
     return Example(
         sample_id=sample_id,
         inputs_TCHW=frames_BTCHW[0, :num_inputs].numpy(),

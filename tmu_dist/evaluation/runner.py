@@ -65,11 +65,17 @@ class _Tables:
         self.model = ScoreTable(metrics, ssim_mode=ssim_mode)
         self.persistence = ScoreTable(metrics, ssim_mode=ssim_mode)
         self.gates = SampleRows()
+        self.layers: tuple[int, ...] = ()
+        """Numbers of the TMU layers that have gates."""
+        self.batch_size = self.num_batches = 0
+        """Of this rank alone."""
 
     def update(
         self, rollout: Rollout, frames_BTCHW: Tensor, batch: Batch, weights_B: Tensor, inputs: int
     ) -> None:
         """Score the forecast of one batch; frames after the first `inputs` are the truth."""
+        self.layers = tuple(sorted(rollout.imitations))
+        self.batch_size, self.num_batches = len(weights_B), self.num_batches + 1
         truth_BTCHW = frames_BTCHW[:, inputs:]
         forecasts = (
             (self.model, rollout.predictions_BTCHW[:, inputs - 1 :]),
@@ -119,12 +125,9 @@ def score_predictor(
         ValueError: sequences shorter than the window, or a prediction that is not finite.
     """
     tables = _Tables(metrics, ssim_mode)
-    layers: tuple[int, ...] = ()
-    batch_size = num_batches = 0
     started = time.perf_counter()
 
     def score_own_slice() -> _Tables:
-        nonlocal layers, batch_size, num_batches
         with _predicting(model):
             for batch in batches:
                 frames_BTCHW = window_frames(batch.frames_BTCHW, window)
@@ -135,8 +138,6 @@ def score_predictor(
                     model, frames_BTCHW[:, : window.num_input_frames], window, device
                 )
                 tables.update(rollout, frames_BTCHW, batch, weights_B, window.num_input_frames)
-                layers = tuple(sorted(rollout.imitations))
-                batch_size, num_batches = len(weights_B), num_batches + 1
                 if max_samples is not None and batch.consumed >= max_samples:
                     break
         return tables
@@ -150,9 +151,9 @@ def score_predictor(
         model=merged.model.compute(),
         persistence=merged.persistence.compute(),
         definitions=merged.model.definitions,
-        gates=_mean_gates(merged.gates, layers) if layers else None,
-        batch_size=batch_size,
-        seconds_per_batch=seconds / max(num_batches, 1),
+        gates=_mean_gates(merged.gates, tables.layers) if tables.layers else None,
+        batch_size=tables.batch_size,
+        seconds_per_batch=seconds / max(tables.num_batches, 1),
     )
 
 

@@ -9,7 +9,6 @@ killed and continued ends with the same weights, bit for bit, on the same kind o
 from __future__ import annotations
 
 import json
-import logging
 import math
 import time
 from collections.abc import Callable
@@ -43,8 +42,6 @@ from tmu_dist.training.schedules import sampling_mask, sampling_probability
 from tmu_dist.training.step import TrainingStep
 from tmu_dist.transfer import PreparedTransfer, prepare_transfer
 from tmu_dist.transfer.base import Forward, TrainingBatch
-
-log = logging.getLogger(__name__)
 
 
 class NonFiniteLossError(RuntimeError):
