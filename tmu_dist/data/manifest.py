@@ -1,6 +1,6 @@
 """The manifest: what an archive holds, where each sample's bytes are, and their checksums.
 
-Pure data and its checks (standard library only): no storage, no tar, no torch. The file format is
+One schema for both formats: WebDataset tars, and a Zarr store. Pure data and its checks (standard library only): no storage, no tar, no torch. The file format is
 described in docs/data_format.md. A manifest that parses is consistent in itself; whether the shards
 agree with it is for `python -m data_prep verify` and for the checks made at every read.
 """
@@ -15,10 +15,14 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MANIFEST_PATH = "manifest.json"
+STATISTICS_PATH = "statistics.json"
+"""Of the training split (`data_prep.statistics`); listed in the manifest's objects."""
+REPORT_PATH = "report.json"
+"""How the archive came about: files, gaps, splits (`data_prep.report`); listed in the objects."""
 SPLITS = ("train", "val", "test")
 TAR_BLOCK_BYTES = 512
 
@@ -38,20 +42,97 @@ class Units:
     """Unit of the physical value; "1" for a dimensionless one."""
     scale: float
     offset: float
+    max_code: int = 255
+    """The largest stored value that is a measurement; networks see stored / max_code."""
     missing_code: int | None
-    """The stored value that means "not observed"; None when every pixel is observed."""
+    """The stored value that means "not observed", above max_code; None when every pixel is
+    observed."""
 
     def __post_init__(self) -> None:
-        _check_types(self, "units", quantity=str, unit=str, scale=float, offset=float)
+        _check_types(self, "units", quantity=str, unit=str, scale=float, offset=float, max_code=int)
         if not math.isfinite(self.scale) or not math.isfinite(self.offset) or self.scale == 0:
             raise ManifestError(
                 "units need a finite, non-zero scale and a finite offset, "
                 f"got scale={self.scale}, offset={self.offset}."
             )
+        if self.max_code < 1:
+            raise ManifestError(f"units.max_code must be at least 1, got {self.max_code}.")
         if self.missing_code is not None:
             _check_types(self, "units", missing_code=int)
-            if not 0 <= self.missing_code <= 255:
-                raise ManifestError(f"units.missing_code must fit uint8, got {self.missing_code}.")
+            if self.missing_code <= self.max_code:
+                raise ManifestError(
+                    f"units.missing_code must lie above max_code={self.max_code}, "
+                    f"got {self.missing_code}."
+                )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Grid:
+    """Where the pixels of a field lie. Row 0 is the top (north), column 0 the left (west)."""
+
+    height: int
+    width: int
+    projection: str | None = None
+    """PROJ string, WKT or "EPSG:n"; None when the file does not say."""
+    unit: str | None = None
+    """Unit of the four numbers below: "m" (of the projection) or "degree"; None without them."""
+    left: float | None = None
+    """Outer edge of column 0."""
+    top: float | None = None
+    """Outer edge of row 0."""
+    pixel_width: float | None = None
+    pixel_height: float | None = None
+    """Both positive; the y of a row's centre is top - (row + 0.5) * pixel_height."""
+
+    def __post_init__(self) -> None:
+        for name in ("height", "width"):
+            _check_types(self, "grid", **{name: int})
+            if getattr(self, name) < 1:
+                raise ManifestError(f"grid.{name} must be at least 1, got {getattr(self, name)}.")
+        for name in ("projection", "unit"):
+            if getattr(self, name) is not None:
+                _check_types(self, "grid", **{name: str})
+        placed = [self.unit, self.left, self.top, self.pixel_width, self.pixel_height]
+        if any(value is None for value in placed) and any(value is not None for value in placed):
+            raise ManifestError(
+                "grid.unit, left, top, pixel_width and pixel_height are given all or none, "
+                f"got {placed}."
+            )
+        if self.unit is not None:
+            numbers = ("left", "top", "pixel_width", "pixel_height")
+            _check_types(self, "grid", **dict.fromkeys(numbers, float))
+            if self.unit not in ("m", "degree"):
+                raise ManifestError(f"grid.unit must be 'm' or 'degree', got {self.unit!r}.")
+            if not all(math.isfinite(getattr(self, name)) for name in numbers) or (
+                min(self.pixel_width or 0, self.pixel_height or 0) <= 0
+            ):
+                raise ManifestError(f"grid needs finite edges and positive pixels, got {placed}.")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SourceCard:
+    """Where data come from and under which terms, as its provider says or as far as known."""
+
+    name: str
+    provider: str = "unknown"
+    licence: str = "unknown: ask the provider before you pass the data on"
+    citation: str = ""
+
+    def __post_init__(self) -> None:
+        _check_types(self, "source", name=str, provider=str, licence=str, citation=str)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StoredObject:
+    """One object of an archive that holds no samples by itself."""
+
+    path: str
+    """Relative to the archive, e.g. "statistics.json"."""
+    num_bytes: int
+    sha256: str
+
+    def __post_init__(self) -> None:
+        _check_object(self.path, self.num_bytes, self.sha256)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,13 +151,7 @@ class Shard:
     """CRC-32C (Castagnoli) of that payload."""
 
     def __post_init__(self) -> None:
-        _check_types(self, "shard", path=str, num_bytes=int, sha256=str)
-        where = f"shard {self.path!r}"
-        path = PurePosixPath(self.path)
-        if path.is_absolute() or ".." in path.parts or str(path) != self.path or "\\" in self.path:
-            raise ManifestError(f"{where}: a path must be relative and plain, without '..'.")
-        if not re.fullmatch(r"[0-9a-f]{64}", self.sha256):
-            raise ManifestError(f"{where}: sha256 must be 64 hexadecimal digits.")
+        where = _check_object(self.path, self.num_bytes, self.sha256)
         for name in ("offsets", "sizes", "crc32c"):
             values = getattr(self, name)
             if not isinstance(values, tuple) or any(type(value) is not int for value in values):
@@ -106,6 +181,36 @@ class Shard:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ZarrShard:
+    """One shard object of a split's array in a Zarr archive, and the samples that start in it.
+
+    The array SPLIT/QUANTITY (`Manifest.array_path`) holds every frame once, [time, y, x] or, of
+    several channels, [time, channel, y, x]. A sample is the block of the manifest's sample shape at
+    its origin; it may end in the next objects.
+    """
+
+    path: str
+    """Relative to the archive, e.g. "train/reflectivity/c/0/0/0"."""
+    num_bytes: int
+    sha256: str
+    origins: tuple[tuple[int, int, int], ...]
+    """Of each sample: its first frame, top row and left column in the array. May be empty."""
+
+    def __post_init__(self) -> None:
+        where = _check_object(self.path, self.num_bytes, self.sha256)
+        for origin in self.origins:
+            if len(origin) != 3 or any(type(n) is not int or n < 0 for n in origin):
+                raise ManifestError(
+                    f"{where}: an origin is three integers (frame, row, column) of at least 0, "
+                    f"got {origin!r:.80}."
+                )
+
+    @property
+    def num_samples(self) -> int:
+        return len(self.origins)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Manifest:
     """Everything a reader must know about an archive before it opens a shard."""
 
@@ -117,10 +222,19 @@ class Manifest:
     units: Units
     frame_interval_minutes: float | None
     """Time between frames; None for video without a physical clock."""
-    splits: Mapping[str, tuple[Shard, ...]]
+    format: Literal["webdataset", "zarr"] = "webdataset"
+    splits: Mapping[str, tuple[Shard, ...]] | Mapping[str, tuple[ZarrShard, ...]]
+    """Tar shards, or the shard objects of the splits' Zarr arrays."""
+    objects: tuple[StoredObject, ...] = ()
+    """Every other object of the archive: statistics, report, metadata and coordinates of Zarr."""
+    grid: Grid | None = None
+    """Where the stored frames lie on the earth; of tiles, the frame that they are cut from."""
+    source: SourceCard | None = None
+    full_train_samples: int | None = None
+    """Training samples that count as a data fraction of 1.0; None: all of them."""
     created_by: Mapping[str, Any]
     """The arguments that determine the content, JSON values only: no clock, host or path."""
-    dtype: str = "uint8"
+    dtype: Literal["uint8", "uint16"] = "uint8"
     schema_version: int = SCHEMA_VERSION
 
     def __post_init__(self) -> None:
@@ -141,9 +255,25 @@ class Manifest:
                 f"manifest.schema_version is {self.schema_version!r}; this version reads only "
                 f"{SCHEMA_VERSION}. Rewrite the archive or use the version that wrote it."
             )
-        if self.dtype != "uint8":
-            raise ManifestError(f"manifest.dtype must be 'uint8', got {self.dtype!r}.")
+        if self.dtype not in _LARGEST:
+            raise ManifestError(
+                f"manifest.dtype must be one of {list(_LARGEST)}, got {self.dtype!r}."
+            )
+        largest = max(self.units.max_code, self.units.missing_code or 0)
+        if largest > _LARGEST[self.dtype]:
+            raise ManifestError(f"units has code {largest}, which does not fit {self.dtype}.")
+        if self.format not in _SHARD_TYPES:
+            raise ManifestError(
+                f"manifest.format must be one of {list(_SHARD_TYPES)}, got {self.format!r}."
+            )
         self._check_splits()
+        if self.full_train_samples is not None:
+            _check_types(self, "manifest", full_train_samples=int)
+            if self.full_train_samples < 1 or "train" not in self.splits:
+                raise ManifestError(
+                    "manifest.full_train_samples must be at least 1, of an archive with a train "
+                    f"split, got {self.full_train_samples}."
+                )
 
     def _check_splits(self) -> None:
         if not self.splits or not set(self.splits) <= set(SPLITS):
@@ -152,21 +282,31 @@ class Manifest:
             )
         seen: set[str] = set()
         for split, shards in self.splits.items():
-            if not shards:
-                raise ManifestError(f"manifest.splits.{split} has no shard; leave the split out.")
+            if not sum(shard.num_samples for shard in shards):
+                raise ManifestError(f"manifest.splits.{split} has no sample; leave the split out.")
             for shard in shards:
+                if not isinstance(shard, _SHARD_TYPES[self.format]):
+                    raise ManifestError(f"shard {shard.path!r} is not of format {self.format}.")
                 if PurePosixPath(shard.path).parts[0] != split or shard.path in seen:
                     raise ManifestError(
                         f"shard {shard.path!r}: must lie in the folder {split}/ and be listed once."
                     )
                 seen.add(shard.path)
+        for stored in self.objects:
+            if stored.path in seen or stored.path == MANIFEST_PATH:
+                raise ManifestError(f"object {stored.path!r} is listed twice, or the manifest.")
+            seen.add(stored.path)
 
     @property
     def sample_shape(self) -> tuple[int, int, int, int]:
         """Shape of one stored sample: (frames, channels, height, width)."""
         return self.num_frames, self.channels, self.height, self.width
 
-    def shards(self, split: str) -> tuple[Shard, ...]:
+    def array_path(self, split: str) -> str:
+        """Path of a split's array of frames in a Zarr archive, e.g. "train/reflectivity"."""
+        return f"{split}/{self.units.quantity}"
+
+    def shards(self, split: str) -> tuple[Shard, ...] | tuple[ZarrShard, ...]:
         """Return the shards of one split; sample ids count through them in this order."""
         if split not in self.splits:
             raise ManifestError(
@@ -207,24 +347,55 @@ class Manifest:
             )
         fields = _take_fields(cls, record, "manifest")
         fields["units"] = Units(**_take_fields(Units, fields["units"], "manifest.units"))
+        for name, record_type in (("grid", Grid), ("source", SourceCard)):
+            if fields[name] is not None:
+                fields[name] = record_type(
+                    **_take_fields(record_type, fields[name], f"manifest.{name}")
+                )
+        fields["objects"] = _records(StoredObject, fields["objects"], "manifest.objects")
+        if fields["format"] not in _SHARD_TYPES:
+            raise ManifestError(
+                f"manifest.format must be one of {list(_SHARD_TYPES)}, got {fields['format']!r}."
+            )
         if not isinstance(fields["splits"], dict):
             raise ManifestError("manifest.splits must be a JSON object of lists of shards.")
         fields["splits"] = {
-            split: _shards_from_json(shards, f"manifest.splits.{split}")
+            split: _records(_SHARD_TYPES[fields["format"]], shards, f"manifest.splits.{split}")
             for split, shards in fields["splits"].items()
         }
         return cls(**fields)
 
 
-def _shards_from_json(records: Any, where: str) -> tuple[Shard, ...]:
+_LARGEST = {"uint8": 255, "uint16": 65_535}
+_SHARD_TYPES: dict[str, Any] = {"webdataset": Shard, "zarr": ZarrShard}
+
+
+def _records(record_type: Any, records: Any, where: str) -> tuple[Any, ...]:
+    """Parse a JSON list of records; their lists become tuples."""
     if not isinstance(records, list):
-        raise ManifestError(f"{where} must be a list of shards.")
-    shards = []
+        raise ManifestError(f"{where} must be a list of JSON objects.")
+    parsed = []
     for index, record in enumerate(records):
-        fields = _take_fields(Shard, record, f"{where}[{index}]")
-        lists = {key: tuple(value) for key, value in fields.items() if isinstance(value, list)}
-        shards.append(Shard(**(fields | lists)))
-    return tuple(shards)
+        fields = _take_fields(record_type, record, f"{where}[{index}]")
+        parsed.append(record_type(**{name: _frozen(value) for name, value in fields.items()}))
+    return tuple(parsed)
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(map(_frozen, value)) if isinstance(value, list) else value
+
+
+def _check_object(path: Any, num_bytes: Any, sha256: Any) -> str:
+    """Check what every stored object has, and return how messages name it."""
+    where = f"object {path!r:.200}"
+    if type(path) is not str or type(num_bytes) is not int or num_bytes < 0:
+        raise ManifestError(f"{where}: path must be a string and num_bytes a positive integer.")
+    plain = PurePosixPath(path)
+    if plain.is_absolute() or ".." in plain.parts or str(plain) != path or "\\" in path:
+        raise ManifestError(f"{where}: a path must be relative and plain, without '..'.")
+    if type(sha256) is not str or not re.fullmatch(r"[0-9a-f]{64}", sha256):
+        raise ManifestError(f"{where}: sha256 must be 64 hexadecimal digits.")
+    return where
 
 
 def _take_fields(record_type: type[_Record], record: Any, where: str) -> dict[str, Any]:

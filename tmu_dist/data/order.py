@@ -102,8 +102,8 @@ def epoch_order(
         ValueError: no samples, or an argument out of range.
     """
     sizes = np.asarray(shard_sizes, np.int64)
-    if sizes.size == 0 or sizes.min() < 1:
-        raise ValueError(f"Every shard needs at least one sample, got sizes {list(shard_sizes)}.")
+    if sizes.size == 0 or sizes.min() < 0 or sizes.sum() < 1:
+        raise ValueError(f"There must be a sample in the shards, got sizes {list(shard_sizes)}.")
     if window < 1 or lanes < 1 or epoch < 0:
         raise ValueError(
             "window and lanes must be at least 1 and epoch at least 0, "
