@@ -30,13 +30,8 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from data_prep.readers.mnist import IMAGE_SIZE, area_average, load_digits
-from data_prep.writers.webdataset import (
-    Sample,
-    prepare_archive,
-    shard_path,
-    write_manifest,
-    write_shard,
-)
+from data_prep.writers.objects import prepare_archive, write_manifest
+from data_prep.writers.webdataset import Sample, shard_path, write_shard
 from tmu_dist.data.manifest import SPLITS, Manifest, Shard, Units
 from tmu_dist.data.storage import is_process_local
 

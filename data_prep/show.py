@@ -1,32 +1,48 @@
 """Pictures of an archive: a contact sheet (PNG) and an animation (GIF).
 
-Stored numbers are drawn as they are, 0 black and 255 white; units and missing codes play no part.
+Radar is drawn in the colours of its physical quantity with its times (UTC) and a scale bar; digits
+and video as they are stored, 0 black and 255 white.
 
 Shape letters: N samples, T time, C channels, H height, W width.
 """
 
+from __future__ import annotations
+
 import math
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, NamedTuple
 
-import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
-from data_prep.writers.webdataset import decode_frames, read_manifest
-from tmu_dist.data import storage
+from data_prep.panels import VideoView, attribution, join_facts, shorten, spread, strided, view_of
+from tmu_dist.colours import FAINT_INK, INK, OUTLINE, PAPER, picture_font
+from tmu_dist.data.archive import open_archive
 from tmu_dist.data.manifest import Manifest
 
-_PAPER, _INK, _FAINT = "white", "#1c2330", "#6b7485"
-_SHEET_TILE_PX = 64
-_ANIMATION_TILE_PX = 192
+_MARGIN, _GAP = 20, 4
+_LEFT = 104
+"""Where the frames of a sheet begin; row labels stand left of it."""
+_LEAST_WIDTH = 640
+_LABEL_ROW, _LABEL_RISE = 22, 6
+"""Room for times between two rows, and how far above the frames they stand."""
 _FRAME_MS, _LAST_FRAME_MS = 120, 900
+
+
+class Sequence(NamedTuple):
+    """One sample, read."""
+
+    sample_id: int
+    frames_TCHW: NDArray[Any]
+    meta: Mapping[str, Any]
 
 
 def draw_archive(url: str, out_dir: Path, *, split: str, num: int) -> tuple[Path, Path]:
     """Draw samples of an archive, spread evenly over a split.
 
     Args:
-        url: the archive.
+        url: the archive, of either format.
         out_dir: folder for the pictures; made when it is not there.
         split: "train", "val" or "test".
         num: how many samples; fewer when the split is smaller.
@@ -35,124 +51,167 @@ def draw_archive(url: str, out_dir: Path, *, split: str, num: int) -> tuple[Path
         Paths of the contact sheet and of the animation.
 
     Raises:
-        ValueError: no such archive or split, or frames that are neither gray nor RGB.
+        ValueError: no such archive or split, a damaged sample, or frames of neither one channel
+            nor three.
     """
     if num < 1:
         raise ValueError(f"num must be at least 1, got {num}.")
-    manifest = read_manifest(url)
-    if manifest.channels not in (1, 3):
-        raise ValueError(
-            f"Only 1 (gray) or 3 (RGB) channels can be drawn, {url} has {manifest.channels}."
-        )
-    total = manifest.num_samples(split)
-    sample_ids = np.unique(np.linspace(0, total - 1, min(num, total)).astype(int)).tolist()
-    frames_NTCHW = np.stack([_read_sample(url, manifest, split, i) for i in sample_ids])
+    manifest, sequences = read_sequences(url, split, num)
+    view = view_of(manifest)
     out_dir.mkdir(parents=True, exist_ok=True)
     sheet = out_dir / f"{manifest.name}-{split}.png"
     animation = out_dir / f"{manifest.name}-{split}.gif"
-    _contact_sheet(manifest, split, sample_ids, frames_NTCHW).save(sheet)
-    first, *rest = _animation(manifest, sample_ids, frames_NTCHW)
+    contact_sheet(view, split, sequences).save(sheet)
+    pages = _animation(view, sequences)
+    if (palette := view.palette()) is not None:
+        pages = [page.quantize(palette=palette, dither=Image.Dither.NONE) for page in pages]
+    first, *rest = pages
     durations_ms = [_FRAME_MS] * len(rest) + [_LAST_FRAME_MS]
     first.save(animation, save_all=True, append_images=rest, duration=durations_ms, loop=0)
     return sheet, animation
 
 
-def _read_sample(url: str, manifest: Manifest, split: str, sample_id: int) -> NDArray[np.uint8]:
-    """Return frames_TCHW of one sample; `verify` is the place for thorough checks."""
-    index = sample_id
-    for shard in manifest.shards(split):
-        if index < shard.num_samples:
-            break
-        index -= shard.num_samples
-    payload = storage.read_ranges(url, shard.path, [shard.offsets[index]], [shard.sizes[index]])[0]
-    try:
-        frames_TCHW = decode_frames(payload)
-    except ValueError as error:
-        where = f"{storage.join_url(url, shard.path)}, sample {index}"
-        raise ValueError(
-            f"{where} {error}. Run `python -m data_prep verify {url}` for the whole damage."
-        ) from error
-    return frames_TCHW.astype(np.uint8)
+def read_sequences(url: str, split: str, num: int) -> tuple[Manifest, list[Sequence]]:
+    """Read at most `num` samples, spread evenly over a split, one at a time.
+
+    Raises:
+        ValueError: no such archive or split, or a damaged sample.
+    """
+    archive = open_archive(url)
+    sequences = [
+        Sequence(
+            sample_id, archive.read(split, [sample_id])[0], archive.read_meta(split, sample_id)
+        )
+        for sample_id in spread(archive.manifest.num_samples(split), num)
+    ]
+    return archive.manifest, sequences
 
 
-def _contact_sheet(
-    manifest: Manifest, split: str, sample_ids: list[int], frames_NTCHW: NDArray[np.uint8]
-) -> Image.Image:
-    """Draw one row per sample and one column per time, labelled."""
-    tiles = [[_tile(frame, _SHEET_TILE_PX) for frame in frames] for frames in frames_NTCHW]
-    width, height = tiles[0][0].size
-    gap, margin, left, top = 3, 20, 84, 96
-    sheet = Image.new(
-        "RGB",
-        (
-            max(left + manifest.num_frames * (width + gap), 560) + margin,
-            top + len(tiles) * (height + gap) + margin,
-        ),
-        _PAPER,
-    )
+def contact_sheet(view: VideoView, split: str, sequences: list[Sequence]) -> Image.Image:
+    """Draw one row per sample and one column per time, labelled; long sequences leave times out."""
+    manifest = view.manifest
+    times = strided(manifest.num_frames, view.most_columns)
+    size = view.tile_size(view.sheet_tile_px(len(times)))
+    column = max(size[0], 44) + _GAP  # room for a time above a narrow frame
+    row = size[1] + (_LABEL_ROW if view.has_own_times else _GAP)
+    top = 98
+    width = max(_LEFT + len(times) * column - _GAP, _LEAST_WIDTH) + _MARGIN
+    legend = view.legend(size[0], width - _LEFT - _MARGIN)
+    terms = shorten(attribution(manifest), width - 2 * _MARGIN, 11)
+    rows_end = top + len(sequences) * row - (row - size[1])
+    terms_y = rows_end + (30 + legend.height if legend else 8)
+    sheet = Image.new("RGB", (width, terms_y + (20 if terms else 0) + 14), PAPER)
     pen = ImageDraw.Draw(sheet)
-    pen.text((margin, 14), f"{manifest.name} / {split}", _INK, _font(22))
-    pen.text(
-        (margin, 44),
-        f"{len(sample_ids)} of {manifest.num_samples(split):,} sequences, {manifest.num_frames} "
-        f"frames of {manifest.height}x{manifest.width}",
-        _FAINT,
-        _font(14),
-    )
-    for t in range(manifest.num_frames):
-        center = left + t * (width + gap) + width / 2
-        pen.text((center, top - 8), _time_label(manifest, t), _FAINT, _font(12), anchor="ms")
-    for row, (sample_id, row_tiles) in enumerate(zip(sample_ids, tiles, strict=True)):
-        y = top + row * (height + gap)
-        pen.text((left - 10, y + height / 2), str(sample_id), _INK, _font(14), anchor="rm")
-        for t, tile in enumerate(row_tiles):
-            sheet.paste(tile, (left + t * (width + gap), y))
-    pen.text((left - 10, top - 8), "sample", _FAINT, _font(12), anchor="rs")
+    _draw_heading(pen, view, split, sequences, width)
+    if not view.has_own_times:
+        for place, t in enumerate(times):
+            x = _LEFT + place * column + size[0] / 2
+            label = view.time_labels({})[t]
+            pen.text((x, top - _LABEL_RISE), label, FAINT_INK, picture_font(11), anchor="ms")
+    pen.text((_LEFT - 12, top - _LABEL_RISE), "sample", FAINT_INK, picture_font(11), anchor="rs")
+    for number, sequence in enumerate(sequences):
+        _draw_row(sheet, view, sequence, times, size, column, top + number * row)
+    if legend:
+        sheet.paste(legend, (_LEFT, rows_end + 20))
+    if terms:
+        pen.text((_MARGIN, terms_y + 8), terms, FAINT_INK, picture_font(11), anchor="la")
     return sheet
 
 
-def _animation(
-    manifest: Manifest, sample_ids: list[int], frames_NTCHW: NDArray[np.uint8]
-) -> list[Image.Image]:
+def _draw_heading(
+    pen: ImageDraw.ImageDraw, view: VideoView, split: str, sequences: list[Sequence], width: int
+) -> None:
+    manifest = view.manifest
+    minutes = manifest.frame_interval_minutes
+    step = -(-manifest.num_frames // view.most_columns)
+    facts = [
+        f"{len(sequences)} of {manifest.num_samples(split):,} sequences",
+        f"{manifest.num_frames} frames of {manifest.height} × {manifest.width}",
+        "" if minutes is None else f"every {minutes:g} min",
+        "" if step == 1 else f"one frame in {step} shown",
+        "times in UTC" if view.has_own_times else "",
+    ]
+    title = shorten(f"{manifest.name} / {split}", round((width - 2 * _MARGIN) * 0.92), 20)
+    pen.text((_MARGIN, 14), title, INK, picture_font(20, bold=True))
+    text = shorten(join_facts(facts), width - 2 * _MARGIN, 13)
+    pen.text((_MARGIN, 44), text, FAINT_INK, picture_font(13))
+
+
+def _draw_row(
+    sheet: Image.Image,
+    view: VideoView,
+    sequence: Sequence,
+    times: list[int],
+    size: tuple[int, int],
+    column: int,
+    y: int,
+) -> None:
+    pen = ImageDraw.Draw(sheet)
+    middle = y + size[1] / 2
+    what = view.describe(sequence.meta)
+    number_y = middle - 9 if what else middle
+    pen.text((_LEFT - 12, number_y), str(sequence.sample_id), INK, picture_font(14), anchor="rm")
+    if what:
+        pen.text((_LEFT - 12, middle + 9), what, FAINT_INK, picture_font(11), anchor="rm")
+    labels = view.time_labels(sequence.meta)
+    for place, t in enumerate(times):
+        x = _LEFT + place * column
+        _paste(sheet, view, sequence.frames_TCHW[t], size, (x, y))
+        if view.has_own_times:
+            center = x + size[0] / 2
+            pen.text((center, y - _LABEL_RISE), labels[t], FAINT_INK, picture_font(11), anchor="ms")
+
+
+def _animation(view: VideoView, sequences: list[Sequence]) -> list[Image.Image]:
     """Draw all samples in a grid, one picture per time."""
-    columns = min(4, len(sample_ids))
-    rows = math.ceil(len(sample_ids) / columns)
-    width, height = _tile(frames_NTCHW[0, 0], _ANIMATION_TILE_PX).size
-    gap, top = 6, 30
-    size = (gap + columns * (width + gap), top + rows * (height + gap))
-    pictures = []
-    for t in range(manifest.num_frames):
-        picture = Image.new("RGB", size, _PAPER)
-        pen = ImageDraw.Draw(picture)
-        label = f"{_time_label(manifest, t)} of {_time_label(manifest, manifest.num_frames - 1)}"
-        pen.text((gap, top / 2), label, _INK, _font(14), anchor="lm")
-        for number, frame_CHW in enumerate(frames_NTCHW[:, t]):
+    columns = min(4, len(sequences))
+    rows = math.ceil(len(sequences) / columns)
+    width, height = view.tile_size(view.animation_tile_px)
+    margin, gap, top = 12, 8, 34
+    label_height = 20 if view.has_own_times else 0
+    grid_width = columns * (width + gap) - gap
+    total_width = 2 * margin + max(grid_width, 320)
+    legend = view.legend(width, total_width - 2 * margin)
+    rows_end = top + rows * (height + gap + label_height)
+    total_height = rows_end + (legend.height + 12 if legend else 4)
+    labels = [view.time_labels(sequence.meta) for sequence in sequences]
+    pages = []
+    for t in range(view.manifest.num_frames):
+        page = Image.new("RGB", (total_width, total_height), PAPER)
+        pen = ImageDraw.Draw(page)
+        heading = _animation_heading(view, t)
+        pen.text((margin, top / 2), heading, INK, picture_font(13), anchor="lm")
+        for number, sequence in enumerate(sequences):
             row, column = divmod(number, columns)
-            place = gap + column * (width + gap), top + row * (height + gap)
-            picture.paste(_tile(frame_CHW, _ANIMATION_TILE_PX), place)
-        pictures.append(picture)
-    return pictures
+            x = margin + column * (width + gap)
+            y = top + row * (height + gap + label_height) + label_height
+            _paste(page, view, sequence.frames_TCHW[t], (width, height), (x, y))
+            if label_height:
+                text = f"{view.describe(sequence.meta)} {labels[number][t]}".strip()
+                pen.text((x, y - _LABEL_RISE), text, INK, picture_font(12), anchor="ls")
+        if legend:
+            page.paste(legend, (margin, rows_end + 4))
+        pages.append(page)
+    return pages
 
 
-def _tile(frame_CHW: NDArray[np.uint8], width: int) -> Image.Image:
-    """Return a frame as an image about `width` pixels wide, its pixels enlarged uniformly."""
-    gray = frame_CHW.shape[0] == 1
-    image = Image.fromarray(frame_CHW[0] if gray else np.moveaxis(frame_CHW, 0, -1))
-    if image.width <= width:
-        return image.resize(
-            [side * (width // image.width) for side in image.size], Image.Resampling.NEAREST
-        )
-    return image.resize(
-        (width, max(1, round(image.height * width / image.width))), Image.Resampling.BOX
-    )
+def _animation_heading(view: VideoView, t: int) -> str:
+    manifest = view.manifest
+    if view.has_own_times:
+        return join_facts([manifest.name, f"frame {t + 1} of {manifest.num_frames}", "UTC"])
+    labels = view.time_labels({})
+    return f"{labels[t]} of {labels[-1]}"
 
 
-def _time_label(manifest: Manifest, t: int) -> str:
-    """Name a frame by its time in minutes, or by its number from 1 where there is no clock."""
-    if manifest.frame_interval_minutes is None:
-        return str(t + 1)
-    return f"+{t * manifest.frame_interval_minutes:g} min"
-
-
-def _font(size_px: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    return ImageFont.load_default(size_px)
+def _paste(
+    picture: Image.Image,
+    view: VideoView,
+    frame_CHW: NDArray[Any],
+    size: tuple[int, int],
+    place: tuple[int, int],
+) -> None:
+    picture.paste(view.tile(frame_CHW, size), place)
+    if view.has_border:
+        right, bottom = place[0] + size[0], place[1] + size[1]
+        corners = (place[0] - 1, place[1] - 1, right, bottom)
+        ImageDraw.Draw(picture).rectangle(corners, outline=OUTLINE)

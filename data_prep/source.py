@@ -67,6 +67,8 @@ class BadFile(NamedTuple):
 
     file: str
     reason: str
+    by_design: bool = False
+    """Left out because the settings say so: reported, but no reason to stop."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -98,7 +100,7 @@ class Plan:
     width: int
     """Of a sample; smaller than the frame where tiles are cut."""
     report: Mapping[str, Any]
-    """JSON values for report.json: gaps, duplicates, groups by split, dropped sequences by reason."""
+    """JSON values for report.json: gaps, duplicates, groups by split, what was dropped and why."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -135,6 +137,14 @@ class Source(Protocol):
         """
         ...
 
+    def describe_files(self, job: Job) -> list[tuple[str, int]]:
+        """Name and size in bytes of a job's files: others, or changed ones, are another archive."""
+        ...
+
+    def wet_threshold(self) -> float | None:
+        """From which physical value on a pixel counts as wet in the statistics; None: none does."""
+        ...
+
     def convert(self, job: Job) -> Iterator[Frame | BadFile]:
         """Read, check and convert the files of a job, one frame in memory at a time.
 
@@ -150,6 +160,6 @@ class Source(Protocol):
         """
         ...
 
-    def facts(self) -> ArchiveFacts:
+    def facts(self, plan: Plan) -> ArchiveFacts:
         """What the manifest needs beside the plan."""
         ...

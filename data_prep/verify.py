@@ -1,9 +1,10 @@
 """Prove an archive whole, or name everything that is broken in it.
 
-Reads every byte of every shard and trusts nothing but the manifest: sizes and sha256 of the shards,
-the tar members and where they lie, crc32c, decoding, shape and dtype of every sample, the sample
-records, and that no shard is there that the manifest does not know. Written apart from the training
-reader (tmu_dist.data.archive), so that an error in one does not hide in the other.
+Reads every byte of every object and trusts nothing but the manifest: sizes and sha256; of tars the
+members and where they lie, crc32c, decoding, shape and dtype of every sample, and the sample
+records; of Zarr arrays all that verify_zarr.py lists; and that no object is there that the manifest
+does not know. Written apart from the training reader (tmu_dist.data.archive), so that an error in
+one does not hide in the other.
 """
 
 import hashlib
@@ -13,37 +14,27 @@ import logging
 import re
 import tarfile
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import cast
 
 import google_crc32c
 from tqdm import tqdm
 
-from data_prep.writers.webdataset import (
-    FRAMES_SUFFIX,
-    META_SUFFIX,
-    decode_frames,
-    read_manifest,
-)
+from data_prep.verify_zarr import KEY, Problem, check_codes, check_zarr_shard, check_zarr_split
+from data_prep.writers.objects import PARTS_PREFIX, ROOT_GROUP_PATH, read_manifest
+from data_prep.writers.webdataset import FRAMES_SUFFIX, META_SUFFIX, decode_frames
 from tmu_dist.data import storage
-from tmu_dist.data.manifest import SPLITS, Manifest, Shard
+from tmu_dist.data.manifest import (
+    MANIFEST_PATH,
+    REPORT_PATH,
+    SPLITS,
+    STATISTICS_PATH,
+    Manifest,
+    Shard,
+    StoredObject,
+    ZarrShard,
+)
 
 logger = logging.getLogger(__name__)
-
-
-class Problem(NamedTuple):
-    """One thing that is broken."""
-
-    path: str
-    """Object inside the archive."""
-    what: str
-    sample: int | None = None
-    """Index in the shard; None when the shard as a whole is meant."""
-    offset: int | None = None
-    """Byte at which the sample's frames should start."""
-
-    def __str__(self) -> str:
-        sample = "" if self.sample is None else f", sample {self.sample} at byte {self.offset}"
-        return f"{self.path}{sample}: {self.what}"
 
 
 def verify_archive(url: str, *, show_progress: bool = True) -> list[Problem]:
@@ -55,44 +46,72 @@ def verify_archive(url: str, *, show_progress: bool = True) -> list[Problem]:
     """
     manifest = read_manifest(url)
     problems = list(_stray_objects(url, manifest))
+    for stored in manifest.objects:
+        problems += _read_object(url, stored)[1]
     seen_keys: set[str] = set()
     total = sum(map(manifest.num_samples, manifest.splits))
     with tqdm(total=total, unit=" samples", disable=not show_progress) as progress:
-        for shards in manifest.splits.values():
+        for split, shards in manifest.splits.items():
+            array = None
+            if manifest.format == "zarr":
+                array, found = check_zarr_split(url, manifest, split, seen_keys)
+                problems += found
             first_id = 0
             for shard in shards:
-                problems += _check_shard(url, manifest, shard, first_id, seen_keys)
+                data, found = _read_object(url, shard)
+                problems += found
+                if data is not None and isinstance(shard, Shard):
+                    problems += _check_tar(manifest, shard, data, first_id, seen_keys)
+                elif data is not None and array is not None:
+                    problems += check_zarr_shard(manifest, array, cast(ZarrShard, shard), data)
                 first_id += shard.num_samples
                 progress.update(shard.num_samples)
     return problems
 
 
 def _stray_objects(url: str, manifest: Manifest) -> Iterator[Problem]:
-    """Name objects in the split folders that the manifest does not list."""
+    """Name objects in the splits' folders, or of reserved names, that the manifest lacks."""
     try:
         paths = storage.list_paths(url)
     except storage.StorageError as error:
         # Plain web servers cannot list; everything else can still be proven.
         logger.warning("Not looked for stray objects: %s", error)
         return
-    listed = {shard.path for shards in manifest.splits.values() for shard in shards}
+    shards = (shard.path for shards in manifest.splits.values() for shard in shards)
+    listed = {MANIFEST_PATH, *shards, *(stored.path for stored in manifest.objects)}
+    reserved = (STATISTICS_PATH, REPORT_PATH, ROOT_GROUP_PATH)
     for path in paths:
-        if path.split("/")[0] in SPLITS and path not in listed:
+        if path not in listed and (path.split("/")[0] in SPLITS or path in reserved):
             yield Problem(path, "is not in the manifest")
+    if any(path.startswith(PARTS_PREFIX) for path in paths):
+        logger.info(
+            "%s has pieces of an unfinished run in %s; they are no part of it, and the command "
+            "that made it removes them when it is run again.",
+            url,
+            PARTS_PREFIX,
+        )
 
 
-def _check_shard(
-    url: str, manifest: Manifest, shard: Shard, first_id: int, seen_keys: set[str]
-) -> Iterator[Problem]:
+def _read_object(
+    url: str, stored: StoredObject | Shard | ZarrShard
+) -> tuple[bytes | None, list[Problem]]:
+    """Return an object's bytes, if it can be read, and what is wrong with it as a whole."""
     try:
-        data = storage.read_bytes(url, shard.path)
+        data = storage.read_bytes(url, stored.path)
     except storage.StorageError as error:
-        yield Problem(shard.path, str(error))
-        return
-    if len(data) != shard.num_bytes:
-        yield Problem(shard.path, f"has {len(data)} bytes, the manifest says {shard.num_bytes}")
-    elif (sha256 := hashlib.sha256(data).hexdigest()) != shard.sha256:
-        yield Problem(shard.path, f"has sha256 {sha256}, the manifest says {shard.sha256}")
+        return None, [Problem(stored.path, str(error))]
+    if len(data) != stored.num_bytes:
+        what = f"has {len(data)} bytes, the manifest says {stored.num_bytes}"
+    elif (sha256 := hashlib.sha256(data).hexdigest()) != stored.sha256:
+        what = f"has sha256 {sha256}, the manifest says {stored.sha256}"
+    else:
+        return data, []
+    return data, [Problem(stored.path, what)]
+
+
+def _check_tar(
+    manifest: Manifest, shard: Shard, data: bytes, first_id: int, seen_keys: set[str]
+) -> Iterator[Problem]:
     members, tar_problem = _tar_members(data)
     if tar_problem:
         yield Problem(shard.path, tar_problem)
@@ -144,6 +163,8 @@ def _check_frames(manifest: Manifest, shard: Shard, index: int, data: bytes) -> 
             f"holds {frames.dtype} of shape {frames.shape}, the manifest says "
             f"{manifest.dtype} of shape {manifest.sample_shape}"
         )
+    else:
+        yield from check_codes(frames, manifest.units)
 
 
 def _check_members(
@@ -161,7 +182,7 @@ def _check_members(
     frames, meta = pair
     key = frames.name.removesuffix(FRAMES_SUFFIX)
     if [frames.name, meta.name] != [key + FRAMES_SUFFIX, key + META_SUFFIX] or not re.fullmatch(
-        r"[A-Za-z0-9_-]+", key
+        KEY, key
     ):
         yield (
             f"its tar members are named {frames.name!r} and {meta.name!r}, "

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
@@ -57,7 +58,8 @@ class DataConfig:
     url: str = "archives/moving-mnist-3"
     """Folder or URL (s3://, gs://, az://, https://) that holds a manifest.json."""
     fraction: float = 1.0
-    """Part of the training split to use; smaller parts are subsets of larger ones."""
+    """Training samples to use; 1 is what the archive calls its full training data (all of it,
+    unless the manifest says less: then up to 2 or more). Smaller sets lie in larger ones."""
     num_workers: int = 0
     """Loader processes of each rank; they never change the order."""
     max_validation_samples: int | None = None
@@ -65,7 +67,8 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         _require(
-            0.0 < self.fraction <= 1.0, f"data.fraction must lie in (0, 1], got {self.fraction}."
+            0.0 < self.fraction < math.inf,
+            f"data.fraction must be > 0 and finite (1 is 100 %), got {self.fraction}.",
         )
         _require(self.num_workers >= 0, f"data.num_workers must be >= 0, got {self.num_workers}.")
         _require(

@@ -3,12 +3,16 @@
     python -m tmu_dist.evaluate RUN_OR_CHECKPOINT --data URL [--split test] [--out DIR]
     torchrun --nproc-per-node N -m tmu_dist.evaluate ... --launcher torchrun
 
-Prints every score with its definition and writes evaluation.json, per_sequence.npz and figures.
+Prints every score with its definition and writes evaluation.json, per_sequence.npz and figures. Of
+radar: also scores at thresholds, extrapolation along the optical flow as a third forecast, and a
+page (report.html) with the tables as text (tables.md).
 """
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
@@ -19,14 +23,29 @@ from tqdm import tqdm
 
 from tmu_dist.collectives import Collectives, joined_ranks
 from tmu_dist.commands import command_errors
+from tmu_dist.config import WindowConfig
 from tmu_dist.data.loader import SequenceLoader, open_archive
+from tmu_dist.data.manifest import Units
+from tmu_dist.evaluation.baselines import FlowUnavailableError, OpticalFlow
+from tmu_dist.evaluation.comparison import RunEntry
+from tmu_dist.evaluation.examples import predict_example
 from tmu_dist.evaluation.metrics import SSIMMode
-from tmu_dist.evaluation.report import write_figures
-from tmu_dist.evaluation.result import EvaluatedData, EvaluationResult
+from tmu_dist.evaluation.rain import radar_settings
+from tmu_dist.evaluation.report import (
+    PageSettings,
+    write_comparison_page,
+    write_figures,
+    write_markdown_tables,
+)
+from tmu_dist.evaluation.result import FLOW, EvaluatedData, EvaluationResult
 from tmu_dist.evaluation.runner import check_archive_fits, evaluate
 from tmu_dist.evaluation.terminal import terminal_summary
 from tmu_dist.teachers.store import load_model
 from tmu_dist.training.launch import pick_device
+from tmu_dist.training.run_log import git_revision
+
+_NUM_EXAMPLES = 3
+"""Sequences drawn, evenly spread over the split: not chosen by how good they look."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -43,6 +62,9 @@ def run(
     batch_size: int = 16,
     out: Path | None = None,
     ssim_mode: SSIMMode = "uint8_7x7",
+    flow: Literal["auto", "off"] = "auto",
+    thresholds: tuple[float, ...] | None = None,
+    fss_scales: tuple[int, ...] | None = None,
     device: Literal["auto", "cpu", "cuda"] = "auto",
     launcher: Literal["local", "torchrun"] = "local",
 ) -> None:
@@ -55,6 +77,10 @@ def run(
         batch_size: sequences of a batch over all ranks; the scores do not depend on it.
         out: folder for the results; by default evaluation-SPLIT in the model's folder.
         ssim_mode: form of SSIM; values of different forms cannot be compared.
+        flow: of radar, score optical-flow extrapolation too, where pysteps is installed.
+        thresholds: of radar scores, in the archive's unit; by default 20, 30, 40 dBZ, or 0.5, 2,
+            5, 10 mm/h of rain.
+        fss_scales: sides of the neighbourhoods of the FSS in pixels; by default 1, 2, 4, 8, 16.
         device: where to predict.
         launcher: this process alone, or one of the ranks of a torchrun job.
     """
@@ -67,12 +93,18 @@ def run(
             split=split,
             batch_size=batch_size,
             ssim_mode=ssim_mode,
+            flow=flow,
+            thresholds=thresholds,
+            fss_scales=fss_scales,
             device=chosen_device,
             collectives=collectives,
         )
         if collectives.ranks.is_main:
             result.save(folder)
             write_figures(result, folder)
+            if result.radar is not None:
+                command = _command(model, data, split, flow, thresholds, fss_scales)
+                _write_radar_report(result, model, folder, chosen_device, command)
             console = Console()
             console.print(terminal_summary(result))
             console.print(f"\nWritten to {folder}", markup=False, soft_wrap=True)
@@ -96,6 +128,9 @@ def evaluate_model(
     split: str = "test",
     batch_size: int = 16,
     ssim_mode: SSIMMode = "uint8_7x7",
+    flow: Literal["auto", "off"] = "auto",
+    thresholds: Sequence[float] | None = None,
+    fss_scales: Sequence[int] | None = None,
     device: torch.device | None = None,
     collectives: Collectives | None = None,
 ) -> EvaluationResult:
@@ -107,6 +142,8 @@ def evaluate_model(
         split: which part of it.
         batch_size: sequences of a batch over all ranks.
         ssim_mode: form of SSIM.
+        flow: of radar, "auto" also scores optical-flow extrapolation where it can.
+        thresholds, fss_scales: of radar scores; None means the usual ones (`rain`).
         device: where to predict; None means the CPU.
         collectives: the ranks that share the work; None means this process alone.
 
@@ -116,7 +153,9 @@ def evaluate_model(
     device, collectives = device or torch.device("cpu"), collectives or Collectives()
     loaded = load_model(source, device=device)
     archive = open_archive(data_url)
-    check_archive_fits(loaded.card, archive.manifest)
+    manifest = archive.manifest
+    check_archive_fits(loaded.card, manifest)
+    radar = radar_settings(manifest, thresholds, fss_scales)
     loader = SequenceLoader(
         archive,
         split,
@@ -138,14 +177,90 @@ def evaluate_model(
         EvaluatedData(
             url=data_url,
             split=split,
-            manifest_hash=archive.manifest.content_hash,
+            manifest_hash=manifest.content_hash,
             num_sequences=loader.num_samples,
         ),
+        units=manifest.units,
         timing_frames_BTCHW=torch.from_numpy(archive.read(split, [0])),
         device=device,
         collectives=collectives,
         ssim_mode=ssim_mode,
+        radar=radar,
+        flow=None
+        if radar is None
+        else _optical_flow(flow, manifest.units, loaded.card.window, collectives),
     )
+
+
+def _optical_flow(
+    mode: str, units: Units, window: WindowConfig, collectives: Collectives
+) -> OpticalFlow | FlowUnavailableError:
+    """Optical flow, or why there is none; the same on every rank."""
+    found: OpticalFlow | FlowUnavailableError
+    if mode == "off":
+        return FlowUnavailableError("switched off by --flow off")
+    if window.num_input_frames < 2:
+        return FlowUnavailableError("motion is seen in two input frames at least, here is one")
+    try:
+        found = OpticalFlow(units)
+    except FlowUnavailableError as error:
+        found = error
+    reasons = collectives.all_gather_objects(
+        str(found) if isinstance(found, FlowUnavailableError) else None
+    )
+    missing = [reason for reason in reasons if reason is not None]
+    return FlowUnavailableError(missing[0]) if missing else found
+
+
+def _command(
+    model: str,
+    data: str,
+    split: str,
+    flow: str,
+    thresholds: Sequence[float] | None,
+    fss_scales: Sequence[int] | None,
+) -> str:
+    """The command line that repeats an evaluation."""
+    words = ["python", "-m", "tmu_dist.evaluate", model, "--data", data, "--split", split]
+    words += [] if flow == "auto" else ["--flow", flow]
+    for name, values in (("--thresholds", thresholds), ("--fss-scales", fss_scales)):
+        words += [] if values is None else [name, *map(str, values)]
+    return shlex.join(words)
+
+
+def _write_radar_report(
+    result: EvaluationResult, model: str, folder: Path, device: torch.device, command: str
+) -> None:
+    """A page about this one evaluation, and its tables as Markdown."""
+    data = result.data
+    loaded, archive = load_model(model, device=device), open_archive(data.url)
+    flow = OpticalFlow(archive.manifest.units) if FLOW in result.overall else None
+    examples = [
+        predict_example(
+            {loaded.card.name: loaded}, archive, data.split, sample, device=device, flow=flow
+        )
+        for sample in _spread(data.num_sequences, _NUM_EXAMPLES)
+    ]
+    settings = PageSettings(
+        title=f"{result.model.name} on {archive.manifest.name}",
+        summary=(
+            f"Forecasts of the {data.split} split by {result.model.name} "
+            f"({result.model.method}, step {result.model.step:,}), beside forecasts that need no "
+            "training."
+        ),
+        command=command,
+        created=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        git_revision=git_revision(),
+        reference_label=None,
+    )
+    entries = [RunEntry(label=result.model.name, result=result)]
+    write_comparison_page(folder / "report.html", entries, settings, examples=examples)
+    write_markdown_tables(folder / "tables.md", entries)
+
+
+def _spread(count: int, most: int) -> list[int]:
+    """At most so many of 0..count-1, evenly spaced with both ends."""
+    return sorted({round(i * (count - 1) / max(most - 1, 1)) for i in range(most)})
 
 
 if __name__ == "__main__":

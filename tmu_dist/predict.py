@@ -2,7 +2,8 @@
 
     python -m tmu_dist.predict RUN_OR_CHECKPOINT --data URL --samples 0 5 7 [--out DIR]
 
-Writes per sample a strip (PNG) and an animation (GIF) of truth, prediction and error.
+Writes per sample a strip (PNG) and an animation (GIF) of truth, prediction and error; radar in the
+colours of its quantity, hatched where nothing was observed.
 """
 
 from __future__ import annotations
@@ -12,13 +13,16 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import torch
 import tyro
 from rich.console import Console
 
 from tmu_dist.commands import command_errors
 from tmu_dist.data.loader import open_archive
+from tmu_dist.data.manifest import Units
+from tmu_dist.data.transforms import to_physical
 from tmu_dist.evaluate import beside_model
-from tmu_dist.evaluation.examples import predict_example
+from tmu_dist.evaluation.examples import Example, Frames, predict_example
 from tmu_dist.evaluation.pictures import prediction_strip, write_gif
 from tmu_dist.evaluation.plots import write_figure
 from tmu_dist.evaluation.runner import check_archive_fits
@@ -53,7 +57,9 @@ def run(
         out: folder for the pictures; by default pictures-SPLIT beside the model.
         split: which part of the archive.
         num_frames: inputs and predictions together, of any length; by default the model's window.
-        arrays: also write inputs, truth and prediction as npz, float32 in stored units / 255.
+        arrays: also write inputs, truth and prediction as npz, float32 in the archive's physical
+            unit (named in it; of video usually intensity in [0, 1]). Inputs and truth are NaN where
+            nothing was observed; predictions are not clipped.
         device: where to predict.
     """
     if not samples:
@@ -73,14 +79,26 @@ def run(
         write_figure(prediction_strip(example), folder / f"{stem}.png")
         write_gif(folder / f"{stem}.gif", example, label)
         if arrays:
-            with atomic_file(folder / f"{stem}.npz") as path:
-                np.savez_compressed(
-                    path,
-                    inputs_TCHW=example.inputs_TCHW,
-                    truth_TCHW=example.truth_TCHW,
-                    prediction_TCHW=example.forecasts_TCHW[label],
-                )
+            _write_arrays(folder / f"{stem}.npz", example, label, archive.manifest.units)
         console.print(str(folder / stem) + ".*", markup=False, soft_wrap=True)
+
+
+def _write_arrays(path: Path, example: Example, label: str, units: Units) -> None:
+    """Frames of one sequence in physical units."""
+
+    def physical(numbers_TCHW: Frames) -> Frames:
+        return to_physical(torch.from_numpy(numbers_TCHW), units).float().numpy()
+
+    with atomic_file(path) as staging:
+        np.savez_compressed(
+            staging,
+            allow_pickle=False,
+            inputs_TCHW=physical(example.inputs_TCHW),
+            truth_TCHW=physical(example.truth_TCHW),
+            prediction_TCHW=physical(example.forecasts_TCHW[label]),
+            quantity=np.array(units.quantity),
+            unit=np.array(units.unit),
+        )
 
 
 if __name__ == "__main__":

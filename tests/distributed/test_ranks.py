@@ -49,19 +49,30 @@ def spawn(world_size: int, job: Callable[..., None], *args: Any) -> None:
     torch.multiprocessing.spawn(_enter, (world_size, port, job, args), nprocs=world_size)
 
 
-def _double_batch(rows: slice, scale: float, padding: int) -> TrainingBatch:
-    """Some rows of one global batch of four in float64; the last `padding` rows weigh nothing."""
+def _double_batch(rows: slice, scale: float, padding: int, masked: bool) -> TrainingBatch:
+    """Some rows of one global batch of four in float64; the last `padding` rows weigh nothing.
+
+    With masks, each row lacks other pixels, the second lacks all, and the third lacks none.
+    """
     whole = batch(4)
+    generator = torch.Generator().manual_seed(6)
+    observed = torch.rand(whole.frames_BTCHW.shape, generator=generator) < 0.5
+    observed[0, :, :, :8] = False
+    observed[1], observed[2] = False, True
+    frames = whole.frames_BTCHW * observed if masked else whole.frames_BTCHW
     weights = torch.ones(4).double()
     weights[4 - padding :] = 0
     return TrainingBatch(
-        frames_BTCHW=whole.frames_BTCHW[rows].double(),
+        frames_BTCHW=frames[rows].double(),
+        observed_BTCHW=observed[rows] if masked else None,
         sampling_mask_BT=whole.sampling_mask_BT[rows],
         weights_B=weights[rows] * scale / weights.sum(),
     )
 
 
-def _one_update(rows: slice, scale: float, padding: int, wrap: bool) -> dict[str, torch.Tensor]:
+def _one_update(
+    rows: slice, scale: float, padding: int, masked: bool, *, wrap: bool
+) -> dict[str, torch.Tensor]:
     method = tmu_method(1, 2)
     for teacher in method.bank._teachers:  # type: ignore[attr-defined]
         teacher.double()
@@ -75,21 +86,24 @@ def _one_update(rows: slice, scale: float, padding: int, wrap: bool) -> dict[str
         grad_clip_norm=0.5,
         precision="fp32",
     )
-    step(_double_batch(rows, scale, padding))
+    step(_double_batch(rows, scale, padding, masked))
     return student.state_dict()
 
 
-def _data_parallel_update(collectives: Collectives, padding: int, folder: str) -> None:
+def _data_parallel_update(
+    collectives: Collectives, padding: int, masked: bool, folder: str
+) -> None:
     rank, world_size = collectives.ranks.rank, collectives.ranks.world_size
     share = 4 // world_size
     rows = slice(rank * share, (rank + 1) * share)
-    torch.save(_one_update(rows, world_size, padding, wrap=True), f"{folder}/{rank}.pt")
+    state = _one_update(rows, world_size, padding, masked, wrap=True)
+    torch.save(state, f"{folder}/{rank}.pt")
 
 
-@pytest.mark.parametrize("padding", [0, 1, 3])
-def test_two_ranks_equal_one_process(padding: int, tmp_path: Path) -> None:
-    spawn(2, _data_parallel_update, padding, str(tmp_path))
-    expected = _one_update(slice(None), 1.0, padding, wrap=False)
+@pytest.mark.parametrize(("padding", "masked"), [(0, False), (1, False), (3, False), (0, True)])
+def test_two_ranks_equal_one_process(padding: int, masked: bool, tmp_path: Path) -> None:
+    spawn(2, _data_parallel_update, padding, masked, str(tmp_path))
+    expected = _one_update(slice(None), 1.0, padding, masked, wrap=False)
     for rank in range(2):
         state = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
         for name, value in expected.items():

@@ -12,7 +12,7 @@ from tests.distributed.test_ranks import spawn
 from tmu_dist import recipes
 from tmu_dist.collectives import Collectives
 from tmu_dist.config import ModelConfig, ScheduleConfig, TrainingConfig, WindowConfig
-from tmu_dist.demo import STUDENTS, run_demo
+from tmu_dist.demo import EXPERIMENTS, run_demo
 from tmu_dist.recipes import digits, get_recipe
 from tmu_dist.run_folder import read_log
 from tmu_dist.teachers.store import load_card
@@ -47,8 +47,8 @@ def miniature(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 
 def test_demo_ends_in_one_page_that_needs_nothing_else(miniature: Path) -> None:
-    page = run_demo("local").read_text()
-    for label in STUDENTS:
+    page = run_demo("digits", "local").read_text()
+    for label in EXPERIMENTS["digits"].students:
         assert label in page
     assert "persistence" in page
     sources = re.findall(r'(?:src|href)="([^"]{0,40})', page)

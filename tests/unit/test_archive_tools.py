@@ -1,4 +1,4 @@
-"""verify and show, and the stock webdataset library as a second reader."""
+"""Preparing and finishing places, verify and show, and webdataset as a second reader."""
 
 import dataclasses
 import io
@@ -17,14 +17,17 @@ from PIL import Image
 from data_prep.__main__ import main
 from data_prep.moving_mnist import MovingMNISTConfig, write_moving_mnist
 from data_prep.verify import verify_archive
-from data_prep.writers.webdataset import (
-    Sample,
+from data_prep.writers.objects import (
+    ArchiveExistsError,
+    prepare_archive,
     read_manifest,
-    shard_path,
     write_manifest,
-    write_shard,
+    write_object,
 )
-from tmu_dist.data.loader import open_archive
+from data_prep.writers.webdataset import Sample, shard_path, write_shard
+from tmu_dist.data import storage
+from tmu_dist.data.archive import ShardError, open_archive
+from tmu_dist.data.manifest import Units
 
 CONFIG = MovingMNISTConfig(
     digits=1,
@@ -166,6 +169,166 @@ def test_wrong_samples_in_sound_shards_are_noticed(tmp_path, whole):
     assert "a.meta.json does not say sample_id 1" in text
     assert "named 'b.c.frames.npy.zst'" in text
     assert "holds int16" in text
+
+
+def write_one_sample(url: str, frames: np.ndarray, units: Units, like: Path) -> None:
+    """Write an archive of one sample."""
+    shard = write_shard(url, shard_path("train", 0), iter([Sample("a", frames, {"sample_id": 0})]))
+    manifest = dataclasses.replace(
+        read_manifest(str(like)),
+        splits={"train": (shard,)},
+        units=units,
+        dtype="uint16",
+    )
+    write_manifest(url, manifest)
+
+
+def test_sixteen_bits_are_written_proven_and_read(tmp_path, whole):
+    units = Units(
+        quantity="rain_rate",
+        unit="mm/h",
+        scale=0.01,
+        offset=0.0,
+        max_code=60_000,
+        missing_code=65_535,
+    )
+    frames = np.arange(4 * 16 * 16, dtype=np.uint16).reshape(4, 1, 16, 16) * 58
+    frames[0, 0, 0, 0] = 65_535
+    big_endian = frames.astype(">u2")  # as some readers give them; stored all the same
+    for name, codes in (("little", frames), ("big", big_endian)):
+        write_one_sample(str(tmp_path / name), codes, units, whole)
+        assert problems_of(tmp_path / name) == []
+        found = open_archive(str(tmp_path / name)).read("train", [0, 0])
+        assert found.dtype == np.uint16
+        assert np.array_equal(found, np.stack([frames, frames]))
+    frames[1, 0, 3, 3] = 60_001
+    write_one_sample(str(tmp_path / "wrong"), frames, units, whole)
+    (problem,) = problems_of(tmp_path / "wrong")
+    assert "holds the code 60001, the manifest's units know 0..60000 and 65535" in problem
+
+
+def test_a_sample_of_another_dtype_is_refused_in_reading(tmp_path, whole):
+    units = read_manifest(str(whole)).units
+    write_one_sample(str(tmp_path), np.zeros((4, 1, 16, 16), np.uint8), units, whole)
+    with pytest.raises(ShardError, match="holds uint8 frames .* the manifest says uint16"):
+        open_archive(str(tmp_path)).read("train", [0])
+
+
+@pytest.mark.parametrize("where", ["folder", "memory"])
+def test_records_are_read_beside_their_samples(where, whole):
+    url = str(whole)
+    if where == "memory":
+        url = "memory://records"
+        for path in storage.list_paths(str(whole)):
+            storage.write_bytes(url, path, storage.read_bytes(str(whole), path))
+    archive = open_archive(url)
+    for split, ids in (("train", range(7)), ("test", range(2))):
+        for sample_id in ids:
+            meta = archive.read_meta(split, sample_id)
+            assert (meta["sample_id"], meta["split"]) == (sample_id, split)
+            assert len(meta["start_xy_px"]) == 1
+    with pytest.raises(ValueError, match=r"samples 0\.\.6, not 7"):
+        archive.read_meta("train", 7)
+
+
+def test_altered_records_are_named_in_reading(archive):
+    shard = read_manifest(str(archive)).shards("train")[0]
+    header = shard.offsets[3] + -(-shard.sizes[3] // 512) * 512
+    for place, message in ((header, "cannot be read"), (header + 512, "cannot be read")):
+        change_byte(archive / FIRST, place)
+        with pytest.raises(ShardError, match=rf"{FIRST}, sample 3 at byte .*{message}"):
+            open_archive(str(archive)).read_meta("train", 3)
+        change_byte(archive / FIRST, place)
+    data = (archive / FIRST).read_bytes().replace(b'"sample_id":3', b'"sample_id":4')
+    (archive / FIRST).write_bytes(data)
+    with pytest.raises(ShardError, match="its record is not of sample_id 3"):
+        open_archive(str(archive)).read_meta("train", 3)
+
+
+def add_object(archive: Path, path: str) -> None:
+    """Write one more object and list it."""
+    stored = write_object(str(archive), path, b"{}")
+    edit_manifest(archive, lambda record: record["objects"].append(dataclasses.asdict(stored)))
+
+
+def test_other_objects_are_proven_too(archive):
+    add_object(archive, "statistics.json")
+    assert problems_of(archive) == []
+    (archive / "statistics.json").write_text("{ ")
+    (archive / "report.json").write_text("{}")
+    assert problems_of(archive)[0] == "report.json: is not in the manifest"
+    assert problems_of(archive)[1].startswith("statistics.json: has sha256")
+    (archive / "statistics.json").unlink()
+    assert f"statistics.json: {archive}/statistics.json does not exist." in problems_of(archive)
+
+
+def paths_in(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+def test_preparing_removes_what_archives_write_and_nothing_else(archive):
+    created_by = read_manifest(str(archive)).created_by
+    others = {"README.md", "data.json", "train/notes.txt", "other/shard-000000.tar"}
+    for path in (*others, "report.json", ".parts/old/job.json", "val/c/0/0"):
+        storage.write_bytes(str(archive), path, b"x")
+    kept = others | {"val/c/0/0"}  # there is no Zarr archive here
+    with pytest.raises(ArchiveExistsError, match="made with other arguments"):
+        prepare_archive(str(archive), {"source": "other"})
+    assert prepare_archive(str(archive), created_by) is not None
+    assert paths_in(archive) >= kept | {"report.json", FIRST}
+    assert not (archive / ".parts").exists()
+    assert prepare_archive(str(archive), created_by, overwrite=True) is None
+    assert paths_in(archive) == kept
+
+
+def test_a_run_that_was_killed_finds_its_shards_and_another_finds_none(archive):
+    created_by = read_manifest(str(archive)).created_by
+    (archive / "manifest.json").unlink()
+    storage.write_bytes(str(archive), ".parts/mine/job.json", b"x")
+    storage.write_bytes(str(archive), ".parts/mine-too/job.json", b"x")
+    assert prepare_archive(str(archive), created_by, parts=".parts/mine") is None
+    assert {FIRST, SECOND, ".parts/mine/job.json"} <= paths_in(archive)
+    assert not (archive / ".parts/mine-too").exists()
+    assert prepare_archive(str(archive), created_by, parts=".parts/other") is None
+    assert paths_in(archive) == set()
+
+
+def test_an_archive_is_finished_only_with_all_of_its_shards_and_no_other(archive):
+    manifest = read_manifest(str(archive))
+    (archive / "manifest.json").unlink()
+    storage.write_bytes(str(archive), "train/shard-000007.tar", b"of a larger run before")
+    storage.write_bytes(str(archive), ".parts/mine/job.json", b"x")
+    data = (archive / SECOND).read_bytes()
+    (archive / SECOND).unlink()
+    with pytest.raises(storage.MissingObjectError, match=rf"cannot be finished: {SECOND} was"):
+        write_manifest(str(archive), manifest)
+    (archive / SECOND).write_bytes(data[:100])
+    with pytest.raises(storage.StorageError, match=rf"{SECOND} has 100 bytes and should have"):
+        write_manifest(str(archive), manifest)
+    assert not (archive / "manifest.json").exists()
+    (archive / SECOND).write_bytes(data)
+    write_manifest(str(archive), manifest)
+    assert problems_of(archive) == []
+    assert not (archive / ".parts").exists()
+
+
+def test_a_zarr_store_of_somebody_else_is_left_alone(tmp_path):
+    group = {"attributes": {}, "node_type": "group", "zarr_format": 3}
+    for text in (json.dumps(group), "no JSON"):
+        (tmp_path / "zarr.json").write_text(text)
+        for overwrite in (False, True):
+            with pytest.raises(ArchiveExistsError, match="a Zarr store that is no archive"):
+                prepare_archive(str(tmp_path), {}, overwrite=overwrite)
+    assert paths_in(tmp_path) == {"zarr.json"}
+
+
+def test_preparing_removes_an_unfinished_zarr_archive(tmp_path):
+    marked = {"attributes": {"tmu_dist_archive": 2}, "node_type": "group", "zarr_format": 3}
+    (tmp_path / "zarr.json").write_text(json.dumps(marked))
+    for path in ("train/zarr.json", "train/rain_rate/c/0/0/0", "train/crs/c", "train/notes.txt"):
+        storage.write_bytes(str(tmp_path), path, b"x")
+    assert prepare_archive(str(tmp_path), {}) is None
+    assert paths_in(tmp_path) == {"train/notes.txt"}
 
 
 def test_commands_report_by_exit_status(archive, capsys, tmp_path):

@@ -55,7 +55,8 @@ def test_settings_that_belong_together_may_come_in_any_order() -> None:
         ({"transfer.tmu.combine": "mean"}, "only has an effect on TMU networks"),
         ({"training.seed": 1, "training": {"seed": 2}}, "given twice"),
         ({"model.kernel_size": 4}, "must be odd"),
-        ({"data.fraction": 0}, r"must lie in \(0, 1\]"),
+        ({"data.fraction": 0}, r"must be > 0 and finite"),
+        ({"data.fraction": float("inf")}, r"must be > 0 and finite"),
         ({"launch.launcher": "local", "launch.num_workers": 2}, "only has an effect"),
     ],
 )

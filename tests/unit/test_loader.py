@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from data_prep.moving_mnist import MovingMNISTConfig, write_moving_mnist
-from data_prep.writers.webdataset import Sample, shard_path, write_manifest, write_shard
+from data_prep.writers.objects import write_manifest
+from data_prep.writers.webdataset import Sample, shard_path, write_shard
 from tmu_dist.data import storage
 from tmu_dist.data.loader import Batch, SequenceLoader, ShardError, open_archive
 from tmu_dist.data.manifest import Manifest, ManifestError, Units
@@ -20,14 +21,25 @@ from tmu_dist.data.transforms import to_uint8, to_unit_interval
 
 SHAPE = (3, 1, 4, 5)
 NUM_TRAIN = 22
+EIGHT_BITS = Units(quantity="intensity", unit="1", scale=1 / 255, offset=0.0, missing_code=None)
+SIXTEEN_BITS = Units(
+    quantity="reflectivity",
+    unit="dBZ",
+    scale=70 / 65_534,
+    offset=0.0,
+    max_code=65_534,
+    missing_code=65_535,
+)
 
 
-def frames_of(sample_id: int) -> np.ndarray:
-    """Frames that say which sample they are."""
-    return np.full(SHAPE, sample_id, np.uint8)
+def frames_of(sample_id: int, dtype: str = "uint8") -> np.ndarray:
+    """Frames that say which sample they are, in the highest codes of their type."""
+    return np.full(SHAPE, sample_id if dtype == "uint8" else 65_534 - sample_id, dtype)
 
 
-def write_archive(url: str, shape: tuple[int, ...] = SHAPE) -> str:
+def write_archive(
+    url: str, shape: tuple[int, ...] = SHAPE, dtype: str = "uint8", full: int | None = None
+) -> str:
     """Write 22 training samples in shards of 8, 8 and 6, and 5 validation samples."""
     splits = {}
     for split, sizes in {"train": [8, 8, 6], "val": [5]}.items():
@@ -37,7 +49,7 @@ def write_archive(url: str, shape: tuple[int, ...] = SHAPE) -> str:
                 url,
                 shard_path(split, number),
                 [
-                    Sample(f"{split}-{i:08d}", frames_of(i), {"sample_id": i})
+                    Sample(f"{split}-{i:08d}", frames_of(i, dtype), {"sample_id": i})
                     for i in range(first, first + size)
                 ],
             )
@@ -50,8 +62,10 @@ def write_archive(url: str, shape: tuple[int, ...] = SHAPE) -> str:
         channels=channels,
         height=height,
         width=width,
-        units=Units(quantity="intensity", unit="1", scale=1 / 255, offset=0.0, missing_code=None),
+        dtype=dtype,
+        units=EIGHT_BITS if dtype == "uint8" else SIXTEEN_BITS,
         frame_interval_minutes=None,
+        full_train_samples=full,
         splits=splits,
         created_by={"source": "test"},
     )
@@ -194,6 +208,40 @@ def test_fractions_and_unshuffled_streams(url):
     assert next(plain.stream(0)).sample_ids_B.tolist() == list(range(22))
 
 
+def test_fractions_are_of_the_full_training_data(tmp_path):
+    url = write_archive(str(tmp_path), full=10)
+
+    def subset(fraction: float) -> set[int]:
+        loader = train_loader(url, fraction=fraction, global_batch_size=1)
+        ids = [batch.sample_ids_B.item() for batch in take(loader.stream(0), loader.num_samples)]
+        assert len(set(ids)) == loader.num_samples
+        return set(ids)
+
+    subsets = [subset(fraction) for fraction in (0.25, 0.5, 0.75, 1.0, 2.0, 2.2)]
+    assert [len(ids) for ids in subsets] == [3, 5, 8, 10, 20, 22]
+    assert all(small < large for small, large in itertools.pairwise(subsets))
+    with pytest.raises(ValueError, match="10 count as 100 %, but there are 22: .* at most 2.2"):
+        train_loader(url, fraction=2.3)
+    validation = SequenceLoader(open_archive(url), "val", global_batch_size=1)
+    assert validation.num_samples == 5
+    assert validation.state()["full_samples"] is None
+    other = write_archive(str(tmp_path / "other"), full=11)
+    with pytest.raises(ValueError, match="full_samples was 10 and is 11"):
+        train_loader(other).check_state(train_loader(url).state())
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_sixteen_bits_travel_whole(tmp_path, num_workers):
+    url = write_archive(str(tmp_path), dtype="uint16")
+    for batch in take(train_loader(url, num_workers=num_workers).stream(0), 3):
+        expected = np.stack([frames_of(i, "uint16") for i in batch.sample_ids_B.tolist()])
+        assert batch.frames_BTCHW.dtype == torch.uint16
+        assert np.array_equal(batch.frames_BTCHW.numpy(), expected)
+        numbers, observed = to_unit_interval(batch.frames_BTCHW, SIXTEEN_BITS)
+        assert np.array_equal(numbers.numpy(), expected.astype(np.float32) / np.float32(65_534))
+        assert observed.all()
+
+
 def test_loading_leaves_the_global_generator_alone(url):
     torch.manual_seed(3)
     before = torch.get_rng_state()
@@ -219,7 +267,8 @@ def test_state_is_checked_and_differences_are_named(url, tmp_path):
         ({"global_batch_size": 5, "world_size": 2}, "multiple of 2"),
         ({"global_batch_size": 0}, "multiple of 1"),
         ({"rank": 2, "world_size": 2}, r"rank must be in \[0, world_size=2\)"),
-        ({"fraction": 0.0}, r"fraction must be in \(0, 1\]"),
+        ({"fraction": 0.0}, "fraction must be > 0"),
+        ({"fraction": 1.5}, "1.5 is 33 samples, because 22 count as 100 %, but there are 22"),
         ({"num_workers": -1}, "num_workers"),
     ],
 )
@@ -325,15 +374,23 @@ def test_file_urls_are_local_folders(tmp_path):
 
 def test_scaling_and_its_inverse_are_exact():
     values = torch.arange(256, dtype=torch.uint8)
-    scaled = to_unit_interval(values)
+    scaled, observed = to_unit_interval(values, EIGHT_BITS)
+    assert observed is None
     assert scaled.dtype == torch.float32
     assert (scaled.min(), scaled.max()) == (0, 1)
     assert torch.equal(to_uint8(scaled), values)
     assert to_uint8(torch.tensor([-0.5, 0.9999, 1.5])).tolist() == [0, 254, 255]
     with pytest.raises(ValueError, match="takes uint8"):
-        to_unit_interval(scaled)
+        to_unit_interval(scaled, EIGHT_BITS)
     with pytest.raises(ValueError, match="NaN"):
         to_uint8(torch.tensor([float("nan")]))
+
+
+def test_missing_pixels_are_zeros_of_which_a_mask_says_so():
+    codes = torch.tensor([0, 32_767, 65_534, 65_535], dtype=torch.uint16)
+    numbers, observed = to_unit_interval(codes, SIXTEEN_BITS)
+    assert numbers.tolist() == [0, 0.5, 1, 0]
+    assert observed.tolist() == [True, True, True, False]
 
 
 def test_a_real_archive_can_be_loaded(tmp_path):

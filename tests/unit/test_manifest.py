@@ -1,13 +1,33 @@
 """The manifest: a round trip, and every way in which it can be wrong is refused by name."""
 
+import dataclasses
 import hashlib
 import json
 from typing import Any
 
 import pytest
 
-from tmu_dist.data.manifest import Manifest, ManifestError, Shard, Units
+from tmu_dist.data.manifest import (
+    Grid,
+    Manifest,
+    ManifestError,
+    Shard,
+    SourceCard,
+    StoredObject,
+    Units,
+    ZarrShard,
+)
 
+GRID = Grid(
+    height=80,
+    width=60,
+    projection="EPSG:3067",
+    unit="m",
+    left=1.5,
+    top=-2,
+    pixel_width=1000,
+    pixel_height=500.0,
+)
 UNITS = Units(quantity="intensity", unit="1", scale=1 / 255, offset=0.0, missing_code=None)
 
 
@@ -38,6 +58,37 @@ def manifest(**changes: Any) -> Manifest:
     return Manifest(**(fields | changes))
 
 
+def zarr_shard(path: str = "train/reflectivity/c/0/0/0", **changes: Any) -> ZarrShard:
+    fields: dict[str, Any] = {
+        "path": path,
+        "num_bytes": 10240,
+        "sha256": "0" * 64,
+        "origins": ((0, 0, 0), (3, 8, 6)),
+    }
+    return ZarrShard(**(fields | changes))
+
+
+def zarr_manifest(**changes: Any) -> Manifest:
+    fields: dict[str, Any] = {
+        "format": "zarr",
+        "units": Units(
+            quantity="reflectivity",
+            unit="dBZ",
+            scale=0.01,
+            offset=0.0,
+            max_code=65_534,
+            missing_code=65_535,
+        ),
+        "dtype": "uint16",
+        "splits": {"train": (zarr_shard(), zarr_shard("train/reflectivity/c/1/0/0", origins=()))},
+        "objects": (StoredObject(path="zarr.json", num_bytes=1, sha256="1" * 64),),
+        "grid": GRID,
+        "source": SourceCard(name="radar", licence="CC0-1.0"),
+        "full_train_samples": 1,
+    }
+    return manifest(**(fields | changes))
+
+
 def test_round_trip():
     before = manifest(frame_interval_minutes=5)
     after = Manifest.from_json(before.to_json())
@@ -45,6 +96,17 @@ def test_round_trip():
     assert after.content_hash == before.content_hash
     assert after.num_samples("train") == 4
     assert after.sample_shape == (4, 1, 8, 6)
+
+
+def test_round_trip_of_zarr():
+    before = zarr_manifest()
+    after = Manifest.from_json(before.to_json())
+    assert after == before
+    assert after.num_samples("train") == 2
+    assert after.shards("train")[0].origins[1] == (3, 8, 6)
+    assert after.array_path("train") == "train/reflectivity"
+    assert after.grid == GRID
+    assert after.source is not None and after.source.provider == "unknown"
 
 
 def test_content_hash_is_the_sha256_of_the_file_and_sees_every_change():
@@ -79,16 +141,23 @@ def test_a_missing_field_of_a_shard_is_named(field):
     [
         ("{", "not valid JSON"),
         ("[]", "must be a JSON object"),
-        (record(schema_version=2), "schema_version is 2"),
+        (record(schema_version=1), "schema_version is 1; this version reads only 2"),
         (record(color="red"), "unknown fields: color"),
         (record(height="8"), "height must be int"),
         (record(height=True), "height must be int"),
         (record(width=0), "width must be at least 1"),
-        (record(dtype="float32"), "dtype must be 'uint8'"),
+        (record(dtype="float32"), r"dtype must be one of \['uint8', 'uint16'\]"),
+        (record(format="hdf5"), r"format must be one of \['webdataset', 'zarr'\]"),
+        (record(full_train_samples=0), "full_train_samples must be at least 1"),
+        (record(full_train_samples=1.5), "full_train_samples must be int"),
+        (record(objects={}), "objects must be a list"),
+        (record(objects=[{"path": "a"}]), r"objects\[0\] lacks num_bytes, sha256"),
+        (record(grid={"height": 3}), "manifest.grid lacks"),
+        (record(source="somebody"), "manifest.source must be a JSON object"),
         (record(frame_interval_minutes=0), "frame_interval_minutes must be positive"),
         (record(splits={}), "splits must be some of"),
         (record(splits={"dev": []}), "splits must be some of"),
-        (record(splits={"train": []}), "has no shard"),
+        (record(splits={"train": []}), "train has no sample; leave the split out"),
         (record(splits=[]), "splits must be a JSON object"),
         (record(units={}), "units lacks"),
         (record(units=json.loads(manifest().to_json())["units"] | {"scale": 0}), "scale=0"),
@@ -132,6 +201,76 @@ def test_a_shard_lies_in_its_split_and_is_listed_once():
 def test_a_shard_that_contradicts_itself_is_refused(changes, message):
     with pytest.raises(ManifestError, match=message):
         shard(**changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"origins": ((0, 0),)}, "three integers"),
+        ({"origins": ((0, 0, -1),)}, "at least 0"),
+        ({"origins": ((0, 0, 1.0),)}, "three integers"),
+        ({"sha256": "abc"}, "64 hexadecimal"),
+        ({"path": "/train"}, "relative"),
+    ],
+)
+def test_a_zarr_shard_that_contradicts_itself_is_refused(changes, message):
+    with pytest.raises(ManifestError, match=message):
+        zarr_shard(**changes)
+
+
+def test_shards_are_of_the_format_and_a_split_has_samples():
+    with pytest.raises(ManifestError, match="is not of format zarr"):
+        zarr_manifest(splits={"train": (shard(),)})
+    with pytest.raises(ManifestError, match="is not of format webdataset"):
+        manifest(splits={"train": (zarr_shard(),)})
+    with pytest.raises(ManifestError, match="train has no sample"):
+        zarr_manifest(splits={"train": (zarr_shard(origins=()),)})
+
+
+@pytest.mark.parametrize("path", ["train/shard-000000.tar", "manifest.json", "a.json"])
+def test_an_object_is_listed_once_and_is_not_the_manifest(path):
+    stored = StoredObject(path="a.json", num_bytes=0, sha256="0" * 64)
+    another = StoredObject(path=path, num_bytes=0, sha256="0" * 64)
+    with pytest.raises(ManifestError, match=f"object '{path}' is listed twice, or the manifest"):
+        manifest(objects=(stored, another))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"max_code": 0}, "max_code must be at least 1"),
+        ({"missing_code": 254, "max_code": 254}, "must lie above max_code=254, got 254"),
+        ({"missing_code": 256}, "units has code 256, which does not fit uint8"),
+        ({"max_code": 300}, "units has code 300, which does not fit uint8"),
+        ({"unit": 1}, "unit must be str"),
+        ({"scale": float("nan")}, "finite, non-zero scale"),
+    ],
+)
+def test_units_that_contradict_themselves_or_the_dtype_are_refused(changes, message):
+    with pytest.raises(ManifestError, match=message):
+        manifest(units=dataclasses.replace(UNITS, **changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"width": 0}, "grid.width must be at least 1"),
+        ({"unit": None}, "given all or none"),
+        ({"top": None}, "given all or none"),
+        ({"unit": "km"}, "'m' or 'degree', got 'km'"),
+        ({"pixel_height": -1.0}, "positive pixels"),
+        ({"left": float("inf")}, "finite edges"),
+        ({"projection": 3067}, "projection must be str"),
+    ],
+)
+def test_a_grid_that_contradicts_itself_is_refused(changes, message):
+    with pytest.raises(ManifestError, match=message):
+        dataclasses.replace(GRID, **changes)
+
+
+def test_a_full_count_needs_training_samples():
+    with pytest.raises(ManifestError, match="of an archive with a train split"):
+        manifest(splits={"val": (shard("val/shard-000000.tar"),)}, full_train_samples=1)
 
 
 def test_an_unknown_split_names_the_ones_there_are():

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,8 +15,16 @@ import torch
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import Tensor
 
+from tests.synthetic_radar import DBZ
 from tmu_dist.evaluation.baselines import persistence
-from tmu_dist.evaluation.metrics import METRIC_NAMES, SSIM_MODES, ScoreTable, select_metrics
+from tmu_dist.evaluation.metrics import (
+    METRIC_NAMES,
+    PHYSICAL_METRIC_NAMES,
+    SSIM_MODES,
+    FramePair,
+    select_metrics,
+)
+from tmu_dist.evaluation.score_table import ScoreTable
 
 B, T, C, H, W = 7, 3, 2, 16, 20
 
@@ -34,12 +43,25 @@ def prediction_BTCHW(truth_BTCHW: Tensor) -> Tensor:
     return truth_BTCHW + 0.2 * torch.randn(truth_BTCHW.shape, generator=generator)
 
 
+@pytest.fixture
+def observed_BTCHW() -> Tensor:
+    """About four of five pixels, in blocks of four rows, so that some SSIM windows are whole."""
+    generator = torch.Generator().manual_seed(4)
+    return torch.rand((B, T, C, H // 4, 1), generator=generator).gt(0.2).repeat(1, 1, 1, 4, W)
+
+
 def table_of(
-    prediction: Tensor, truth: Tensor, ids: list[int] | None = None, **options: object
+    prediction: Tensor,
+    truth: Tensor,
+    ids: list[int] | None = None,
+    observed: Tensor | None = None,
+    **options: object,
 ) -> ScoreTable:
     table = ScoreTable(**options)  # type: ignore[arg-type]
     chosen = torch.arange(len(truth)) if ids is None else torch.tensor(ids)
-    table.update(prediction[chosen], truth[chosen], chosen, torch.ones(len(chosen)))
+    mask = None if observed is None else observed[chosen]
+    weights = torch.ones(len(chosen))
+    table.update(prediction[chosen], truth[chosen], chosen, weights, observed_BTCHW=mask)
     return table
 
 
@@ -233,6 +255,170 @@ def test_every_metric_explains_itself() -> None:
     assert "summed over the channels and pixels" in definitions["mse_per_frame"]
     texts = {select_metrics(["ssim"], ssim_mode=m)["ssim"].definition for m in SSIM_MODES}
     assert len(texts) == len(SSIM_MODES)
+
+
+def test_missing_pixels_count_nowhere(
+    prediction_BTCHW: Tensor, truth_BTCHW: Tensor, observed_BTCHW: Tensor
+) -> None:
+    scores = table_of(prediction_BTCHW, truth_BTCHW, observed=observed_BTCHW, units=DBZ).compute()
+    error = prediction_BTCHW.double().clamp(0, 1) - truth_BTCHW.double()
+    for b, t in itertools.product(range(B), range(T)):
+        own, count = error[b, t][observed_BTCHW[b, t]], C * H * W
+        expected = {
+            "mse_mean": float((own**2).mean()),
+            "mae_mean": float(own.abs().mean()),
+            "mse_per_frame": float((own**2).mean()) * count,
+            "mae_per_frame": float(own.abs().mean()) * count,
+            "observed_fraction": len(own) / count,
+        }
+        for name, value in expected.items():
+            assert scores.values_NT[name][b, t] == pytest.approx(value, rel=1e-12)
+        seen = observed_BTCHW[b, t]
+        predicted = (prediction_BTCHW[b, t][seen].double().clamp(0, 1) * 255).floor()
+        true = (truth_BTCHW[b, t][seen] * 255).round()
+        psnr = peak_signal_noise_ratio(true.byte().numpy(), predicted.byte().numpy())
+        assert scores.values_NT["psnr_db"][b, t] == pytest.approx(psnr, rel=1e-12)
+
+
+@pytest.mark.parametrize("mode", SSIM_MODES)
+def test_ssim_looks_only_through_whole_windows(mode: str) -> None:
+    """With everything missing but a rectangle, it is the SSIM of the rectangle alone."""
+    generator = torch.Generator().manual_seed(5)
+    truth = torch.rand(1, 1, 2, 40, 36, generator=generator)
+    prediction = (truth + 0.2 * torch.rand(truth.shape, generator=generator)).clamp(0, 1)
+    inside = np.s_[:, :, :, 9:31, 5:30]
+    observed = torch.zeros_like(truth, dtype=torch.bool)
+    observed[inside] = True
+    masked = table_of(prediction, truth, observed=observed, names=["ssim"], ssim_mode=mode)
+    alone = table_of(prediction[inside], truth[inside], names=["ssim"], ssim_mode=mode)
+    assert masked.compute().overall()["ssim"] == pytest.approx(
+        alone.compute().overall()["ssim"], rel=1e-9
+    )
+
+
+@pytest.mark.parametrize("mode", SSIM_MODES)
+def test_what_is_predicted_under_missing_pixels_does_not_matter(
+    prediction_BTCHW: Tensor, truth_BTCHW: Tensor, observed_BTCHW: Tensor, mode: str
+) -> None:
+    wild = torch.where(observed_BTCHW, prediction_BTCHW, 1 - prediction_BTCHW)
+    other_fill = torch.where(observed_BTCHW, truth_BTCHW, torch.ones(()))
+    first = table_of(prediction_BTCHW, truth_BTCHW, observed=observed_BTCHW, ssim_mode=mode)
+    second = table_of(wild, other_fill, observed=observed_BTCHW, ssim_mode=mode)
+    for name in METRIC_NAMES:
+        np.testing.assert_array_equal(
+            first.compute().values_NT[name], second.compute().values_NT[name]
+        )
+
+
+@pytest.mark.parametrize("mode", SSIM_MODES)
+def test_nothing_missing_gives_the_bits_of_the_plain_formulas(
+    prediction_BTCHW: Tensor, truth_BTCHW: Tensor, mode: str
+) -> None:
+    """Written out as they stood before there were masks; and a full mask changes no bit."""
+    everywhere = torch.ones_like(truth_BTCHW, dtype=torch.bool)
+    plain = table_of(prediction_BTCHW, truth_BTCHW, ssim_mode=mode).compute()
+    masked = table_of(
+        prediction_BTCHW, truth_BTCHW, observed=everywhere, units=DBZ, ssim_mode=mode
+    ).compute()
+    for name in METRIC_NAMES:
+        np.testing.assert_array_equal(plain.values_NT[name], masked.values_NT[name])
+    error_BTX = (prediction_BTCHW.double().clamp(0, 1) - truth_BTCHW.double()).numpy()
+    error_BTX = error_BTX.reshape(B, T, -1)
+    for b in range(B):
+        squares_TX, sizes_TX = error_BTX[b] ** 2, np.abs(error_BTX[b])
+        for name, values_T in (
+            ("mse_per_frame", squares_TX.sum(axis=1)),
+            ("mse_mean", squares_TX.mean(axis=1)),
+            ("mae_per_frame", sizes_TX.sum(axis=1)),
+            ("mae_mean", sizes_TX.mean(axis=1)),
+        ):
+            np.testing.assert_array_equal(plain.values_NT[name][b], values_T)
+    overall = masked.overall()
+    assert (overall["observed_fraction"], overall["unobserved_frames"]) == (1, 0)
+
+
+def test_a_frame_without_observations_has_no_score(
+    prediction_BTCHW: Tensor, truth_BTCHW: Tensor
+) -> None:
+    observed = torch.ones_like(truth_BTCHW, dtype=torch.bool)
+    observed[2, 1] = False
+    observed[3, 1, :, ::5] = False  # pixels enough, but no whole window
+    scores = table_of(prediction_BTCHW, truth_BTCHW, observed=observed, units=DBZ).compute()
+    for name in METRIC_NAMES:
+        assert np.isnan(scores.values_NT[name][2, 1])
+        assert np.isfinite(scores.values_NT[name][3, 1]) == (name != "ssim")
+    per_lead_time = scores.per_lead_time()
+    assert per_lead_time["unobserved_frames"].tolist() == [0, 1, 0]
+    assert per_lead_time["frames_without_ssim"].tolist() == [0, 1, 0]
+    assert per_lead_time["identical_frames"].tolist() == [0, 0, 0]
+    rest = table_of(prediction_BTCHW, truth_BTCHW, ids=[0, 1, 4, 5, 6]).compute()
+    assert per_lead_time["ssim"][1] == pytest.approx(rest.per_lead_time()["ssim"][1])
+    everything = table_of(prediction_BTCHW, truth_BTCHW, ids=[2]).compute().values_NT["mse_mean"]
+    assert scores.per_sequence("mse_mean")[2] == pytest.approx(everything[0, [0, 2]].mean())
+
+
+def test_nothing_observed_at_all(prediction_BTCHW: Tensor, truth_BTCHW: Tensor) -> None:
+    nowhere = torch.zeros_like(truth_BTCHW, dtype=torch.bool)
+    overall = (
+        table_of(prediction_BTCHW, truth_BTCHW, observed=nowhere, units=DBZ).compute().overall()
+    )
+    assert all(np.isnan(overall[name]) for name in METRIC_NAMES)
+    assert overall["unobserved_frames"] == B * T
+    assert overall["frames_without_ssim"] == overall["identical_frames"] == 0
+
+
+def test_masked_ranks_merge(
+    prediction_BTCHW: Tensor, truth_BTCHW: Tensor, observed_BTCHW: Tensor
+) -> None:
+    observed_BTCHW[0, 0] = False  # a row with NaN on two ranks is still the same row
+    arguments = (prediction_BTCHW, truth_BTCHW)
+    whole = table_of(*arguments, observed=observed_BTCHW)
+    merged = ScoreTable()
+    for ids in ([3, 4, 0], [0, 6], [5, 2, 1]):
+        merged.merge(table_of(*arguments, ids, observed_BTCHW))
+    for name in METRIC_NAMES:
+        np.testing.assert_array_equal(
+            merged.compute().values_NT[name], whole.compute().values_NT[name]
+        )
+
+
+def test_physical_errors_have_the_unit_of_the_archive(
+    prediction_BTCHW: Tensor, truth_BTCHW: Tensor, observed_BTCHW: Tensor
+) -> None:
+    names = ("mse_mean", "mae_mean", *PHYSICAL_METRIC_NAMES)
+    shifted = replace(DBZ, offset=-10.0)  # a range of 70 dBZ wherever it starts
+    for units in (DBZ, shifted):
+        overall = table_of(
+            prediction_BTCHW, truth_BTCHW, observed=observed_BTCHW, names=names, units=units
+        ).compute().overall()  # fmt: skip
+        assert overall["mse_physical"] == pytest.approx(70**2 * overall["mse_mean"], rel=1e-12)
+        assert overall["mae_physical"] == pytest.approx(70 * overall["mae_mean"], rel=1e-12)
+    metrics = select_metrics(names, units=DBZ)
+    assert metrics["mse_physical"].label == "MSE [dBZ²]"
+    rain = replace(DBZ, quantity="rain_rate", unit="mm/h")
+    assert select_metrics(names, units=rain)["mse_physical"].label == "MSE [(mm/h)²]"
+    with pytest.raises(ValueError, match="Unknown metrics"):
+        select_metrics(names)
+
+
+def test_masks_must_fit_the_frames(truth_BTCHW: Tensor) -> None:
+    with pytest.raises(ValueError, match="mask must have the shape of the frames"):
+        table_of(truth_BTCHW, truth_BTCHW, observed=torch.ones(B, T, 1, H, W, dtype=torch.bool))
+
+
+def test_definitions_speak_of_missing_pixels_only_where_there_can_be_some() -> None:
+    with_missing, without = ScoreTable(units=DBZ), ScoreTable(units=replace(DBZ, missing_code=None))
+    assert without.definitions == ScoreTable().definitions
+    assert "observed pixels" in with_missing.definitions["mse_per_frame"]
+    assert "without missing pixels" in with_missing.definitions["ssim"]
+    extra = set(with_missing.definitions) - set(without.definitions)
+    assert extra == {"observed_fraction", "unobserved_frames", "frames_without_ssim"}
+
+
+def test_frames_keep_zero_where_nothing_was_observed(truth_BTCHW: Tensor) -> None:
+    observed = torch.zeros_like(truth_BTCHW[0], dtype=torch.bool)
+    frames = FramePair(truth_BTCHW[0], truth_BTCHW[0], observed)
+    assert not frames.predicted_TCHW.any() and not frames.true_8bit_TCHW.any()
 
 
 def test_persistence_repeats_the_last_input(truth_BTCHW: Tensor) -> None:

@@ -20,7 +20,8 @@ from data_prep import moving_mnist
 from data_prep.moving_mnist import MovingMNISTConfig, make_sample, write_moving_mnist
 from data_prep.readers.mnist import DigitFileError, area_average, load_digits
 from data_prep.verify import verify_archive
-from data_prep.writers.webdataset import ArchiveExistsError, Sample, decode_frames
+from data_prep.writers.objects import ArchiveExistsError
+from data_prep.writers.webdataset import Sample, decode_frames
 from tmu_dist.data import storage
 
 FULL_MNIST = Path(__file__).parents[2].parent / "shared/data/mnist"

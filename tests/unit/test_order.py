@@ -1,5 +1,8 @@
 """The order of samples: a permutation, the same for everybody, and resumable from one number."""
 
+import itertools
+import math
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -15,7 +18,8 @@ from tmu_dist.data.order import (
     rank_slice,
 )
 
-shard_sizes = st.lists(st.integers(1, 40), min_size=1, max_size=12)
+# In Zarr archives a shard may hold no sample's beginning.
+shard_sizes = st.lists(st.integers(0, 40), min_size=1, max_size=12).filter(any)
 seeds = st.integers(0, 2**64 - 1)
 epochs = st.integers(0, 1000)
 windows = st.integers(1, 64)
@@ -84,6 +88,43 @@ def test_fractions_are_nested_and_the_same_in_every_epoch(sizes, seed, epoch, a,
     assert in_order.tolist() == sorted(subset)
 
 
+@settings(deadline=None)
+@given(shard_sizes, seeds, epochs, st.data())
+def test_what_counts_as_all_can_be_less_than_there_is(sizes, seed, epoch, data):
+    """25, 50, 75, 100 and up to 200 % and more: nested, of the right size, in every epoch."""
+    full = data.draw(st.integers(1, sum(sizes)))
+
+    def subset(fraction: float, seed: int = seed, epoch: int = epoch) -> set[int]:
+        order = epoch_order(sizes, seed=seed, epoch=epoch, fraction=fraction, full=full)
+        return set(order.ids.tolist())
+
+    fractions = [f for f in (0.25, 0.5, 0.75, 1.0, 1.5, 2.0) if math.ceil(full * f) <= sum(sizes)]
+    subsets = [subset(fraction) for fraction in (*fractions, sum(sizes) / full)]
+    assert [len(s) for s in subsets] == [math.ceil(full * f) for f in fractions] + [sum(sizes)]
+    assert all(small <= large for small, large in itertools.pairwise(subsets))
+    assert [subset(fraction, epoch=0) for fraction in fractions] == subsets[:-1]
+    # What 100 % is belongs to the archive, not to the run.
+    assert subset(1.0, seed=seed + 1) == subset(1.0)
+
+
+@settings(deadline=None)
+@given(shard_sizes, seeds, epochs, st.floats(0.01, 1))
+def test_full_data_of_all_samples_is_the_default(sizes, seed, epoch, fraction):
+    plain = epoch_order(sizes, seed=seed, epoch=epoch, fraction=fraction)
+    named = epoch_order(sizes, seed=seed, epoch=epoch, fraction=fraction, full=sum(sizes))
+    assert named.ids.tolist() == plain.ids.tolist()
+
+
+def test_the_data_amounts_of_the_paper():
+    """25 % of 10,000 sequences to 200 %, in an archive of 20,000."""
+    sizes = [250] * 80
+    counts = {
+        fraction: len(epoch_order(sizes, seed=1, epoch=0, fraction=fraction, full=10_000).ids)
+        for fraction in (0.25, 0.5, 0.75, 1.0, 2.0)
+    }
+    assert counts == {0.25: 2500, 0.5: 5000, 0.75: 7500, 1.0: 10_000, 2.0: 20_000}
+
+
 def test_a_fraction_reads_few_shards():
     ids = epoch_order([10] * 100, seed=0, epoch=0, fraction=0.25).ids
     assert len(set((ids // 10).tolist())) == 25
@@ -142,17 +183,36 @@ def test_natural_order_without_shuffling():
     assert not order.lanes.any()
 
 
-@pytest.mark.parametrize("fraction", [0.0, -0.5, 1.01, float("nan")])
+@pytest.mark.parametrize("fraction", [0.0, -0.5, float("inf"), float("nan")])
 def test_fractions_out_of_range_are_refused(fraction):
-    with pytest.raises(ValueError, match=r"\(0, 1\]"):
+    with pytest.raises(ValueError, match="must be > 0 and finite"):
         epoch_order([3], seed=0, epoch=0, fraction=fraction)
 
 
+@pytest.mark.parametrize(
+    ("fraction", "full", "message"),
+    [
+        (
+            1.01,
+            None,
+            r"1\.01 is 31 samples, because 30 count as 100 %, but there are 30: .* most 1,",
+        ),
+        (2.1, 15, r"2\.1 is 32 samples, because 15 count as 100 %, but there are 30: .* most 2,"),
+        (1.0, 40, r"1 is 40 samples, because 40 count as 100 %, but there are 30: .* most 0\.75,"),
+    ],
+)
+def test_more_samples_than_there_are_cannot_be_asked_for(fraction, full, message):
+    with pytest.raises(ValueError, match=message + r".* --full-train-samples"):
+        epoch_order([10] * 3, seed=0, epoch=0, fraction=fraction, full=full)
+
+
 def test_bad_arguments_are_refused():
-    with pytest.raises(ValueError, match="at least one sample"):
+    with pytest.raises(ValueError, match="must be a sample"):
         epoch_order([], seed=0, epoch=0)
-    with pytest.raises(ValueError, match="at least one sample"):
-        epoch_order([4, 0], seed=0, epoch=0)
+    with pytest.raises(ValueError, match="must be a sample"):
+        epoch_order([0, 0], seed=0, epoch=0)
+    with pytest.raises(ValueError, match="must be a sample"):
+        epoch_order([4, -1], seed=0, epoch=0)
     with pytest.raises(ValueError, match="window=0"):
         epoch_order([4], seed=0, epoch=0, window=0)
     order = epoch_order([4], seed=0, epoch=0)

@@ -6,6 +6,7 @@ Shape letters: T time, C channels, H height, W width.
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,10 @@ from matplotlib.text import Text
 from numpy.typing import NDArray
 from PIL import Image
 
+from tests.synthetic_radar import DBZ
+from tmu_dist.colours import colour_scale, paint
 from tmu_dist.evaluation.examples import Example
+from tmu_dist.evaluation.looks import RADAR_ERROR_COLOURS
 from tmu_dist.evaluation.pictures import ERROR_COLOURS, prediction_strip, write_gif
 from tmu_dist.evaluation.plots import (
     DARK,
@@ -27,6 +31,7 @@ from tmu_dist.evaluation.plots import (
     interval_chart,
     lead_time_curves,
     learning_curves,
+    scale_curves,
     spread_apart,
     svg_text,
     write_figure,
@@ -103,6 +108,37 @@ def test_a_wide_range_is_logarithmic_and_says_so() -> None:
     assert figure.axes[0].get_yscale() == "log"
     assert any("log scale" in text for text in texts(figure))
     assert learning_curves(CURVES).axes[0].get_yscale() == "linear"
+
+
+def test_undefined_points_are_gaps_and_labels_stand_at_the_last_defined_one() -> None:
+    nan = float("nan")
+    broken = Curve(label="broken", x=(1, 2, 3, 4), y=(0.5, nan, 0.25, nan), series=0)
+    never = Curve(label="never", x=(1, 2, 3, 4), y=(nan,) * 4, series=1)
+    whole = Curve(label="whole", x=(1, 2, 3, 4), y=(1.0, 0.9, 0.8, 0.7))
+    figure = lead_time_curves([whole, broken], metric_label="CSI", higher_is_better=True)
+    figure.draw_without_rendering()
+    axes = figure.axes[0]
+    labels = {text.get_text(): text for text in axes.texts}
+    box = Text.get_window_extent(labels["broken"])
+    assert (box.y0 + box.y1) / 2 == pytest.approx(axes.transData.transform((3, 0.25))[1], abs=2)
+    assert axes.lines[1].get_marker() == "o"  # a point between gaps has no line
+    figure = lead_time_curves([whole, never], metric_label="CSI", higher_is_better=True)
+    assert "never (undefined)" in texts(figure)
+
+
+def test_a_second_reference_is_dotted() -> None:
+    references = [Curve(label=name, x=(1, 2), y=(1.0, 2.0)) for name in "ab"]
+    figure = lead_time_curves(references, metric_label="MSE", higher_is_better=False)
+    first, second = figure.axes[0].lines
+    assert first.get_linestyle() == "--" and second.get_linestyle() != first._dash_pattern
+    assert first._dash_pattern != second._dash_pattern
+
+
+def test_scales_double_from_tick_to_tick() -> None:
+    curve = Curve(label="a", x=(1, 2, 4, 8, 16), y=(0.1, 0.2, 0.3, 0.4, 0.5), series=0)
+    axes = scale_curves([curve], title="FSS", x_label="pixels").axes[0]
+    assert axes.get_xscale() == "log"
+    assert [t.get_text() for t in axes.get_xticklabels()] == ["1", "2", "4", "8", "16"]
 
 
 def test_a_single_point_is_visible() -> None:
@@ -241,6 +277,64 @@ def test_colour_frames_and_other_channel_counts() -> None:
     assert images[0].get_array().shape == (8, 12, 3)
     with pytest.raises(ValueError, match="not 2"):
         prediction_strip(example(channels=2))
+
+
+def radar_example() -> Example:
+    """Truth 35 dBZ with a missing corner; "model" forecasts 0, "optical flow" the truth."""
+    truth = frames(3, value=0.5)
+    truth[:, :, :2, :3] = np.nan
+    return Example(
+        sample_id=4,
+        inputs_TCHW=truth[:2],
+        truth_TCHW=truth,
+        forecasts_TCHW={
+            "model": frames(3, value=0.0),
+            "optical flow": frames(3, value=0.5),
+        },
+        units=DBZ,
+    )
+
+
+def test_radar_has_the_colours_of_its_quantity() -> None:
+    figure = prediction_strip(radar_example())
+    images = [np.asarray(image.get_array()) for image in figure.axes[0].get_images()]
+    expected = paint(np.array([[35.0]]), colour_scale(DBZ))[0, 0]
+    np.testing.assert_array_equal(images[0][5, 5], expected)
+    hatched = paint(np.full((8, 12), np.nan), colour_scale(DBZ))
+    np.testing.assert_array_equal(images[0][:2, :3], hatched[:2, :3])
+    np.testing.assert_array_equal(images[5][0, 0], (255, 255, 255))  # a forecast knows no gap
+    found = texts(figure)
+    for label in ("dBZ", "10", "60", "not observed", "−35 too weak", "too strong +35"):
+        assert label in found
+
+
+def test_radar_errors_are_on_half_the_range_and_empty_where_nothing_is_known() -> None:
+    images = prediction_strip(radar_example()).axes[0].get_images()
+    model_error, flow_error = (np.asarray(images[i].get_array()) for i in (8, 14))
+    np.testing.assert_allclose(model_error[5, 5], RADAR_ERROR_COLOURS(0.0)[:3])  # 35 dBZ too weak
+    np.testing.assert_allclose(flow_error[5, 5], RADAR_ERROR_COLOURS(0.5)[:3])
+    np.testing.assert_array_equal(model_error[:2, :3], flow_error[:2, :3])
+    assert np.isfinite(model_error).all()
+
+
+def test_radar_without_gaps_explains_none() -> None:
+    whole = replace(radar_example(), inputs_TCHW=frames(2), truth_TCHW=frames(3))
+    assert "not observed" not in texts(prediction_strip(whole))
+
+
+def test_radar_gif_shows_the_scale(tmp_path: Path) -> None:
+    write_gif(tmp_path / "a.gif", radar_example(), "model")
+    with Image.open(tmp_path / "a.gif") as animation:
+        assert animation.n_frames == 5
+        animation.seek(3)
+        page = np.asarray(animation.convert("RGB")).astype(int)
+    height, width = page.shape[:2]
+    expected = paint(np.array([[35.0]]), colour_scale(DBZ))[0, 0]
+    np.testing.assert_allclose(page[height // 2, int(width * 0.2)], expected, atol=12)
+    for colour in (*colour_scale(DBZ).colours, RADAR_ERROR_COLOURS(0.0), RADAR_ERROR_COLOURS(1.0)):
+        wanted = np.array(to_rgb(colour)) * 255
+        nearest = np.abs(page - wanted).max(axis=-1).min()
+        assert nearest <= 16, f"{colour} got lost in the palette"
 
 
 def test_examples_need_forecasts_of_one_length() -> None:

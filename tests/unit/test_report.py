@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import replace
-from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +15,14 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
+from tests.evaluated_runs import (
+    SETTINGS,
+    N,
+    PageText,
+    T,
+    result,
+    scores,
+)
 from tmu_dist.evaluation.comparison import (
     RunEntry,
     check_comparable,
@@ -23,67 +30,16 @@ from tmu_dist.evaluation.comparison import (
     read_learning_curve,
 )
 from tmu_dist.evaluation.examples import Example
-from tmu_dist.evaluation.metrics import METRIC_NAMES, Scores, ScoreTable
-from tmu_dist.evaluation.report import PageSettings, write_comparison_page, write_figures
-from tmu_dist.evaluation.result import (
-    GATES_DEFINITION,
-    RUNTIME_DEFINITIONS,
-    EvaluatedData,
-    EvaluatedModel,
-    EvaluationResult,
-    ParameterCounts,
-    Runtime,
-    TransferGates,
+from tmu_dist.evaluation.report import (
+    write_comparison_page,
+    write_figures,
 )
-from tmu_dist.evaluation.tables import format_count, format_score
+from tmu_dist.evaluation.score_table import Scores, ScoreTable
+from tmu_dist.evaluation.tables import (
+    format_count,
+    format_score,
+)
 from tmu_dist.evaluation.terminal import comparison_table, terminal_summary
-
-N, T = 40, 3
-SETTINGS = PageSettings(
-    title="Does <memory> transfer & help?",
-    summary="A summary.",
-    command="python -m tmu_dist.demo --output 'a b'",
-    created="2026-01-02 03:04 UTC",
-    git_revision="abc1234",
-    notes=("A note of the caller.",),
-    repeat_commands=("first command", "second command"),
-)
-
-
-def scores(mse: float, spread: float = 1.0) -> Scores:
-    """MSE per frame that differs between sequences in a known way, and an SSIM that fits it."""
-    sequence_N1 = np.linspace(-spread, spread, N)[:, None]
-    values = {name: np.full((N, T), 0.5) for name in METRIC_NAMES}
-    values["mse_per_frame"] = mse + sequence_N1 + np.arange(T) - 1.0
-    values["ssim"] = np.full((N, T), 1 - mse / 1000)
-    return Scores(np.arange(N), values)
-
-
-def result(name: str, mse: float, *, teachers: tuple[str, ...] = ()) -> EvaluationResult:
-    forecasts = {"model": scores(mse), "persistence": scores(200.0)}
-    gates = TransferGates(
-        teachers=teachers, layers=(0, 1), means_LM=((0.25, 0.5), (0.75, 0.5))
-    ) if teachers else None  # fmt: skip
-    return EvaluationResult(
-        model=EvaluatedModel(
-            name=name, method=name, teachers=teachers, seed=0, step=10,
-            num_input_frames=2, num_target_frames=T,
-        ),
-        data=EvaluatedData(url="archive", split="test", manifest_hash="f" * 64, num_sequences=N),
-        definitions=ScoreTable().definitions | RUNTIME_DEFINITIONS | {"gates": GATES_DEFINITION},
-        overall={key: value.overall() for key, value in forecasts.items()},
-        per_lead_time={
-            key: {m: tuple(v.tolist()) for m, v in value.per_lead_time().items()}
-            for key, value in forecasts.items()
-        },
-        gates=gates,
-        parameters=ParameterCounts(train=9_534_208, test=3_589_376),
-        runtime=Runtime(
-            ms_per_sequence_batch_1=17.71, ms_per_sequence_batch_8=9.25,
-            seconds_per_evaluation_batch=0.5, evaluation_batch_size=16, device="cpu, 1 threads",
-        ),
-        per_sequence=forecasts,
-    )  # fmt: skip
 
 
 def write_log(folder: Path, *, last: float = 90.0) -> Path:
@@ -99,19 +55,20 @@ def write_log(folder: Path, *, last: float = 90.0) -> Path:
     return folder
 
 
-@pytest.fixture
-def entries(tmp_path: Path) -> list[RunEntry]:
+@pytest.fixture(scope="module")
+def entries(tmp_path_factory: pytest.TempPathFactory) -> list[RunEntry]:
+    folder = tmp_path_factory.mktemp("runs")
     return [
         RunEntry(
             label="scratch",
             result=result("scratch", 120.5),
-            run_directory=write_log(tmp_path / "scratch"),
+            run_directory=write_log(folder / "scratch"),
             seconds_per_batch=0.35,
         ),
         RunEntry(
             label="TMU, both",
             result=result("tmu", 94.7, teachers=("1 digit", "2 digits")),
-            run_directory=write_log(tmp_path / "tmu"),
+            run_directory=write_log(folder / "tmu"),
             seconds_per_batch=0.43,
         ),
     ]
@@ -127,68 +84,26 @@ def example() -> Example:
     )
 
 
-class PageText(HTMLParser):
-    """Visible text, table rows, and every address that the page refers to."""
-
-    def __init__(self, page: str) -> None:
-        super().__init__()
-        self.addresses: list[str] = []
-        self.open_tags: list[str] = []
-        self.words: list[str] = []
-        self.rows: list[list[str]] = []
-        self.best: list[str] = []
-        self.feed(page)
-        self.close()
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.addresses += [v for k, v in attrs if k in ("src", "srcset", "href") and v]
-        if tag not in ("meta", "img", "source"):
-            self.open_tags.append(tag)
-        if tag == "tr":
-            self.rows.append([])
-        if tag in ("th", "td"):
-            self.rows[-1].append("")
-            if ("class", "best") in attrs:
-                self.best.append(self.rows[-1][0])
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open_tags.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if "style" not in self.open_tags:
-            self.words.append(data)
-        if {"th", "td"} & set(self.open_tags):
-            self.rows[-1][-1] += data
-
-    @property
-    def text(self) -> str:
-        return " ".join(self.words)
-
-    def row(self, name: str) -> list[str]:
-        return next(row for row in self.rows if row[0] == name)
-
-
-@pytest.fixture
-def page(entries: list[RunEntry], tmp_path: Path) -> PageText:
-    path = tmp_path / "report.html"
+@pytest.fixture(scope="module")
+def page(entries: list[RunEntry], tmp_path_factory: pytest.TempPathFactory) -> PageText:
+    path = tmp_path_factory.mktemp("page") / "report.html"
     write_comparison_page(path, entries, SETTINGS, examples=[example()])
     return PageText(path.read_text())
 
 
-def test_page_loads_nothing_from_outside(page: PageText, tmp_path: Path) -> None:
+def test_page_loads_nothing_from_outside(page: PageText) -> None:
     assert not page.open_tags
     assert page.addresses
     assert all(re.match(r"data:image/(png|svg\+xml);base64,", a) for a in page.addresses)
-    text = (tmp_path / "report.html").read_text()
+    text = page.source
     assert "<script" not in text and "@import" not in text and "url(" not in text
     # Learning curve, three metrics by lead time, differences, one example; in two themes each.
     assert len(page.addresses) == 2 * 6
 
 
-def test_page_serves_dark_mode_phones_and_print(tmp_path: Path, page: PageText) -> None:
-    text = (tmp_path / "report.html").read_text()
+def test_page_serves_dark_mode_phones_and_print(page: PageText) -> None:
     for needed in ("prefers-color-scheme: dark", "width=device-width", "@media print"):
-        assert needed in text
+        assert needed in page.source
 
 
 def test_page_has_the_columns_of_table_1_with_persistence_first(page: PageText) -> None:

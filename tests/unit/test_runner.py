@@ -15,13 +15,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.synthetic_radar import DBZ, moving_rain
 from tmu_dist.collectives import Collectives
 from tmu_dist.config import ModelConfig, TMUConfig, WindowConfig
 from tmu_dist.data.loader import Batch
 from tmu_dist.data.manifest import Units
-from tmu_dist.evaluation.metrics import ERROR_METRIC_NAMES, METRIC_NAMES
+from tmu_dist.evaluation.baselines import FlowUnavailableError, OpticalFlow
+from tmu_dist.evaluation.metrics import ERROR_METRIC_NAMES, METRIC_NAMES, PHYSICAL_METRIC_NAMES
+from tmu_dist.evaluation.pass_tables import ForecastTable, PassTables
+from tmu_dist.evaluation.rain import RadarSettings
 from tmu_dist.evaluation.result import EvaluatedData, EvaluationResult
-from tmu_dist.evaluation.runner import PassScores, evaluate, latency_ms, score_predictor
+from tmu_dist.evaluation.runner import PassScores, evaluate, score_predictor
+from tmu_dist.evaluation.score_table import ScoreTable
+from tmu_dist.evaluation.timing import latency_ms
 from tmu_dist.models.build import FrameShape, build_predictor, count_parameters
 from tmu_dist.models.rollout import Predictor, Rollout
 from tmu_dist.teachers.card import DataFacts, TeacherCard
@@ -30,6 +36,10 @@ from tmu_dist.teachers.store import LoadedModel
 CPU = torch.device("cpu")
 WINDOW = WindowConfig(num_input_frames=3, num_target_frames=2)
 FRAME = FrameShape(channels=1, height=16, width=16)
+GREY = Units(quantity="intensity", unit="1", scale=1 / 255, offset=0.0, missing_code=None)
+RADAR = RadarSettings(
+    unit="dBZ", thresholds=(20.0, 30.0), scales=(1, 4), numbers=(20 / 70, 30 / 70), pixel_km=None
+)
 SMALL = ModelConfig(num_layers=2, hidden_channels=4, kernel_size=3)
 
 
@@ -79,7 +89,9 @@ class ThreadRanks(Collectives):
         return list(self.slots)
 
 
-def score_on_ranks(frames: Tensor, *, batch_size: int, world_size: int) -> list[PassScores]:
+def score_on_ranks(
+    frames: Tensor, *, batch_size: int, world_size: int, units: Units = GREY, **options: Any
+) -> list[PassScores]:
     slots: list[Any] = [None] * world_size
     results: list[Any] = [None] * world_size
     meet = threading.Barrier(world_size)
@@ -90,8 +102,10 @@ def score_on_ranks(frames: Tensor, *, batch_size: int, world_size: int) -> list[
             Fading(),  # type: ignore[arg-type]
             batches,
             window=WINDOW,
+            units=units,
             device=CPU,
             collectives=ThreadRanks(slots, rank, meet),
+            **options,
         )
 
     threads = [threading.Thread(target=work, args=(rank,)) for rank in range(world_size)]
@@ -110,6 +124,21 @@ def assert_bit_equal(a: PassScores, b: PassScores) -> None:
         assert mine.overall() == theirs.overall()
 
 
+def radar_frames(num_sequences: int) -> Tensor:
+    """Moving rain with missing pixels, of which sequence 1 loses its second target frame."""
+    frames = np.stack([moving_rain(i, num_frames=5, size=32) for i in range(num_sequences)])
+    frames[min(1, num_sequences - 1), 4] = DBZ.missing_code
+    return torch.from_numpy(frames)
+
+
+def radar_options() -> dict[str, Any]:
+    """What `score_predictor` needs for radar scores of the sequences above."""
+    pytest.importorskip("cv2")
+    pytest.importorskip("pysteps")
+    metrics = (*METRIC_NAMES, *PHYSICAL_METRIC_NAMES)
+    return {"radar": RADAR, "flow": OpticalFlow(DBZ), "metrics": metrics}
+
+
 def small_model(**tmu_slots: Any) -> Predictor:
     torch.manual_seed(0)
     return build_predictor(FRAME, SMALL, **tmu_slots)
@@ -117,8 +146,7 @@ def small_model(**tmu_slots: Any) -> Predictor:
 
 def loaded_tmu() -> LoadedModel:
     model = small_model(tmu=TMUConfig(layers=(1,)), num_slots=2).eval()
-    units = Units(quantity="intensity", unit="1", scale=1 / 255, offset=0.0, missing_code=None)
-    data = DataFacts(archive="x", manifest_hash="h", units=units, frame_interval_minutes=None)
+    data = DataFacts(archive="x", manifest_hash="h", units=GREY, frame_interval_minutes=None)
     card = TeacherCard(
         name="student", method="tmu", step=7, seed=3, frame=FRAME, window=WINDOW, model=SMALL,
         tmu=TMUConfig(layers=(1,)), num_slots=2, data=data, teachers=("one digit", "two digits"),
@@ -127,13 +155,15 @@ def loaded_tmu() -> LoadedModel:
     return LoadedModel(model, card)
 
 
-def evaluated(frames: Tensor) -> EvaluationResult:
+def evaluated(frames: Tensor, units: Units = GREY, **options: Any) -> EvaluationResult:
     return evaluate(
         loaded_tmu(),
         one_pass(frames, batch_size=4),
         EvaluatedData(url="u", split="test", manifest_hash="h", num_sequences=len(frames)),
+        units=units,
         timing_frames_BTCHW=frames[:1],
         device=CPU,
+        **options,
     )
 
 
@@ -144,10 +174,74 @@ def test_any_number_of_ranks_gives_the_same_bits(world_size: int) -> None:
         Fading(),  # type: ignore[arg-type]
         one_pass(frames, batch_size=4),
         window=WINDOW,
+        units=GREY,
         device=CPU,
     )
     for scored in score_on_ranks(frames, batch_size=6, world_size=world_size):
         assert_bit_equal(alone, scored)
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_radar_scores_have_the_same_bits_on_any_number_of_ranks(world_size: int) -> None:
+    frames, options = radar_frames(7), radar_options()
+    alone = score_predictor(
+        Fading(),  # type: ignore[arg-type]
+        one_pass(frames, batch_size=4),
+        window=WINDOW,
+        units=DBZ,
+        device=CPU,
+        **options,
+    )
+    assert list(alone.forecasts) == ["model", "persistence", "optical_flow"]
+    ranks = score_on_ranks(frames, batch_size=6, world_size=world_size, units=DBZ, **options)
+    for scored in ranks:
+        for name, mine in alone.forecasts.items():
+            theirs = scored.forecasts[name]
+            for metric, values_NT in mine.scores.values_NT.items():
+                np.testing.assert_array_equal(theirs.scores.values_NT[metric], values_NT)
+            assert mine.radar is not None and theirs.radar is not None
+            np.testing.assert_array_equal(theirs.radar.counts_TKX, mine.radar.counts_TKX)
+            np.testing.assert_array_equal(theirs.radar.sums_TKSX, mine.radar.sums_TKSX)
+            assert mine.contingency_NTKX is not None and theirs.contingency_NTKX is not None
+            np.testing.assert_array_equal(theirs.contingency_NTKX, mine.contingency_NTKX)
+
+
+def test_every_forecast_is_scored_on_the_same_pixels() -> None:
+    frames = radar_frames(4)
+    scored = score_on_ranks(frames, batch_size=2, world_size=1, units=DBZ, **radar_options())[0]
+    observed_T = (frames[:, 3:] != DBZ.missing_code).sum(dim=(0, 2, 3, 4)).tolist()
+    for forecast in scored.forecasts.values():
+        assert forecast.radar is not None
+        assert forecast.radar.counts_TKX.sum(axis=-1).tolist() == [[n, n] for n in observed_T]
+        assert forecast.scores.overall()["unobserved_frames"] == 1
+
+
+def test_moving_rain_is_easier_for_optical_flow_than_for_persistence() -> None:
+    scored = score_on_ranks(
+        radar_frames(6), batch_size=6, world_size=1, units=DBZ, **radar_options()
+    )[0]
+    flow, still = (scored.forecasts[name] for name in ("optical_flow", "persistence"))
+    assert flow.radar is not None and still.radar is not None
+    assert (flow.radar.mean("csi") > still.radar.mean("csi") + 0.1).all()
+    assert flow.scores.overall()["mae_physical"] < still.scores.overall()["mae_physical"]
+    assert scored.flow_ms_per_sequence is not None and scored.flow_ms_per_sequence > 0
+
+
+def test_validation_of_radar_takes_no_extras() -> None:
+    """As the training loop calls it: errors of model and persistence, masked."""
+    scored = score_on_ranks(
+        radar_frames(3), batch_size=3, world_size=1, units=DBZ, metrics=ERROR_METRIC_NAMES
+    )[0]
+    assert list(scored.forecasts) == ["model", "persistence"]
+    assert scored.forecasts["model"].radar is None and scored.flow_ms_per_sequence is None
+    expected = {*ERROR_METRIC_NAMES, "observed_fraction", "unobserved_frames"}
+    assert set(scored.model.overall()) == expected
+
+
+def test_ranks_with_different_libraries_are_told() -> None:
+    first, second = PassTables({}), PassTables({"model": ForecastTable(ScoreTable(), None)})
+    with pytest.raises(ValueError, match="same libraries everywhere"):
+        first.merge(second)
 
 
 def test_scores_are_of_the_right_frames() -> None:
@@ -156,6 +250,7 @@ def test_scores_are_of_the_right_frames() -> None:
         Fading(),  # type: ignore[arg-type]
         one_pass(frames, batch_size=2),
         window=WINDOW,
+        units=GREY,
         device=CPU,
         metrics=["mse_mean"],
     )
@@ -182,7 +277,9 @@ def test_the_future_does_not_reach_the_forecast() -> None:
 def test_batch_size_does_not_matter_for_a_network() -> None:
     frames, model = moving_frames(7), small_model()
     scores = [
-        score_predictor(model, one_pass(frames, batch_size=b), window=WINDOW, device=CPU).model
+        score_predictor(
+            model, one_pass(frames, batch_size=b), window=WINDOW, units=GREY, device=CPU
+        ).model
         for b in (1, 3, 8)
     ]
     for other in scores[1:]:
@@ -199,6 +296,7 @@ def test_validation_can_stop_early_and_leaves_the_model_training() -> None:
             model,
             batches,
             window=WINDOW,
+            units=GREY,
             device=CPU,
             metrics=ERROR_METRIC_NAMES,
             max_samples=max_samples,
@@ -234,7 +332,7 @@ def test_gates_are_averaged_per_layer_and_teacher() -> None:
 def test_a_network_without_teachers_numbers_its_slots() -> None:
     model = small_model(tmu=TMUConfig(), num_slots=2)
     frames = one_pass(moving_frames(2), batch_size=2)
-    scored = score_predictor(model, frames, window=WINDOW, device=CPU)
+    scored = score_predictor(model, frames, window=WINDOW, units=GREY, device=CPU)
     assert scored.gates is not None
     assert scored.gates.teachers == ("slot 0", "slot 1")
     assert scored.gates.layers == (0, 1)
@@ -269,6 +367,45 @@ def test_infinite_psnr_is_null_in_json_and_infinite_again(tmp_path: Any) -> None
     assert EvaluationResult.load(tmp_path).overall["persistence"]["psnr_db"] == np.inf
 
 
+def test_a_radar_evaluation_survives_the_disk(tmp_path: Any) -> None:
+    frames = radar_frames(3)[..., :16, :16]
+    frames[:, 4] = DBZ.missing_code  # nothing to score at the second lead time
+    result = evaluated(frames, DBZ, radar=RADAR, flow=radar_options()["flow"])
+    assert result.radar is not None and result.radar.flow_note is None
+    assert set(result.overall) == {"model", "persistence", "optical_flow"}
+    assert np.isnan(result.per_lead_time["model"]["mse_mean"][1])
+    assert result.overall["model"]["mse_mean"] == result.per_lead_time["model"]["mse_mean"][0]
+    result.save(tmp_path)
+    tree = json.loads((tmp_path / "evaluation.json").read_text())
+    assert tree["per_lead_time"]["model"]["mse_mean"][1] == "undefined"
+    assert {*METRIC_NAMES, *PHYSICAL_METRIC_NAMES, "csi", "fss"} < set(tree["definitions"])
+    again = EvaluationResult.load(tmp_path)
+    assert json.dumps(again.to_dict()) == json.dumps(result.to_dict())
+    assert again.contingency is not None and result.contingency is not None
+    for name, counts_NTKX in result.contingency.items():
+        np.testing.assert_array_equal(again.contingency[name], counts_NTKX)
+        total_TKX = result.radar.forecasts[name].counts_TKX
+        np.testing.assert_array_equal(counts_NTKX.sum(axis=0), total_TKX)
+
+
+@pytest.mark.parametrize("reason", [None, "pip install 'tmu-dist[flow]'"])
+def test_a_radar_evaluation_says_why_optical_flow_is_missing(reason: str | None) -> None:
+    missing = None if reason is None else FlowUnavailableError(reason)
+    frames = radar_frames(2)[..., :16, :16]
+    result = evaluated(frames, DBZ, radar=RADAR, flow=missing)
+    assert set(result.overall) == {"model", "persistence"}
+    assert result.radar is not None
+    expected = f"optical flow not computed: {reason or 'it was not asked for'}"
+    assert result.radar.flow_note == expected
+
+
+def test_video_has_no_radar_part() -> None:
+    result = evaluated(moving_frames(2))
+    assert result.radar is None and result.contingency is None
+    assert "radar" not in result.to_dict()
+    assert not {"csi", "thresholds", "observed_fraction"} & set(result.definitions)
+
+
 def test_evaluations_of_other_versions_are_refused(tmp_path: Any) -> None:
     with pytest.raises(ValueError, match=r"holds no evaluation\.json"):
         EvaluationResult.load(tmp_path)
@@ -287,8 +424,8 @@ def test_latency_is_per_sequence(monkeypatch: pytest.MonkeyPatch) -> None:
     ticks = iter(range(1000))
     monkeypatch.setattr("time.perf_counter", lambda: next(ticks) * 0.08)
     frames, model = moving_frames(3), small_model()
-    assert latency_ms(model, frames, WINDOW, CPU) == pytest.approx(80)
-    assert latency_ms(model, frames, WINDOW, CPU, batch_size=8) == pytest.approx(10)
+    assert latency_ms(model, frames, WINDOW, GREY, CPU) == pytest.approx(80)
+    assert latency_ms(model, frames, WINDOW, GREY, CPU, batch_size=8) == pytest.approx(10)
 
 
 def test_rows_of_one_rank_without_samples_merge() -> None:

@@ -4,16 +4,26 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from tests.conftest import TINY_MODEL
 from tmu_dist.config import ModelConfig, RunConfig
+from tmu_dist.data.archive import open_archive
+from tmu_dist.data.manifest import Units
 from tmu_dist.data.storage import write_bytes
-from tmu_dist.teachers.card import TeacherError, check_fits
+from tmu_dist.teachers.card import (
+    DataFacts,
+    TeacherCard,
+    TeacherError,
+    check_fits,
+    same_scale,
+)
 from tmu_dist.teachers.store import load_card, load_model, locate
 from tmu_dist.training.launch import launch
 from tmu_dist.zoo import add_teacher, list_cards, main
@@ -108,6 +118,59 @@ def test_a_teacher_must_fit(teacher_runs: tuple[str, str]) -> None:
         "frame interval [min]: teacher None, student 5.0",
     ):
         assert part in str(refusal.value)
+
+
+RADAR = Units(
+    quantity="reflectivity",
+    unit="dBZ",
+    scale=70 / 254,
+    offset=0.0,
+    max_code=254,
+    missing_code=255,
+)
+
+
+@pytest.mark.parametrize(
+    ("change", "same"),
+    [
+        ({}, True),
+        ({"missing_code": None}, True),
+        ({"quantity": "rain_rate"}, False),
+        ({"unit": "mm/h"}, False),
+        ({"scale": 60 / 254}, False),
+        ({"offset": -10.0}, False),
+        ({"max_code": 200}, False),
+    ],
+)
+def test_scales_are_the_same_where_numbers_mean_the_same(
+    teacher_runs: tuple[str, str], change: dict[str, Any], same: bool
+) -> None:
+    """How missing pixels are marked is no part of it: a network never sees their code."""
+    other = replace(RADAR, **change)
+    assert same_scale(RADAR, other) == same_scale(other, RADAR) == same
+    card = load_card(teacher_runs[0])
+    card = replace(card, data=replace(card.data, units=RADAR))
+    student = replace(card.data, archive="other", manifest_hash="other", units=other)
+    with nullcontext() if same else pytest.raises(TeacherError, match="units: teacher Units"):
+        check_fits(card, frame=card.frame, model=TINY_MODEL, data=student)
+
+
+def test_a_card_knows_how_stored_numbers_became_those_of_the_network(archive_url: str) -> None:
+    manifest = open_archive(archive_url).manifest
+    assert DataFacts.of(manifest).normalisation == "stored uint8 / 255"
+    units = replace(RADAR, scale=70 / 65_534, max_code=65_534, missing_code=65_535)
+    radar = DataFacts.of(replace(manifest, dtype="uint16", units=units))
+    assert radar.normalisation == "stored uint16 / 65534"
+    assert radar.units == units
+
+
+def test_cards_from_before_codes_had_a_largest_one_still_count(
+    teacher_runs: tuple[str, str],
+) -> None:
+    card = load_card(teacher_runs[0])
+    record = json.loads(card.to_json())
+    del record["data"]["units"]["max_code"]
+    assert TeacherCard.from_json(json.dumps(record), where="here") == card
 
 
 def test_training_refuses_an_unfit_teacher_before_it_starts(tmu_config: RunConfig) -> None:

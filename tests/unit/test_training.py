@@ -17,7 +17,6 @@ import torch
 from tests.unit.test_transfer import batch, student_of, tmu_method
 from tmu_dist.collectives import Collectives
 from tmu_dist.config import RunConfig
-from tmu_dist.data.loader import Archive, open_archive
 from tmu_dist.files import WriteError, atomic_directory, atomic_write_text
 from tmu_dist.run_folder import Event, read_log
 from tmu_dist.teachers.card import TeacherError
@@ -124,6 +123,7 @@ def test_run_folder_tells_who_made_it(tmu_config: RunConfig) -> None:
     assert liveness[0]["step"] == 0
     assert all(e["distillation_gradient_norm"] > 0 for e in liveness)
     card = load_card(str(folder))
+    assert card.data.normalisation == "stored uint8 / 255"
     assert card.teachers == ("teacher-1", "teacher-2")
     assert len(card.teacher_parameters) == 2
     assert len(list((folder / "checkpoints").iterdir())) == 2
@@ -205,17 +205,6 @@ def test_two_processes_cannot_train_in_one_folder(
 
     assert run(tiny_config, start_another).steps == 7
     assert refusals and run(tiny_config).steps == 7
-
-
-def test_missing_pixels_are_refused_until_they_can_be_masked(
-    tiny_config: RunConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    archive = open_archive(tiny_config.data.url)
-    units = replace(archive.manifest.units, missing_code=255)
-    masked = Archive(archive.url, replace(archive.manifest, units=units))
-    monkeypatch.setattr("tmu_dist.training.loop.open_archive", lambda url: masked)
-    with pytest.raises(ValueError, match=r"marks missing pixels \(code 255\)"):
-        run(tiny_config)
 
 
 @contextmanager
@@ -348,6 +337,10 @@ def test_data_problems_are_named_before_training(tiny_config: RunConfig) -> None
     window = replace(tiny_config.window, num_target_frames=9)
     with pytest.raises(ValueError, match="12 frames"):
         run(replace(tiny_config, window=window))
+    doubled = replace(tiny_config, data=replace(tiny_config.data, fraction=2.0))
+    with pytest.raises(ValueError, match="44 samples, because 22 count as 100 %"):
+        run(doubled)
+    assert not Path(doubled.output).exists()
     nowhere = replace(tiny_config, data=replace(tiny_config.data, url="nowhere/at-all"))
     with pytest.raises(ValueError, match="nowhere/at-all"):
         run(nowhere)

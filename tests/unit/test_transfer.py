@@ -23,6 +23,7 @@ def batch(size: int = 2) -> TrainingBatch:
     generator = torch.Generator().manual_seed(5)
     return TrainingBatch(
         frames_BTCHW=torch.rand(size, 6, 1, 16, 16, generator=generator),
+        observed_BTCHW=None,
         sampling_mask_BT=torch.rand(size, 2, generator=generator) < 0.5,
         weights_B=torch.full((size,), 1 / size),
     )
@@ -151,6 +152,7 @@ def test_padding_counts_for_nothing() -> None:
     given = batch(3)
     padded = TrainingBatch(
         frames_BTCHW=torch.cat([given.frames_BTCHW, torch.ones(1, 6, 1, 16, 16)]),
+        observed_BTCHW=None,
         sampling_mask_BT=torch.cat([given.sampling_mask_BT, torch.ones(1, 2, dtype=torch.bool)]),
         weights_B=torch.tensor([1 / 3, 1 / 3, 1 / 3, 0.0]),
     )

@@ -37,7 +37,7 @@ class Batch(NamedTuple):
     """One rank's part of one step."""
 
     frames_BTCHW: Tensor
-    """uint8, as stored."""
+    """uint8 or uint16, as stored."""
     sample_ids_B: Tensor
     """int64, positions in the split."""
     weights_B: Tensor
@@ -65,7 +65,8 @@ class SequenceLoader:
         rank: this process, in [0, world_size).
         world_size: number of processes that share each global batch.
         seed: of the order and of the fraction's subset.
-        fraction: part of the split to use, in (0, 1]; smaller subsets lie in larger ones.
+        fraction: samples to use, as a multiple of the manifest's `full_train_samples` in the
+            training split (None: of all), of all elsewhere; smaller subsets lie in larger ones.
         shuffle: whether `stream` shuffles each epoch; without, it follows the sample ids.
         num_workers: reading processes of this rank; 0 reads in this process. Started with
             "forkserver", so a script that uses them needs its `if __name__ == "__main__"`.
@@ -102,7 +103,10 @@ class SequenceLoader:
             raise ValueError(
                 f"{archive.url} exists in this process only: use num_workers=0, not {num_workers}."
             )
-        self.num_samples = count_of_fraction(archive.manifest.num_samples(split), fraction)
+        self._full = archive.manifest.full_train_samples if split == "train" else None
+        self.num_samples = count_of_fraction(
+            archive.manifest.num_samples(split), fraction, self._full
+        )
         """Samples per epoch, after the fraction."""
         self.steps_per_epoch = -(-self.num_samples // global_batch_size)
         self.global_batch_size = global_batch_size
@@ -138,6 +142,7 @@ class SequenceLoader:
             "split": self._split,
             "seed": self._seed,
             "fraction": self._fraction,
+            "full_samples": self._full,
             "shuffle": self._shuffle,
             "order_version": ORDER_VERSION,
         }
@@ -166,6 +171,7 @@ class SequenceLoader:
             seed=self._seed,
             epoch=epoch,
             fraction=self._fraction,
+            full=self._full,
             shuffle=shuffle,
         )
 

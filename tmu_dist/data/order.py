@@ -20,7 +20,7 @@ ORDER_VERSION = 1
 """Part of what a checkpoint records: raise it with any change to the order below."""
 
 # Uses of the hash. Different uses of one seed must be independent.
-_SUBSET, _SHARDS, _SAMPLES = 1, 2, 3
+_SUBSET, _SHARDS, _SAMPLES, _FULL = 1, 2, 3, 4
 
 
 class EpochOrder(NamedTuple):
@@ -61,12 +61,30 @@ def _splitmix64(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
     return x
 
 
-def count_of_fraction(num_samples: int, fraction: float) -> int:
-    """Return how many samples a fraction in (0, 1] keeps: rounded up, at least one."""
-    if not 0 < fraction <= 1:
-        raise ValueError(f"A data fraction must be in (0, 1], got {fraction}.")
+def count_of_fraction(num_samples: int, fraction: float, full: int | None = None) -> int:
+    """Return how many samples a data fraction keeps: rounded up, at least one.
+
+    Args:
+        num_samples: how many there are.
+        fraction: a multiple of `full`; above 1 where there are more samples than that.
+        full: how many samples are 100 %; None: all of them.
+
+    Raises:
+        ValueError: the fraction is not positive, or asks for more samples than there are.
+    """
+    if not 0 < fraction < math.inf:
+        raise ValueError(f"A data fraction must be > 0 and finite, got {fraction}.")
+    full = num_samples if full is None else full
     # Less a hair, so that 0.07 * 100 (7.000000000000001 in floating point) keeps 7.
-    return max(1, math.ceil(num_samples * fraction - 1e-9))
+    count = max(1, math.ceil(full * fraction - 1e-9))
+    if count > num_samples:
+        raise ValueError(
+            f"A data fraction of {fraction:g} is {count:,} samples, because {full:,} count as "
+            f"100 %, but there are {num_samples:,}: use a fraction of at most "
+            f"{math.floor(num_samples / full * 1e4) / 1e4:g}, or make a larger archive (data_prep "
+            "with more training samples, and --full-train-samples to say how many are 100 %)."
+        )
+    return count
 
 
 def epoch_order(
@@ -75,6 +93,7 @@ def epoch_order(
     seed: int,
     epoch: int,
     fraction: float = 1.0,
+    full: int | None = None,
     shuffle: bool = True,
     window: int = 4096,
     lanes: int = 16,
@@ -86,14 +105,16 @@ def epoch_order(
     from different shards, yet a reader of one lane touches only few shards at a time.
 
     A fraction keeps whole shards in a fixed keyed order and cuts the last one, so that less data
-    also means fewer bytes. The subset depends on the seed but not on the epoch, and a smaller
-    fraction's subset lies in a larger one's.
+    also means fewer bytes. Whether a sample belongs to it depends on its id, through its shard,
+    and below 100 % on the seed; never on the epoch. A smaller fraction's subset lies in a larger
+    one's, and the `full` samples of 100 % are the same for every seed, as all samples are.
 
     Args:
         shard_sizes: samples per shard, in manifest order.
         seed: of the subset and of the shuffling.
         epoch: which epoch, from 0; it changes the shuffling only.
-        fraction: part of the samples to use, in (0, 1].
+        fraction: samples to use, as a multiple of `full`.
+        full: how many samples are 100 %; None: all of them.
         shuffle: False gives the samples in natural (id) order, all in lane 0.
         window: samples per shuffle window in a lane.
         lanes: how many shard neighbourhoods are interleaved.
@@ -109,7 +130,9 @@ def epoch_order(
             "window and lanes must be at least 1 and epoch at least 0, "
             f"got window={window}, lanes={lanes}, epoch={epoch}."
         )
-    kept = _kept_per_shard(sizes, seed, fraction)
+    num_samples = int(sizes.sum())
+    keep = count_of_fraction(num_samples, fraction, full)
+    kept = _kept_per_shard(sizes, seed, keep, num_samples if full is None else full)
     shards = np.flatnonzero(kept)
     if shuffle:
         shards = shards[np.argsort(keyed_hash(shards, seed, epoch, _SHARDS), kind="stable")]
@@ -149,12 +172,18 @@ def rank_slice(batch: GlobalBatch, rank: int, world_size: int) -> GlobalBatch:
     return batch._replace(ids=batch.ids[part], weights=batch.weights[part])
 
 
-def _kept_per_shard(sizes: NDArray[np.int64], seed: int, fraction: float) -> NDArray[np.int64]:
-    """Return how many leading samples of each shard a fraction keeps."""
-    keep = count_of_fraction(int(sizes.sum()), fraction)
-    if fraction == 1:
+def _kept_per_shard(sizes: NDArray[np.int64], seed: int, keep: int, full: int) -> NDArray[np.int64]:
+    """Return how many leading samples of each shard are among the `keep` of a fraction."""
+    if keep > full:
+        return _cut(sizes, keep, _FULL)
+    return _cut(_cut(sizes, full, _FULL), keep, seed, _SUBSET)
+
+
+def _cut(sizes: NDArray[np.int64], keep: int, *key: int) -> NDArray[np.int64]:
+    """Keep the first `keep` samples of the shards, laid end to end in keyed order."""
+    if keep >= sizes.sum():
         return sizes
-    priority = np.argsort(keyed_hash(np.arange(len(sizes)), seed, _SUBSET), kind="stable")
+    priority = np.argsort(keyed_hash(np.arange(len(sizes)), *key), kind="stable")
     taken_before = np.cumsum(sizes[priority]) - sizes[priority]
     kept = np.empty_like(sizes)
     kept[priority] = np.clip(keep - taken_before, 0, sizes[priority])

@@ -126,7 +126,7 @@ def read_ranges(url: str, path: str, offsets: Sequence[int], sizes: Sequence[int
         return [bytes(data) for data in ranges]
 
 
-def write_bytes(url: str, path: str, data: bytes) -> None:
+def write_bytes(url: str, path: str, data: bytes | memoryview) -> None:
     """Write or replace an object. Readers see the old object or the whole new one."""
     with _named_errors("write", join_url(url, path)):
         obstore.put(open_store(url, create=True), path, data)
@@ -134,8 +134,21 @@ def write_bytes(url: str, path: str, data: bytes) -> None:
 
 def delete(url: str, path: str) -> None:
     """Delete one object."""
-    with _named_errors("delete", join_url(url, path)):
-        obstore.delete(open_store(url), path)
+    delete_many(url, [path])
+
+
+def delete_many(url: str, paths: Sequence[str]) -> None:
+    """Delete objects, many in one request where the store can; local folders left empty go, too.
+
+    Some may be gone already where it fails: the order is not defined.
+    """
+    if not paths:
+        return
+    what = paths[0] if len(paths) == 1 else f"{paths[0]} and {len(paths) - 1} more"
+    folder = local_path(url)
+    with _named_errors("delete", join_url(url, what)):
+        store = open_store(url) if folder is None else LocalStore(folder, automatic_cleanup=True)
+        obstore.delete(store, list(paths))
 
 
 def object_size(url: str, path: str) -> int:
@@ -153,14 +166,25 @@ def exists(url: str, path: str) -> bool:
     return True
 
 
-def list_paths(url: str) -> list[str]:
-    """Return the paths of all objects below the URL, sorted; none where there is no such folder."""
+def list_objects(url: str, prefix: str = "") -> dict[str, int]:
+    """Return path and length in bytes of all objects below the URL, sorted by path.
+
+    Args:
+        url: the folder; one that does not exist has no objects.
+        prefix: a folder in it, to list only what lies below.
+    """
     try:
         store = open_store(url)
     except MissingObjectError:
-        return []
-    with _named_errors("list", url):
-        return sorted(entry["path"] for chunk in obstore.list(store) for entry in chunk)
+        return {}
+    with _named_errors("list", join_url(url, prefix)):
+        found = obstore.list(store, prefix=prefix or None)
+        return dict(sorted((entry["path"], entry["size"]) for part in found for entry in part))
+
+
+def list_paths(url: str, prefix: str = "") -> list[str]:
+    """Return the paths of `list_objects`, sorted."""
+    return list(list_objects(url, prefix))
 
 
 @lru_cache(maxsize=64)
@@ -187,6 +211,6 @@ def _named_errors(action: str, full_url: str) -> Iterator[None]:
     except FileNotFoundError as error:
         raise MissingObjectError(f"{full_url} does not exist.") from error
     except (BaseError, OSError, ValueError) as error:
-        # obstore appends a dump of the Rust error after an empty line.
-        reason = str(error).split("\n\n", 1)[0]
+        # obstore appends a dump of the Rust error, and servers' answers have pages of HTML.
+        reason = str(error).partition("\n")[0]
         raise StorageError(f"Could not {action} {full_url}: {reason}") from error

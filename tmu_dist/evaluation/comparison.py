@@ -13,8 +13,15 @@ from pathlib import Path
 
 import numpy as np
 
-from tmu_dist.evaluation.metrics import Scores
-from tmu_dist.evaluation.result import MODEL, EvaluationResult
+from tmu_dist.evaluation.rain import RadarSettings
+from tmu_dist.evaluation.result import (
+    FLOW,
+    FORECAST_LABELS,
+    MODEL,
+    PERSISTENCE,
+    EvaluationResult,
+)
+from tmu_dist.evaluation.score_table import Scores
 from tmu_dist.run_folder import LOG_FILE, read_log
 
 
@@ -29,6 +36,18 @@ class RunEntry:
     """Where its log.jsonl lies; without one it has no learning curve."""
     seconds_per_batch: float | None = None
     """Of training, as the run's result.json has it; None where it is not known."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contender:
+    """One forecast of a comparison: a baseline, or the model of a run."""
+
+    label: str
+    result: EvaluationResult
+    forecast: str
+    """Its name in `result.overall`."""
+    series: int | None
+    """Index of the run's colour in charts; None for a baseline."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,12 +93,29 @@ def check_comparable(entries: Sequence[RunEntry]) -> None:
              first.result.data.num_sequences),
             ("window", _window(entry.result), _window(first.result)),
             ("metrics", _metric_definitions(entry.result), _metric_definitions(first.result)),
+            ("thresholds and scales", _radar_settings(entry.result), _radar_settings(first.result)),
         ):  # fmt: skip
             if mine != theirs:
                 raise ValueError(
                     f"{first.label!r} and {entry.label!r} cannot be compared, their {what} "
                     f"differ: {theirs} and {mine}. Evaluate both in the same way."
                 )
+
+
+def contenders(entries: Sequence[RunEntry]) -> list[Contender]:
+    """What stands side by side: the baselines, then every run.
+
+    Baselines are the same in every run; optical flow is shown if any run was evaluated with it.
+    """
+    found = []
+    for name in (PERSISTENCE, FLOW):
+        holders = [entry.result for entry in entries if name in entry.result.overall]
+        if holders:
+            label = FORECAST_LABELS[name]
+            found.append(Contender(label=label, result=holders[0], forecast=name, series=None))
+    for i, entry in enumerate(entries):
+        found.append(Contender(label=entry.label, result=entry.result, forecast=MODEL, series=i))
+    return found
 
 
 def read_learning_curve(run_directory: Path) -> LearningCurve:
@@ -158,3 +194,7 @@ def _window(result: EvaluationResult) -> tuple[int, int]:
 
 def _metric_definitions(result: EvaluationResult) -> dict[str, str]:
     return {name: result.definitions[name] for name in result.overall[MODEL]}
+
+
+def _radar_settings(result: EvaluationResult) -> RadarSettings | None:
+    return None if result.radar is None else result.radar.settings

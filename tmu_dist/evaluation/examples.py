@@ -1,4 +1,4 @@
-"""Single sequences and what models make of them, as arrays.
+"""Single sequences and what models and baselines make of them, as arrays.
 
 Deliberately not here: drawing them (`pictures`), scoring a split (`runner`).
 
@@ -16,7 +16,10 @@ import torch
 from numpy.typing import NDArray
 
 from tmu_dist.data.archive import Archive
+from tmu_dist.data.manifest import Units
 from tmu_dist.data.transforms import to_unit_interval
+from tmu_dist.evaluation.baselines import OpticalFlow
+from tmu_dist.evaluation.result import FLOW, FORECAST_LABELS
 from tmu_dist.teachers.store import LoadedModel
 
 Frames = NDArray[np.floating[Any]]
@@ -24,7 +27,10 @@ Frames = NDArray[np.floating[Any]]
 
 @dataclass(frozen=True, kw_only=True)
 class Example:
-    """One sequence and what models made of it; all frames nominally in [0, 1]."""
+    """One sequence and what models made of it; all frames nominally in [0, 1].
+
+    Inputs and truth are NaN where nothing was observed.
+    """
 
     sample_id: int
     inputs_TCHW: Frames
@@ -32,6 +38,8 @@ class Example:
     """True target frames; fewer than forecast where the forecast runs beyond the archive."""
     forecasts_TCHW: Mapping[str, Frames]
     """By label of the model; at least one, all of one length."""
+    units: Units | None = None
+    """What the numbers mean; radar is drawn in the colours of its quantity."""
 
     def __post_init__(self) -> None:
         lengths = {len(frames) for frames in self.forecasts_TCHW.values()}
@@ -55,6 +63,7 @@ def predict_example(
     *,
     device: torch.device,
     num_frames: int | None = None,
+    flow: OpticalFlow | None = None,
 ) -> Example:
     """Let models continue one sequence, closed-loop.
 
@@ -65,6 +74,7 @@ def predict_example(
         sample_id: position in the split.
         device: where to predict.
         num_frames: input and predicted frames together, of any length; None: the models' window.
+        flow: also show what optical flow makes of it, as "optical flow".
 
     Raises:
         ValueError: no such sample, models with different windows, or a `num_frames` that leaves
@@ -78,16 +88,24 @@ def predict_example(
     window = windows.pop()
     num_inputs = window.num_input_frames
     total = window.num_frames if num_frames is None else num_frames
+    units = archive.manifest.units
     stored_BTCHW = torch.from_numpy(archive.read(split, [sample_id]))
-    frames_BTCHW = to_unit_interval(stored_BTCHW)[:, :total]
-    inputs_BTCHW = frames_BTCHW[:, :num_inputs].to(device)
+    frames_BTCHW, observed_BTCHW = to_unit_interval(stored_BTCHW[:, :total], units)
+    inputs_BTCHW = frames_BTCHW[:, :num_inputs]
     forecasts = {}
     for label, loaded in models.items():
-        prediction_BTCHW = loaded.model.predict(inputs_BTCHW, total - num_inputs)
+        prediction_BTCHW = loaded.model.predict(inputs_BTCHW.to(device), total - num_inputs)
         forecasts[label] = prediction_BTCHW[0].cpu().numpy()
+    if flow is not None:
+        masks_BTCHW = None if observed_BTCHW is None else observed_BTCHW[:, :num_inputs]
+        extrapolated_BTCHW = flow.forecast(inputs_BTCHW, masks_BTCHW, total - num_inputs)
+        forecasts[FORECAST_LABELS[FLOW]] = extrapolated_BTCHW[0].numpy()
+    if observed_BTCHW is not None:
+        frames_BTCHW = frames_BTCHW.masked_fill(~observed_BTCHW, torch.nan)
     return Example(
         sample_id=sample_id,
         inputs_TCHW=frames_BTCHW[0, :num_inputs].numpy(),
         truth_TCHW=frames_BTCHW[0, num_inputs:].numpy(),
         forecasts_TCHW=forecasts,
+        units=units,
     )

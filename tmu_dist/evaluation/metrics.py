@@ -1,27 +1,29 @@
-"""Scores of predicted frames, kept per sample and lead time so that every average is exact.
+"""Numbers per predicted frame: errors, PSNR, SSIM, with masks for what was not observed.
 
-A `ScoreTable` holds one row of float64 numbers per sample and never a running mean: batches and
-ranks only decide who fills in which row, and averages are taken once, over rows sorted by sample
-id. One rank therefore equals N ranks bit for bit, given the same predictions.
+A pixel that was not observed counts nowhere: neither the truth there, nor what was predicted. A
+frame without a single observed pixel has no score (NaN).
 
-Deliberately not here: who predicts (`runner`), scores of rain (categorical, ensemble), pictures.
+Deliberately not here: keeping and averaging the numbers (`score_table`), scores of rain at
+thresholds (`rain`).
 
-Shape letters: B batch, N samples, T lead time, C channels, H height, W width.
+Shape letters: T lead time, C channels, H height, W width, X = C*H*W.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from types import MappingProxyType
-from typing import Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.ndimage import minimum_filter  # type: ignore[import-untyped]
 from skimage.metrics import structural_similarity
 from torch import Tensor
 
+from tmu_dist.data.manifest import Units
 from tmu_dist.data.transforms import to_uint8
 
 FloatArray: TypeAlias = NDArray[np.float64]
@@ -34,10 +36,23 @@ _TRUNCATED = "both images truncated to 8 bits, floor(255 v)"
 class FramePair:
     """Predicted and true frames [T, C, H, W] of one sample, in the forms that metrics need.
 
-    Everything is float64, the eight-bit forms too, so that differences cannot wrap.
+    Everything is float64, the eight-bit forms too, so that differences cannot wrap. Where nothing
+    was observed, both are 0.
+
+    Args:
+        predicted_TCHW: finite, nominally in [0, 1].
+        true_TCHW: in [0, 1] where observed.
+        observed_TCHW: False where nothing was observed; None means everywhere observed.
     """
 
-    def __init__(self, predicted_TCHW: Tensor, true_TCHW: Tensor) -> None:
+    def __init__(
+        self, predicted_TCHW: Tensor, true_TCHW: Tensor, observed_TCHW: Tensor | None = None
+    ) -> None:
+        self.observed_TCHW: NDArray[np.bool_] | None = None
+        if observed_TCHW is not None:
+            self.observed_TCHW = observed_TCHW.numpy()
+            predicted_TCHW = predicted_TCHW.masked_fill(~observed_TCHW, 0)
+            true_TCHW = true_TCHW.masked_fill(~observed_TCHW, 0)
         self.predicted_TCHW: FloatArray = predicted_TCHW.double().clamp(0, 1).numpy()
         self.true_TCHW: FloatArray = true_TCHW.double().numpy()
         self.predicted_8bit_TCHW: FloatArray = to_uint8(predicted_TCHW).double().numpy()
@@ -45,9 +60,33 @@ class FramePair:
 
     @cached_property
     def error_TX(self) -> FloatArray:
-        """Prediction minus truth, one row of C*H*W values per frame."""
+        """Prediction minus truth, one row of C*H*W values per frame; 0 where not observed."""
         difference = self.predicted_TCHW - self.true_TCHW
         return difference.reshape(len(difference), -1)
+
+    @cached_property
+    def num_observed_T(self) -> NDArray[np.int64]:
+        """Observed values of each frame."""
+        if self.observed_TCHW is None:
+            return np.full(len(self.true_TCHW), self.true_TCHW[0].size)
+        return self.observed_TCHW.sum(axis=(1, 2, 3))
+
+    def mean_over_observed(self, values_TX: FloatArray) -> FloatArray:
+        """Mean of each row over the observed pixels, shape [T]; NaN where there are none.
+
+        Args:
+            values_TX: one value per pixel, 0 where not observed.
+        """
+        with np.errstate(invalid="ignore"):
+            return values_TX.sum(axis=1) / self.num_observed_T
+
+    def sum_as_if_observed(self, values_TX: FloatArray) -> FloatArray:
+        """Mean over the observed pixels times the number of all, shape [T].
+
+        Where nothing is missing this is the sum, in all its bits.
+        """
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return values_TX.sum(axis=1) * (values_TX.shape[1] / self.num_observed_T)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,28 +98,40 @@ class Metric:
     definition: str
     higher_is_better: bool
     score: Callable[[FramePair], FloatArray]
-    """The value of each frame of a pair, shape [T]."""
+    """The value of each frame of a pair, shape [T]; NaN where nothing was observed."""
 
 
 def _mse_per_frame(pair: FramePair) -> FloatArray:
-    return (pair.error_TX**2).sum(axis=1)
+    return pair.sum_as_if_observed(pair.error_TX**2)
 
 
 def _mse_mean(pair: FramePair) -> FloatArray:
-    return (pair.error_TX**2).mean(axis=1)
+    return pair.mean_over_observed(pair.error_TX**2)
 
 
 def _mae_per_frame(pair: FramePair) -> FloatArray:
-    return np.abs(pair.error_TX).sum(axis=1)
+    return pair.sum_as_if_observed(np.abs(pair.error_TX))
 
 
 def _mae_mean(pair: FramePair) -> FloatArray:
-    return np.abs(pair.error_TX).mean(axis=1)
+    return pair.mean_over_observed(np.abs(pair.error_TX))
+
+
+def _mse_physical(pair: FramePair, span: float) -> FloatArray:
+    return _mse_mean(pair) * span**2
+
+
+def _mae_physical(pair: FramePair, span: float) -> FloatArray:
+    return _mae_mean(pair) * span
+
+
+def _observed_fraction(pair: FramePair) -> FloatArray:
+    return pair.num_observed_T / pair.true_TCHW[0].size
 
 
 def _psnr_db(pair: FramePair) -> FloatArray:
     error_TCHW = pair.predicted_8bit_TCHW - pair.true_8bit_TCHW
-    mean_T = (error_TCHW**2).reshape(len(error_TCHW), -1).mean(axis=1)
+    mean_T = pair.mean_over_observed((error_TCHW**2).reshape(len(error_TCHW), -1))
     with np.errstate(divide="ignore"):  # identical images: infinite, averaged separately
         return 20.0 * np.log10(255.0) - 10.0 * np.log10(mean_T)
 
@@ -94,32 +145,59 @@ class _SSIMForm:
     eight_bit: bool = False
     gaussian: bool = False
 
+    @property
+    def window(self) -> int:
+        """Side of the window in pixels."""
+        return 11 if self.gaussian else 7
+
     def score(self, pair: FramePair) -> FloatArray:
-        """Mean over channels and the valid region of each frame, shape [T]."""
-        window = 11 if self.gaussian else 7
+        """Mean over channels and the valid region of each frame, shape [T].
+
+        With missing pixels: over the windows of the valid region that hold none.
+        """
         height, width = pair.true_TCHW.shape[-2:]
-        if min(height, width) < window:
+        if min(height, width) < self.window:
             raise ValueError(
-                f"SSIM looks through a {window}x{window} window, but frames are {height}x{width}: "
-                "leave out 'ssim', or evaluate larger frames."
+                f"SSIM looks through a {self.window}x{self.window} window, but frames are "
+                f"{height}x{width}: leave out 'ssim', or evaluate larger frames."
             )
-        weighting = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
-        frames = (
-            zip(pair.true_8bit_TCHW, pair.predicted_8bit_TCHW, strict=True)
+        true_TCHW, predicted_TCHW = (
+            (pair.true_8bit_TCHW, pair.predicted_8bit_TCHW)
             if self.eight_bit
-            else zip(pair.true_TCHW, pair.predicted_TCHW, strict=True)
+            else (pair.true_TCHW, pair.predicted_TCHW)
         )
-        return np.array(
-            [
-                structural_similarity(
-                    true_CHW,
-                    predicted_CHW,
-                    data_range=self.data_range,
-                    channel_axis=0,
-                    **(weighting if self.gaussian else {}),
-                )
-                for true_CHW, predicted_CHW in frames
-            ]
+        values_T = np.empty(len(true_TCHW))
+        for t, (true_CHW, predicted_CHW) in enumerate(zip(true_TCHW, predicted_TCHW)):
+            observed_CHW = None if pair.observed_TCHW is None else pair.observed_TCHW[t]
+            if observed_CHW is None or observed_CHW.all():
+                values_T[t] = self._compare(true_CHW, predicted_CHW, full=False)
+            else:
+                values_T[t] = self._compare_observed(true_CHW, predicted_CHW, observed_CHW)
+        return values_T
+
+    def _compare_observed(
+        self, true_CHW: FloatArray, predicted_CHW: FloatArray, observed_CHW: NDArray[np.bool_]
+    ) -> float:
+        """NaN where no window is without missing pixels."""
+        whole_CHW = minimum_filter(
+            observed_CHW, size=(1, self.window, self.window), mode="constant", cval=False
+        )
+        channels = whole_CHW.any(axis=(1, 2))
+        if not channels.any():
+            return np.nan
+        _, map_CHW = self._compare(true_CHW, predicted_CHW, full=True)
+        pairs = zip(map_CHW[channels], whole_CHW[channels], strict=True)
+        return float(np.mean([map_HW[whole_HW].mean() for map_HW, whole_HW in pairs]))
+
+    def _compare(self, true_CHW: FloatArray, predicted_CHW: FloatArray, *, full: bool) -> Any:
+        weighting = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
+        return structural_similarity(
+            true_CHW,
+            predicted_CHW,
+            data_range=self.data_range,
+            channel_axis=0,
+            full=full,
+            **(weighting if self.gaussian else {}),
         )
 
 
@@ -188,181 +266,99 @@ _PLAIN_METRICS: Mapping[str, Metric] = MappingProxyType(
 )
 
 METRIC_NAMES: tuple[str, ...] = (*_PLAIN_METRICS, "ssim")
+PHYSICAL_METRIC_NAMES: tuple[str, ...] = ("mse_physical", "mae_physical")
+"""Errors in the archive's unit, such as dBZ; reported beside the others for radar."""
 ERROR_METRIC_NAMES: tuple[str, ...] = ("mse_per_frame", "mae_per_frame")
 """Cheap enough for every validation."""
 SSIM_MODES: tuple[SSIMMode, ...] = get_args(SSIMMode)
 
+_OBSERVED_ONLY: Mapping[str, str] = MappingProxyType(
+    {
+        "mse_per_frame": "mean over the observed pixels times the number of all pixels (the sum, "
+        "where nothing is missing)",
+        "mae_per_frame": "mean over the observed pixels times the number of all pixels (the sum, "
+        "where nothing is missing)",
+        "ssim": "mean over the windows without missing pixels",
+    }
+)
+"""What each metric does with missing pixels; the others average over the observed ones."""
+
 
 def select_metrics(
-    names: Sequence[str] = METRIC_NAMES, *, ssim_mode: SSIMMode = "uint8_7x7"
+    names: Sequence[str] = METRIC_NAMES,
+    *,
+    ssim_mode: SSIMMode = "uint8_7x7",
+    units: Units | None = None,
 ) -> dict[str, Metric]:
     """The named metrics, in the order given.
 
     Args:
-        names: some of `METRIC_NAMES`.
+        names: some of `METRIC_NAMES` and, with units, `PHYSICAL_METRIC_NAMES`.
         ssim_mode: which published form of SSIM `ssim` means; values of different forms must
             never stand in one table.
+        units: of the archive. When pixels can be missing in it, definitions say how they are
+            left out, and `observed_fraction` is added.
     """
-    unknown = [name for name in names if name not in METRIC_NAMES]
-    if unknown:
-        raise ValueError(f"Unknown metrics {unknown}: choose from {', '.join(METRIC_NAMES)}.")
     if ssim_mode not in SSIM_MODES:
         raise ValueError(f"Unknown ssim_mode {ssim_mode!r}: choose from {', '.join(SSIM_MODES)}.")
-    form = _SSIM_FORMS[ssim_mode]
-    ssim = Metric(
+    known = {**_PLAIN_METRICS, "ssim": _ssim(ssim_mode)}
+    if units is not None:
+        known |= _physical_metrics(units)
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise ValueError(f"Unknown metrics {unknown}: choose from {', '.join(known)}.")
+    chosen = {name: known[name] for name in names}
+    if units is None or units.missing_code is None:
+        return chosen
+    for name, metric in chosen.items():
+        rule = _OBSERVED_ONLY.get(name, "mean over the observed pixels")
+        chosen[name] = replace(metric, definition=f"{metric.definition}; {rule}")
+    return chosen | {"observed_fraction": _OBSERVED_FRACTION}
+
+
+def _ssim(mode: SSIMMode) -> Metric:
+    form = _SSIM_FORMS[mode]
+    return Metric(
         label="SSIM",
-        definition=f"structural similarity, form {ssim_mode}: {form.description}; valid "
+        definition=f"structural similarity, form {mode}: {form.description}; valid "
         f"region, K1 0.01, K2 0.03, averaged over channels; {_AVERAGED}",
         higher_is_better=True,
         score=form.score,
     )
-    return {name: ssim if name == "ssim" else _PLAIN_METRICS[name] for name in names}
 
 
-class SampleRows:
-    """One float64 array per sample id; a mean over samples waits until all rows are there."""
-
-    def __init__(self) -> None:
-        self._rows: dict[int, FloatArray] = {}
-
-    def add(self, sample_id: int, row: FloatArray) -> None:
-        """Enter the row of a sample.
-
-        Raises:
-            ValueError: the sample is known with another row, so two passes were mixed.
-        """
-        known = self._rows.setdefault(sample_id, row)
-        if not np.array_equal(known, row):
-            raise ValueError(
-                f"Sample {sample_id} was scored twice with different values: merge only tables "
-                "of one model, one pass and one order of samples."
-            )
-
-    def merge(self, other: SampleRows) -> None:
-        """Take over the other's rows: the union by sample id."""
-        for sample_id, row in other._rows.items():
-            self.add(sample_id, row)
-
-    def stacked(self) -> tuple[NDArray[np.int64], FloatArray]:
-        """Sample ids [N] in rising order, and their rows [N, ...]."""
-        if not self._rows:
-            raise ValueError("No sample was scored: the split is empty or every weight was 0.")
-        ids_N = np.array(sorted(self._rows), dtype=np.int64)
-        return ids_N, np.stack([self._rows[i] for i in ids_N.tolist()])
+def squared_unit(unit: str) -> str:
+    """The unit of a squared error: dBZ², (mm/h)²."""
+    return f"{unit}²" if unit.isalpha() else f"({unit})²"
 
 
-@dataclass(frozen=True)
-class Scores:
-    """Every score of N samples at T lead times, in rising order of sample id."""
-
-    sample_ids_N: NDArray[np.int64]
-    values_NT: Mapping[str, FloatArray]
-
-    def per_sequence(self, name: str) -> FloatArray:
-        """One metric of each sample [N], averaged over its lead times."""
-        return _mean_of_finite(self.values_NT[name], axis=1)
-
-    def per_lead_time(self) -> dict[str, FloatArray]:
-        """Each metric [T], averaged over samples.
-
-        Infinite PSNR (identical images) is left out of the average and counted beside it, as
-        `identical_frames`; where all are identical the average is infinite.
-        """
-        means = {name: _mean_of_finite(v, axis=0) for name, v in self.values_NT.items()}
-        if "psnr_db" in self.values_NT:
-            means["identical_frames"] = np.isinf(self.values_NT["psnr_db"]).sum(axis=0) * 1.0
-        return means
-
-    def overall(self) -> dict[str, float]:
-        """Each metric averaged over lead times; `identical_frames` is a total."""
-        return {
-            name: float(v_T.sum() if name == "identical_frames" else _mean_of_finite(v_T, axis=0))
-            for name, v_T in self.per_lead_time().items()
-        }
+def _physical_metrics(units: Units) -> dict[str, Metric]:
+    """Errors in the unit of the archive; prediction clipped to the range that it stores."""
+    span = units.max_code * units.scale
+    low, high = sorted((units.offset, units.offset + span))
+    clipped = f"prediction clipped to the stored range, {low:g} to {high:g} {units.unit}"
+    squared = squared_unit(units.unit)
+    return {
+        "mse_physical": Metric(
+            label=f"MSE [{squared}]",
+            definition=f"squared error in {squared} averaged over the pixels of a frame; "
+            f"{clipped}; {_AVERAGED}",
+            higher_is_better=False,
+            score=partial(_mse_physical, span=span),
+        ),
+        "mae_physical": Metric(
+            label=f"MAE [{units.unit}]",
+            definition=f"absolute error in {units.unit} averaged over the pixels of a frame; "
+            f"{clipped}; {_AVERAGED}",
+            higher_is_better=False,
+            score=partial(_mae_physical, span=abs(span)),
+        ),
+    }
 
 
-def _mean_of_finite(values: FloatArray, *, axis: int) -> FloatArray:
-    finite = np.isfinite(values)
-    count = finite.sum(axis=axis)
-    total = np.where(finite, values, 0.0).sum(axis=axis)
-    return np.where(count > 0, total / np.maximum(count, 1), np.inf)
-
-
-class ScoreTable:
-    """Scores one prediction after another: update / merge / compute."""
-
-    def __init__(
-        self, names: Sequence[str] = METRIC_NAMES, *, ssim_mode: SSIMMode = "uint8_7x7"
-    ) -> None:
-        self.metrics = select_metrics(names, ssim_mode=ssim_mode)
-        self._rows = SampleRows()
-
-    @property
-    def definitions(self) -> dict[str, str]:
-        """What every number that `compute` returns means."""
-        texts = {name: metric.definition for name, metric in self.metrics.items()}
-        if "psnr_db" in self.metrics:
-            texts["identical_frames"] = "frames whose prediction equals the truth in all 8 bits"
-        return texts
-
-    def update(
-        self,
-        prediction_BTCHW: Tensor,
-        truth_BTCHW: Tensor,
-        sample_ids_B: Tensor,
-        weights_B: Tensor,
-    ) -> None:
-        """Score a batch; samples of weight 0 (padding) are skipped.
-
-        Args:
-            prediction_BTCHW: predicted target frames, unbounded, nominally in [0, 1].
-            truth_BTCHW: true target frames in [0, 1], same shape.
-            sample_ids_B: position of each sample in its split.
-            weights_B: 1 for a sample, 0 for padding.
-
-        Raises:
-            ValueError: shapes differ, truth is not in [0, 1], a prediction is not finite, or a
-                sample is already known with other scores.
-        """
-        if prediction_BTCHW.shape != truth_BTCHW.shape or prediction_BTCHW.ndim != 5:
-            raise ValueError(
-                "Prediction and truth must have one shape [B, T, C, H, W], got "
-                f"{list(prediction_BTCHW.shape)} and {list(truth_BTCHW.shape)}."
-            )
-        predictions = prediction_BTCHW.detach().cpu().contiguous()
-        truths = truth_BTCHW.detach().cpu().contiguous()
-        kept = (weights_B > 0).tolist()
-        # Sample by sample: the order of every sum is then the same in any batch.
-        for position, sample_id in enumerate(sample_ids_B.tolist()):
-            if kept[position]:
-                _check_range(predictions[position], truths[position], sample_id)
-                pair = FramePair(predictions[position], truths[position])
-                self._rows.add(sample_id, np.stack([m.score(pair) for m in self.metrics.values()]))
-
-    def merge(self, other: ScoreTable) -> None:
-        """Take over the rows of another rank's table of the same metrics."""
-        if self.definitions != other.definitions:
-            raise ValueError(
-                f"Tables of different metrics cannot be merged: {list(self.definitions)} and "
-                f"{list(other.definitions)}, or another ssim_mode."
-            )
-        self._rows.merge(other._rows)
-
-    def compute(self) -> Scores:
-        """All rows so far, sorted by sample id."""
-        ids_N, rows_NXT = self._rows.stacked()
-        return Scores(ids_N, {name: rows_NXT[:, i] for i, name in enumerate(self.metrics)})
-
-
-def _check_range(predicted_TCHW: Tensor, true_TCHW: Tensor, sample_id: int) -> None:
-    if not predicted_TCHW.isfinite().all():
-        raise ValueError(
-            f"The prediction of sample {sample_id} holds NaN or infinite values: the model has "
-            "diverged, and no score would mean anything."
-        )
-    low, high = true_TCHW.min().item(), true_TCHW.max().item()
-    if not (low >= 0.0 and high <= 1.0):
-        raise ValueError(
-            f"True frames must lie in [0, 1], but sample {sample_id} spans [{low:g}, {high:g}]: "
-            "bring stored values to the unit interval first (tmu_dist.data.transforms)."
-        )
+_OBSERVED_FRACTION = Metric(
+    label="Observed",
+    definition=f"part of the pixels of the true frames that was observed; {_AVERAGED}",
+    higher_is_better=True,
+    score=_observed_fraction,
+)

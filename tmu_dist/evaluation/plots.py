@@ -9,12 +9,15 @@ Deliberately not here: pictures of frames (`pictures`), choosing what to show (`
 from __future__ import annotations
 
 import io
+import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.text import Text
@@ -27,6 +30,7 @@ FONT_POINTS = 9.0
 LETTER_INCHES = 0.57 * FONT_POINTS / 72
 """Width of an average letter, to leave room for labels."""
 _WIDTH_INCHES, _HEIGHT_INCHES = 4.8, 3.0
+_REFERENCE_DASHES = ((0, (4, 3)), (0, (1, 2)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +72,7 @@ class Curve:
     x: Sequence[float]
     y: Sequence[float]
     series: int | None = None
-    """Index of its colour; None draws a reference, grey and dashed."""
+    """Index of its colour; None draws a reference, grey and dashed (a second one dotted)."""
 
     def colour(self, theme: Theme) -> str:
         """The curve's colour in a theme."""
@@ -113,6 +117,16 @@ def lead_time_curves(
         title=f"{metric_label} by lead time, {'higher' if higher_is_better else 'lower'} is better",
         theme=theme,
     )
+
+
+def scale_curves(
+    curves: Sequence[Curve], *, title: str, x_label: str, theme: Theme = LIGHT
+) -> Figure:
+    """A score against the side of its neighbourhood, on an axis that doubles from tick to tick."""
+    figure = _line_chart(curves, x_label=x_label, title=title, theme=theme, log_x=True)
+    sides = sorted({x for curve in curves for x in curve.x})
+    figure.axes[0].set_xticks(sides, [f"{side:g}" for side in sides])
+    return figure
 
 
 def interval_chart(intervals: Sequence[Interval], *, title: str, theme: Theme = LIGHT) -> Figure:
@@ -164,18 +178,29 @@ def svg_text(figure: Figure) -> str:
 
 
 def _line_chart(
-    curves: Sequence[Curve], *, x_label: str, title: str, theme: Theme, log_y: bool = False
+    curves: Sequence[Curve],
+    *,
+    x_label: str,
+    title: str,
+    theme: Theme,
+    log_x: bool = False,
+    log_y: bool = False,
 ) -> Figure:
-    """Lines with their names at the right end; the horizontal axis counts in whole numbers."""
+    """Lines with their names at the right end; undefined points (NaN) are gaps."""
     if not curves or not all(len(curve.x) for curve in curves):
         raise ValueError("A chart needs at least one curve, and every curve at least one point.")
-    label_inches = LETTER_INCHES * max(len(curve.label) for curve in curves) + 0.25
+    labels = [_line_label(curve) for curve in curves]
+    label_inches = LETTER_INCHES * max(map(len, labels)) + 0.25
     width, height = _WIDTH_INCHES, _HEIGHT_INCHES
     figure = Figure(figsize=(width, height), facecolor=theme.background)
     text_in_inches(figure, 0.1, height - 0.2, title, color=theme.ink, fontsize=FONT_POINTS + 1)
     axes = axes_in_inches(figure, 0.5, 0.5, width - label_inches - 0.5, height - 0.9)
     _strip_axes(axes, theme)
     axes.set_xlabel(x_label, color=theme.muted, fontsize=FONT_POINTS)
+    if log_x:
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_minor_formatter(NullFormatter())
+    dashes = itertools.cycle(_REFERENCE_DASHES)
     for curve in curves:
         is_reference = curve.series is None
         axes.plot(
@@ -183,8 +208,8 @@ def _line_chart(
             curve.y,
             color=curve.colour(theme),
             linewidth=1.3 if is_reference else 1.9,
-            linestyle=(0, (4, 3)) if is_reference else "-",
-            marker="o" if len(curve.x) == 1 else None,
+            linestyle=next(dashes) if is_reference else "-",
+            marker="o" if len(curve.x) == 1 or not np.isfinite(curve.y).all() else None,
             markersize=4,
         )
     axes.margins(x=0.0, y=0.06)
@@ -196,8 +221,9 @@ def _line_chart(
         axes.tick_params(which="minor", length=0)
     else:
         axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
-    few_steps = max(curve.x[-1] for curve in curves) <= 12
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=12 if few_steps else 5, integer=True))
+    if not log_x:
+        few_steps = max(curve.x[-1] for curve in curves) <= 12
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=12 if few_steps else 5, integer=True))
     _name_lines(axes, curves, theme)
     return figure
 
@@ -230,14 +256,15 @@ def _strip_axes(axes: Axes, theme: Theme) -> None:
 def _name_lines(axes: Axes, curves: Sequence[Curve], theme: Theme) -> None:
     """Write each curve's label beside its last point, moved apart where they would overlap."""
     axes.autoscale_view()  # fixes the limits, which transData needs
-    ends = [axes.transData.transform((curve.x[-1], curve.y[-1]))[1] for curve in curves]
-    rising = sorted(range(len(curves)), key=ends.__getitem__)
+    ends = [_last_point(curve) or (curve.x[-1], axes.get_ylim()[0]) for curve in curves]
+    heights = [axes.transData.transform(end)[1] for end in ends]
+    rising = sorted(range(len(curves)), key=heights.__getitem__)
     gap = 1.3 * FONT_POINTS * axes.figure.dpi / 72
-    places = spread_apart([ends[i] for i in rising], gap)
+    places = spread_apart([heights[i] for i in rising], gap)
     for i, place in zip(rising, places, strict=True):
         axes.annotate(
-            curves[i].label,
-            xy=(curves[i].x[-1], curves[i].y[-1]),
+            _line_label(curves[i]),
+            xy=ends[i],
             xytext=(1.03, (place - axes.bbox.y0) / axes.bbox.height),
             textcoords="axes fraction",
             va="center",
@@ -249,6 +276,16 @@ def _name_lines(axes: Axes, curves: Sequence[Curve], theme: Theme) -> None:
                 "shrinkA": 2, "shrinkB": 1, "relpos": (0, 0.5),
             },
         )  # fmt: skip
+
+
+def _line_label(curve: Curve) -> str:
+    return curve.label if _last_point(curve) else f"{curve.label} (undefined)"
+
+
+def _last_point(curve: Curve) -> tuple[float, float] | None:
+    """The last point that is defined; None if there is none."""
+    defined = [(x, y) for x, y in zip(curve.x, curve.y) if math.isfinite(y)]
+    return defined[-1] if defined else None
 
 
 def spread_apart(rising: Sequence[float], gap: float) -> list[float]:

@@ -17,8 +17,10 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from tmu_dist.evaluation.comparison import (
+    Contender,
     RunEntry,
     check_comparable,
+    contenders,
     difference_from,
     read_learning_curve,
 )
@@ -43,7 +45,17 @@ from tmu_dist.evaluation.plots import (
     learning_curves,
     write_figure,
 )
-from tmu_dist.evaluation.result import MODEL, PERSISTENCE, EvaluationResult
+from tmu_dist.evaluation.radar_report import (
+    Chart,
+    flow_facts,
+    flow_warning,
+    radar_charts,
+    radar_markdown,
+    radar_notes,
+    radar_section,
+)
+from tmu_dist.evaluation.rain import is_radar
+from tmu_dist.evaluation.result import EvaluationResult
 from tmu_dist.evaluation.tables import (
     METRICS,
     Cell,
@@ -79,12 +91,19 @@ class PageSettings:
 
 
 def write_figures(result: EvaluationResult, folder: Path) -> list[Path]:
-    """Draw model and persistence against lead time, one PNG per charted metric."""
+    """Draw model and baselines against lead time, one PNG per charted metric."""
     entries = [RunEntry(label=result.model.name, result=result)]
-    paths = [folder / f"lead_time_{name}.png" for name in _CHART_METRICS]
-    for name, path in zip(_CHART_METRICS, paths, strict=True):
-        write_figure(_lead_time_chart(name, entries, LIGHT), path)
+    charts = [*_metric_charts(entries), *radar_charts(entries)]
+    paths = [folder / f"{chart.name}.png" for chart in charts]
+    for chart, path in zip(charts, paths, strict=True):
+        write_figure(chart.draw(LIGHT), path)
     return paths
+
+
+def write_markdown_tables(path: Path, entries: Sequence[RunEntry]) -> None:
+    """Write the tables of runs evaluated on the same radar sequences as Markdown."""
+    check_comparable(entries)
+    atomic_write_text(path, radar_markdown(entries))
 
 
 def write_comparison_page(
@@ -106,7 +125,7 @@ def write_comparison_page(
         ValueError: runs that cannot be compared, an unknown reference, or a broken log.
     """
     check_comparable(entries)
-    parts = [*_header(entries, settings), *_scores(entries)]
+    parts = [*_header(entries, settings), *_scores(entries), *radar_section(entries)]
     if settings.reference_label is not None and len(entries) > 1:
         parts += _paired_differences(entries, settings.reference_label)
     parts += [*_curves(entries), *_gates(entries), *_examples(examples)]
@@ -125,6 +144,7 @@ def _header(entries: Sequence[RunEntry], settings: PageSettings) -> list[Html]:
                          f"(manifest {data.manifest_hash[:12]})"),
         ("Seed", _seeds(entries)),
         ("Machine", result.runtime.device),
+        *flow_facts(result),
     ]  # fmt: skip
     return [
         element("h1", settings.title),
@@ -145,7 +165,12 @@ def _scores(entries: Sequence[RunEntry]) -> list[Html]:
         "↓ lower is better, ↑ higher is better; the best value of a column is marked. How each "
         "number is defined stands below."
     )
-    return [element("h2", "Scores and cost"), table(score_table(entries), caption=caption)]
+    warning = flow_warning(entries)
+    return [
+        element("h2", "Scores and cost"),
+        table(score_table(entries), caption=caption),
+        *warning,
+    ]
 
 
 def _paired_differences(entries: Sequence[RunEntry], reference_label: str) -> list[Html]:
@@ -210,13 +235,7 @@ def _curves(entries: Sequence[RunEntry]) -> list[Html]:
                 alt="Validation MSE per frame against training step",
             )
         )
-    for name in _CHART_METRICS:
-        pictures.append(
-            picture(
-                partial(_lead_time_chart, name, entries),
-                alt=f"{METRICS[name].label} against lead time",
-            )
-        )
+    pictures += [picture(chart.draw, alt=chart.alt) for chart in _metric_charts(entries)]
     heading = element("h2", "Learning curves and lead times")
     return [heading, element("div", *pictures, css="charts")]
 
@@ -233,16 +252,29 @@ def _learning_chart(entries: Sequence[RunEntry], theme: Theme) -> Figure:
     return learning_curves([reference, *curves], theme=theme)
 
 
-def _lead_time_chart(name: str, entries: Sequence[RunEntry], theme: Theme) -> Figure:
-    def curve(label: str, values: Sequence[float], series: int | None) -> Curve:
-        return Curve(label=label, x=range(1, len(values) + 1), y=values, series=series)
+def _metric_charts(entries: Sequence[RunEntry]) -> list[Chart]:
+    return [
+        Chart(
+            f"lead_time_{name}",
+            f"{METRICS[name].label} against lead time",
+            partial(_lead_time_chart, name, entries),
+        )
+        for name in _CHART_METRICS
+    ]
 
-    metric, first = METRICS[name], entries[0].result
-    curves = [curve("persistence", first.per_lead_time[PERSISTENCE][name], None)]
-    for i, entry in enumerate(entries):
-        curves.append(curve(entry.label, entry.result.per_lead_time[MODEL][name], i))
+
+def _lead_time_chart(name: str, entries: Sequence[RunEntry], theme: Theme) -> Figure:
+    def curve(rival: Contender) -> Curve:
+        values = rival.result.per_lead_time[rival.forecast][name]
+        lead_times = range(1, len(values) + 1)
+        return Curve(label=rival.label, x=lead_times, y=values, series=rival.series)
+
+    metric = METRICS[name]
     return lead_time_curves(
-        curves, metric_label=metric.label, higher_is_better=metric.higher_is_better, theme=theme
+        [curve(rival) for rival in contenders(entries)],
+        metric_label=metric.label,
+        higher_is_better=metric.higher_is_better,
+        theme=theme,
     )
 
 
@@ -267,6 +299,12 @@ def _examples(examples: Sequence[Example]) -> list[Html]:
         "Inputs, truth, and under it what each model predicted from the inputs alone. Errors are "
         "prediction minus truth: blue is too dark, orange too bright."
     )
+    units = examples[0].units
+    if units is not None and is_radar(units):
+        explanation = (
+            "Inputs, truth, and under it what each forecast made of the inputs alone. Errors are "
+            "prediction minus truth: blue is too weak, orange too strong. Grey was not observed."
+        )
     sections = []
     for example in examples:
         what = f"Sequence {example.sample_id}"
@@ -293,6 +331,7 @@ def _notes(entries: Sequence[RunEntry], settings: PageSettings) -> list[Html]:
         f"Scores are averages over all {entries[0].result.data.num_sequences:,} sequences.",
         "Persistence repeats the last input frame and needs no training: a model is worth its "
         "cost only where it beats it.",
+        *radar_notes(entries),
         *settings.notes,
     ]
     if len(methods) == len(entries):

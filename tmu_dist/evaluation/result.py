@@ -1,11 +1,12 @@
 """What one evaluation found, in memory and on disk.
 
 `evaluation.json` holds every average and what it means; `per_sequence.npz` holds the scores of
-every sample and lead time, so that two evaluations can be compared sequence by sequence.
+every sample and lead time, so that two evaluations can be compared sequence by sequence; of radar
+also the contingency counts (hits, misses, false alarms, correct negatives) of every threshold.
 
 Deliberately not here: computing anything (`runner`), showing anything (`report`).
 
-Shape letters: N samples, T lead time, L TMU layers, M teachers.
+Shape letters: N samples, T lead time, K thresholds, L TMU layers, M teachers.
 """
 
 from __future__ import annotations
@@ -18,14 +19,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from tmu_dist.evaluation.metrics import Scores
+from tmu_dist.evaluation.categorical import Counts
+from tmu_dist.evaluation.radar_result import RadarResult
+from tmu_dist.evaluation.score_table import Scores
 from tmu_dist.files import atomic_file, atomic_write_text
 
 JSON_NAME = "evaluation.json"
 PER_SEQUENCE_NAME = "per_sequence.npz"
 MODEL, PERSISTENCE = "model", "persistence"
 """The two forecasts that every evaluation scores."""
+FLOW = "optical_flow"
+"""The third, of radar, where pysteps is installed."""
+FORECAST_LABELS = {PERSISTENCE: "persistence", FLOW: "optical flow", MODEL: "model"}
+"""For people, in the order in which they are shown."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +104,9 @@ RUNTIME_DEFINITIONS = {
     "seconds_per_evaluation_batch": "wall time of the evaluation pass per batch of this process: "
     "reading, predicting and scoring",
 }
+_CONTINGENCY = "contingency"
+"""Name of an array in `per_sequence.npz`, beside those of the metrics."""
+_UNDEFINED = "undefined"
 GATES_DEFINITION = (
     "transfer gate averaged over sequences, time, layers, channels and pixels (paper, Table 5)"
 )
@@ -103,12 +114,13 @@ GATES_DEFINITION = (
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationResult:
-    """Averages of the model and of persistence, with everything needed to read them.
+    """Averages of the model and of the baselines, with everything needed to read them.
 
     `overall[forecast][metric]` and `per_lead_time[forecast][metric]` hold the averages, with
-    forecast `model` or `persistence`. Only `psnr_db` can be infinite (see its definition); JSON
-    has no infinity and holds null there. `per_sequence[forecast]` is present on a fresh result
-    and on one that was loaded together with its npz file.
+    forecast `model`, `persistence` or `optical_flow`. Only `psnr_db` can be infinite (see its
+    definition); JSON has no infinity and holds null there. A number that is undefined because
+    nothing was observed is NaN, and "undefined" in JSON. `per_sequence[forecast]` is present on a
+    fresh result and on one that was loaded together with its npz file.
     """
 
     model: EvaluatedModel
@@ -119,16 +131,21 @@ class EvaluationResult:
     gates: TransferGates | None
     parameters: ParameterCounts
     runtime: Runtime
+    radar: RadarResult | None = None
+    """Scores at thresholds; None for video."""
     per_sequence: Mapping[str, Scores] | None = None
+    contingency: Mapping[str, Counts] | None = None
+    """Of radar: counts of every sequence, lead time and threshold [N, T, K, 4] by forecast;
+    present like `per_sequence`."""
 
     def to_dict(self) -> dict[str, Any]:
         """The averages as plain JSON values; per-sequence scores only by file name."""
-        return {
+        tree = {
             "model": asdict(self.model),
             "data": asdict(self.data),
             "definitions": dict(self.definitions),
-            "overall": _map_numbers(self.overall, _null_if_infinite),
-            "per_lead_time": _map_numbers(self.per_lead_time, _null_if_infinite),
+            "overall": _map_numbers(self.overall, _to_json),
+            "per_lead_time": _map_numbers(self.per_lead_time, _to_json),
             "per_sequence": None if self.per_sequence is None else PER_SEQUENCE_NAME,
             "gates": None
             if self.gates is None
@@ -136,6 +153,7 @@ class EvaluationResult:
             "parameters": asdict(self.parameters),
             "runtime": asdict(self.runtime),
         }
+        return tree if self.radar is None else tree | {"radar": self.radar.to_dict()}
 
     @classmethod
     def from_dict(cls, tree: Mapping[str, Any]) -> EvaluationResult:
@@ -145,14 +163,14 @@ class EvaluationResult:
             ValueError: a part is missing or has unknown fields.
         """
         try:
-            gates = tree["gates"]
+            gates, radar = tree["gates"], tree.get("radar")
             model = {**tree["model"], "teachers": tuple(tree["model"]["teachers"])}
             return cls(
                 model=EvaluatedModel(**model),
                 data=EvaluatedData(**tree["data"]),
                 definitions=tree["definitions"],
-                overall=_map_numbers(tree["overall"], _infinite_if_null),
-                per_lead_time=_map_numbers(tree["per_lead_time"], _infinite_if_null),
+                overall=_map_numbers(tree["overall"], _from_json),
+                per_lead_time=_map_numbers(tree["per_lead_time"], _from_json),
                 gates=None
                 if gates is None
                 else TransferGates(
@@ -162,6 +180,7 @@ class EvaluationResult:
                 ),
                 parameters=ParameterCounts(**tree["parameters"]),
                 runtime=Runtime(**tree["runtime"]),
+                radar=None if radar is None else RadarResult.from_dict(radar),
             )
         except (KeyError, TypeError) as error:
             raise ValueError(
@@ -171,11 +190,13 @@ class EvaluationResult:
     def save(self, folder: Path) -> None:
         """Write `evaluation.json`, and `per_sequence.npz` when the scores are at hand."""
         if self.per_sequence is not None:
-            arrays = {
+            arrays: dict[str, NDArray[Any]] = {
                 f"{forecast}.{name}": values_NT
                 for forecast, scores in self.per_sequence.items()
                 for name, values_NT in scores.values_NT.items()
             }
+            for forecast, counts_NTKX in (self.contingency or {}).items():
+                arrays[f"{forecast}.{_CONTINGENCY}"] = counts_NTKX
             ids_N = self.per_sequence[MODEL].sample_ids_N
             with atomic_file(folder / PER_SEQUENCE_NAME) as path:
                 np.savez_compressed(path, allow_pickle=False, sample_ids=ids_N, **arrays)
@@ -196,15 +217,16 @@ class EvaluationResult:
         result = cls.from_dict(tree)
         if tree["per_sequence"] is None:
             return result
+        values: dict[str, dict[str, NDArray[Any]]] = {}
         with np.load(folder / tree["per_sequence"], allow_pickle=False) as arrays:
-            values: dict[str, dict[str, Any]] = {}
             for key in arrays.files:
                 if key != "sample_ids":
                     forecast, name = key.split(".")
                     values.setdefault(forecast, {})[name] = arrays[key]
             ids_N = arrays["sample_ids"]
+        counts = {f: own.pop(_CONTINGENCY) for f, own in values.items() if _CONTINGENCY in own}
         scores = {forecast: Scores(ids_N, by_name) for forecast, by_name in values.items()}
-        return replace(result, per_sequence=scores)
+        return replace(result, per_sequence=scores, contingency=counts or None)
 
 
 def _map_numbers(tree: Any, change: Callable[[Any], Any]) -> Any:
@@ -216,9 +238,13 @@ def _map_numbers(tree: Any, change: Callable[[Any], Any]) -> Any:
     return change(tree)
 
 
-def _null_if_infinite(value: float) -> float | None:
+def _to_json(value: float) -> float | str | None:
+    if math.isnan(value):
+        return _UNDEFINED
     return None if math.isinf(value) else value
 
 
-def _infinite_if_null(value: float | None) -> float:
-    return math.inf if value is None else value
+def _from_json(value: float | str | None) -> float:
+    if value == _UNDEFINED:
+        return math.nan
+    return math.inf if value is None else float(value)

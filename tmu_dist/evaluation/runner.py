@@ -1,7 +1,8 @@
-"""Running a predictor closed-loop over a split, and scoring it beside persistence.
+"""Running a predictor closed-loop over a split, and scoring it beside the baselines.
 
 `score_predictor` is the pass itself, also used for validation inside a training run; `evaluate`
-adds what a finished evaluation reports: parameters, runtime, the facts of model and data.
+adds what a finished evaluation reports: radar scores, parameters, runtime, the facts of model and
+data.
 
 Deliberately not here: opening runs and archives (the commands), files and figures (`report`).
 
@@ -10,10 +11,8 @@ Shape letters: B batch, T time, C channels, H height, W width, L TMU layers, M t
 
 from __future__ import annotations
 
-import statistics
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -23,11 +22,20 @@ from torch import Tensor
 from tmu_dist.collectives import Collectives
 from tmu_dist.config import WindowConfig
 from tmu_dist.data.loader import Batch
-from tmu_dist.data.manifest import Manifest
-from tmu_dist.data.transforms import window_frames
-from tmu_dist.evaluation.baselines import persistence
-from tmu_dist.evaluation.metrics import METRIC_NAMES, SampleRows, Scores, ScoreTable, SSIMMode
+from tmu_dist.data.manifest import Manifest, Units
+from tmu_dist.data.transforms import Window, window_frames
+from tmu_dist.evaluation.baselines import (
+    FLOW_DEFINITION,
+    FlowUnavailableError,
+    OpticalFlow,
+    persistence,
+)
+from tmu_dist.evaluation.metrics import METRIC_NAMES, PHYSICAL_METRIC_NAMES, SSIMMode
+from tmu_dist.evaluation.pass_tables import ForecastScores, ForecastTable, PassTables
+from tmu_dist.evaluation.radar_result import RadarResult
+from tmu_dist.evaluation.rain import RadarSettings, RadarTable, radar_definitions
 from tmu_dist.evaluation.result import (
+    FLOW,
     GATES_DEFINITION,
     MODEL,
     PERSISTENCE,
@@ -39,60 +47,37 @@ from tmu_dist.evaluation.result import (
     Runtime,
     TransferGates,
 )
+from tmu_dist.evaluation.score_table import SampleRows, Scores, ScoreTable
+from tmu_dist.evaluation.timing import describe_device, latency_ms, predicting
 from tmu_dist.models.build import count_parameters
 from tmu_dist.models.rollout import Predictor, Rollout
-from tmu_dist.teachers.card import TeacherCard
+from tmu_dist.teachers.card import TeacherCard, same_scale
 from tmu_dist.teachers.store import LoadedModel
 
 
 class PassScores(NamedTuple):
-    """What one pass over a split found; equal on every rank except for the time it took."""
+    """What one pass over a split found; equal on every rank except for the times it took."""
 
-    model: Scores
-    persistence: Scores
+    forecasts: dict[str, ForecastScores]
+    """The model and the baselines."""
     definitions: dict[str, str]
     gates: TransferGates | None
     """None for a network without TMU layers; teachers are numbered, not named."""
     batch_size: int
     """Sequences of one batch of this rank."""
     seconds_per_batch: float
+    """Without optical flow."""
+    flow_ms_per_sequence: float | None
 
+    @property
+    def model(self) -> Scores:
+        """Errors of the model."""
+        return self.forecasts[MODEL].scores
 
-class _Tables:
-    """All that a pass collects, so that ranks can exchange and merge it in one piece."""
-
-    def __init__(self, metrics: Sequence[str], ssim_mode: SSIMMode) -> None:
-        self.model = ScoreTable(metrics, ssim_mode=ssim_mode)
-        self.persistence = ScoreTable(metrics, ssim_mode=ssim_mode)
-        self.gates = SampleRows()
-        self.layers: tuple[int, ...] = ()
-        """Numbers of the TMU layers that have gates."""
-        self.batch_size = self.num_batches = 0
-        """Of this rank alone."""
-
-    def update(
-        self, rollout: Rollout, frames_BTCHW: Tensor, batch: Batch, weights_B: Tensor, inputs: int
-    ) -> None:
-        """Score the forecast of one batch; frames after the first `inputs` are the truth."""
-        self.layers = tuple(sorted(rollout.imitations))
-        self.batch_size, self.num_batches = len(weights_B), self.num_batches + 1
-        truth_BTCHW = frames_BTCHW[:, inputs:]
-        forecasts = (
-            (self.model, rollout.predictions_BTCHW[:, inputs - 1 :]),
-            (self.persistence, persistence(frames_BTCHW[:, :inputs], truth_BTCHW.shape[1])),
-        )
-        for table, forecast_BTCHW in forecasts:
-            table.update(forecast_BTCHW, truth_BTCHW, batch.sample_ids_B, weights_B)
-        if rollout.diagnostics is None or rollout.diagnostics.transfer_gates_BTLM is None:
-            return
-        gates_BLM = rollout.diagnostics.transfer_gates_BTLM.double().mean(dim=1).cpu().numpy()
-        for position in weights_B.nonzero().flatten().tolist():
-            self.gates.add(int(batch.sample_ids_B[position]), gates_BLM[position])
-
-    def merge(self, other: _Tables) -> None:
-        self.model.merge(other.model)
-        self.persistence.merge(other.persistence)
-        self.gates.merge(other.gates)
+    @property
+    def persistence(self) -> Scores:
+        """Errors of persistence."""
+        return self.forecasts[PERSISTENCE].scores
 
 
 def score_predictor(
@@ -100,11 +85,14 @@ def score_predictor(
     batches: Iterable[Batch],
     *,
     window: WindowConfig,
+    units: Units,
     device: torch.device,
     collectives: Collectives | None = None,
     metrics: Sequence[str] = METRIC_NAMES,
     ssim_mode: SSIMMode = "uint8_7x7",
     max_samples: int | None = None,
+    radar: RadarSettings | None = None,
+    flow: OpticalFlow | None = None,
 ) -> PassScores:
     """Predict closed-loop and score, each rank its slice; every rank gets the merged result.
 
@@ -115,46 +103,107 @@ def score_predictor(
         model: the bare predictor on `device`, not its wrapper for data-parallel training.
         batches: `SequenceLoader.one_pass()`: each sample once, in natural order.
         window: input and target frames; longer sequences are cut.
+        units: what the stored numbers mean, and which of them means "not observed".
         device: where to predict; scores are computed on the CPU in float64.
         collectives: the ranks that share the pass; None means one process.
         metrics: names from `METRIC_NAMES`; validation takes `ERROR_METRIC_NAMES`.
         ssim_mode: which form of SSIM `ssim` means.
         max_samples: score only the first so many samples of the split.
+        radar: also score at these thresholds.
+        flow: also score extrapolation along the optical flow, which takes its time.
 
     Raises:
         ValueError: sequences shorter than the window, or a prediction that is not finite.
     """
-    tables = _Tables(metrics, ssim_mode)
+
+    def new_tables() -> PassTables:
+        return PassTables(
+            {
+                name: ForecastTable(
+                    ScoreTable(metrics, ssim_mode=ssim_mode, units=units),
+                    None if radar is None else RadarTable(radar),
+                )
+                for name in (MODEL, PERSISTENCE, *(() if flow is None else (FLOW,)))
+            }
+        )
+
+    tables, flow_time = new_tables(), _FlowTime()
     started = time.perf_counter()
 
-    def score_own_slice() -> _Tables:
-        with _predicting(model):
+    def score_own_slice() -> PassTables:
+        with predicting(model):
             for batch in batches:
-                frames_BTCHW = window_frames(batch.frames_BTCHW, window)
+                whole = window_frames(batch.frames_BTCHW, window, units)
+                inputs, truth = _split(whole, window.num_input_frames)
                 weights_B = batch.weights_B
                 if max_samples is not None:
                     weights_B = weights_B * (batch.sample_ids_B < max_samples)
-                rollout = _roll_out(
-                    model, frames_BTCHW[:, : window.num_input_frames], window, device
-                )
-                tables.update(rollout, frames_BTCHW, batch, weights_B, window.num_input_frames)
+                rollout = _roll_out(model, inputs.frames_BTCHW, window, device)
+                forecasts = {
+                    MODEL: rollout.predictions_BTCHW[:, window.num_input_frames - 1 :],
+                    PERSISTENCE: persistence(inputs.frames_BTCHW, window.num_target_frames),
+                }
+                if flow is not None:
+                    forecasts[FLOW] = flow_time.extrapolate(flow, inputs, truth, weights_B)
+                tables.update(forecasts, truth, batch.sample_ids_B, weights_B)
+                tables.add_gates(rollout, batch.sample_ids_B, weights_B)
                 if max_samples is not None and batch.consumed >= max_samples:
                     break
         return tables
 
     slices = (collectives or Collectives()).on_all(score_own_slice)
-    seconds = time.perf_counter() - started
-    merged = _Tables(metrics, ssim_mode)
+    seconds = time.perf_counter() - started - flow_time.seconds
+    merged = new_tables()
     for part in slices:
         merged.merge(part)
     return PassScores(
-        model=merged.model.compute(),
-        persistence=merged.persistence.compute(),
-        definitions=merged.model.definitions,
+        forecasts={name: table.compute() for name, table in merged.forecasts.items()},
+        definitions=merged.forecasts[MODEL].scores.definitions,
         gates=_mean_gates(merged.gates, tables.layers) if tables.layers else None,
         batch_size=tables.batch_size,
         seconds_per_batch=seconds / max(tables.num_batches, 1),
+        flow_ms_per_sequence=flow_time.ms_per_sequence,
     )
+
+
+class _FlowTime:
+    """Extrapolates the sequences of this rank, and measures how long that takes."""
+
+    def __init__(self) -> None:
+        self.seconds, self.num_sequences = 0.0, 0
+
+    def extrapolate(
+        self, flow: OpticalFlow, inputs: Window, truth: Window, weights_B: Tensor
+    ) -> Tensor:
+        """Forecast of a batch; padding is not worth the time and stays 0."""
+        started = time.perf_counter()
+        kept = weights_B > 0
+        forecast_BTCHW = torch.zeros_like(truth.frames_BTCHW)
+        if kept.any():
+            observed = inputs.observed_BTCHW
+            forecast_BTCHW[kept] = flow.forecast(
+                inputs.frames_BTCHW[kept],
+                None if observed is None else observed[kept],
+                forecast_BTCHW.shape[1],
+            )
+        self.seconds += time.perf_counter() - started
+        self.num_sequences += int(kept.sum())
+        return forecast_BTCHW
+
+    @property
+    def ms_per_sequence(self) -> float | None:
+        """None where nothing was extrapolated."""
+        return 1e3 * self.seconds / self.num_sequences if self.num_sequences else None
+
+
+def _split(whole: Window, num_input_frames: int) -> tuple[Window, Window]:
+    """Input frames, and the frames to predict."""
+    frames, observed = whole
+    cuts = slice(None, num_input_frames), slice(num_input_frames, None)
+    inputs, truth = (
+        Window(frames[:, cut], None if observed is None else observed[:, cut]) for cut in cuts
+    )
+    return inputs, truth
 
 
 def evaluate(
@@ -162,10 +211,13 @@ def evaluate(
     batches: Iterable[Batch],
     data: EvaluatedData,
     *,
+    units: Units,
     timing_frames_BTCHW: Tensor,
     device: torch.device,
     collectives: Collectives | None = None,
     ssim_mode: SSIMMode = "uint8_7x7",
+    radar: RadarSettings | None = None,
+    flow: OpticalFlow | FlowUnavailableError | None = None,
 ) -> EvaluationResult:
     """Everything that is reported about a trained model on one split.
 
@@ -173,8 +225,11 @@ def evaluate(
         loaded: model on `device`, and its card.
         batches: `SequenceLoader.one_pass()`.
         data: what the batches are.
-        timing_frames_BTCHW: stored frames (uint8) of at least one sequence, to measure time with.
+        units: of the archive.
+        timing_frames_BTCHW: stored frames of at least one sequence, to measure time with.
         device, collectives, ssim_mode: as in `score_predictor`.
+        radar: `rain.radar_settings` of the archive; None for video.
+        flow: also score optical flow; of radar, an error says in the report why it is missing.
 
     Raises:
         ValueError: as `score_predictor`.
@@ -182,19 +237,39 @@ def evaluate(
     card, window, model = loaded.card, loaded.card.window, loaded.model
     collectives = collectives or Collectives()
     scored = score_predictor(
-        model, batches, window=window, device=device, collectives=collectives, ssim_mode=ssim_mode
+        model,
+        batches,
+        window=window,
+        units=units,
+        device=device,
+        collectives=collectives,
+        metrics=METRIC_NAMES if radar is None else (*METRIC_NAMES, *PHYSICAL_METRIC_NAMES),
+        ssim_mode=ssim_mode,
+        radar=radar,
+        flow=flow if isinstance(flow, OpticalFlow) else None,
     )
     gates = scored.gates
     if gates is not None:
         unused = tuple(f"{slot}, no teacher" for slot in gates.teachers)
         gates = replace(gates, teachers=card.teachers or unused)
     # On one rank: ranks that measure at once slow each other down.
+    timed = (model, timing_frames_BTCHW, window, units, device)
     runtime = collectives.on_main(
-        lambda: _measure_runtime(model, timing_frames_BTCHW, window, device, scored)
+        lambda: Runtime(
+            ms_per_sequence_batch_1=latency_ms(*timed),
+            ms_per_sequence_batch_8=latency_ms(*timed, batch_size=8),
+            seconds_per_evaluation_batch=scored.seconds_per_batch,
+            evaluation_batch_size=scored.batch_size,
+            device=describe_device(device),
+        )
     )
     own = count_parameters(model)
-    forecasts = {MODEL: scored.model, PERSISTENCE: scored.persistence}
-    gate_definition = {} if gates is None else {"gates": GATES_DEFINITION}
+    errors = {name: forecast.scores for name, forecast in scored.forecasts.items()}
+    contingency = {
+        name: forecast.contingency_NTKX
+        for name, forecast in scored.forecasts.items()
+        if forecast.contingency_NTKX is not None
+    }
     return EvaluationResult(
         model=EvaluatedModel(
             name=card.name,
@@ -206,25 +281,59 @@ def evaluate(
             num_target_frames=window.num_target_frames,
         ),
         data=data,
-        definitions=scored.definitions | RUNTIME_DEFINITIONS | gate_definition,
-        overall={name: scores.overall() for name, scores in forecasts.items()},
+        definitions=_definitions(scored, radar),
+        overall={name: scores.overall() for name, scores in errors.items()},
         per_lead_time={
             name: {metric: tuple(v_T.tolist()) for metric, v_T in scores.per_lead_time().items()}
-            for name, scores in forecasts.items()
+            for name, scores in errors.items()
         },
         gates=gates,
         parameters=ParameterCounts(train=own + sum(card.teacher_parameters), test=own),
         runtime=runtime,
-        per_sequence=forecasts,
+        radar=None if radar is None else _radar_result(scored, radar, flow),
+        per_sequence=errors,
+        contingency=contingency or None,
+    )
+
+
+def _definitions(scored: PassScores, radar: RadarSettings | None) -> dict[str, str]:
+    """What every number of a result means."""
+    texts = scored.definitions | RUNTIME_DEFINITIONS
+    if scored.gates is not None:
+        texts["gates"] = GATES_DEFINITION
+    if radar is not None:
+        texts |= radar_definitions(radar)
+    if FLOW in scored.forecasts:
+        texts[FLOW] = FLOW_DEFINITION
+    return texts
+
+
+def _radar_result(
+    scored: PassScores, settings: RadarSettings, flow: OpticalFlow | FlowUnavailableError | None
+) -> RadarResult:
+    note = None
+    if not isinstance(flow, OpticalFlow):
+        note = f"optical flow not computed: {flow or 'it was not asked for'}"
+    return RadarResult(
+        settings=settings,
+        forecasts={
+            name: forecast.radar
+            for name, forecast in scored.forecasts.items()
+            if forecast.radar is not None
+        },
+        flow_note=note,
+        flow_ms_per_sequence=scored.flow_ms_per_sequence,
     )
 
 
 def check_archive_fits(card: TeacherCard, manifest: Manifest) -> None:
     """Refuse an archive whose frames are not what the model was made for.
 
+    How the archive marks missing pixels does not matter: a network never sees their code.
+
     Raises:
-        ValueError: other channels, frame size (where the network is tied to one), units or
-            missing pixels; names what the model has and what the archive has.
+        ValueError: other channels, frame size (where the network is tied to one), or another
+            meaning of the numbers; names what the model has and what the archive has.
     """
     mine = (card.frame.channels, card.frame.height, card.frame.width)
     theirs = (manifest.channels, manifest.height, manifest.width)
@@ -238,79 +347,11 @@ def check_archive_fits(card: TeacherCard, manifest: Manifest) -> None:
             f"{'x'.join(map(str, mine))}, but {manifest.name} has {'x'.join(map(str, theirs))}: "
             "evaluate on an archive of that shape."
         )
-    if card.data.units != manifest.units:
+    if not same_scale(card.data.units, manifest.units):
         raise ValueError(
             f"{card.name} learned numbers that mean {card.data.units}, but in {manifest.name} "
             f"they mean {manifest.units}: prepare the archive with the model's units."
         )
-    if manifest.units.missing_code is not None:
-        raise ValueError(
-            f"{manifest.name} marks missing pixels (code {manifest.units.missing_code}), which "
-            "these scores would count as observed: evaluate on an archive without missing pixels."
-        )
-
-
-def latency_ms(
-    model: Predictor,
-    frames_BTCHW: Tensor,
-    window: WindowConfig,
-    device: torch.device,
-    *,
-    batch_size: int = 1,
-    repeats: int = 5,
-) -> float:
-    """Milliseconds per sequence to predict a batch: median of repeats after one warm-up.
-
-    Args:
-        model: the predictor, on `device`.
-        frames_BTCHW: stored frames (uint8); repeated or cut to the batch size.
-        window: input and target frames.
-        device: where the model is.
-        batch_size: sequences at once; the time of the batch is divided by it.
-        repeats: timed runs.
-    """
-    copies = -(-batch_size // len(frames_BTCHW))
-    batch_BTCHW = frames_BTCHW.repeat(copies, 1, 1, 1, 1)[:batch_size]
-    inputs_BTCHW = window_frames(batch_BTCHW, window)[:, : window.num_input_frames].to(device)
-
-    def run_once() -> float:
-        started = time.perf_counter()
-        model(inputs_BTCHW, num_input_frames=window.num_input_frames, num_frames=window.num_frames)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return time.perf_counter() - started
-
-    with _predicting(model):
-        run_once()  # warm-up: first-call allocations and kernel choices
-        seconds = statistics.median(run_once() for _ in range(repeats))
-    return 1e3 * seconds / batch_size
-
-
-def _measure_runtime(
-    model: Predictor,
-    frames_BTCHW: Tensor,
-    window: WindowConfig,
-    device: torch.device,
-    scored: PassScores,
-) -> Runtime:
-    return Runtime(
-        ms_per_sequence_batch_1=latency_ms(model, frames_BTCHW, window, device),
-        ms_per_sequence_batch_8=latency_ms(model, frames_BTCHW, window, device, batch_size=8),
-        seconds_per_evaluation_batch=scored.seconds_per_batch,
-        evaluation_batch_size=scored.batch_size,
-        device=_describe(device),
-    )
-
-
-@contextmanager
-def _predicting(model: Predictor) -> Iterator[None]:
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.inference_mode():
-            yield
-    finally:
-        model.train(was_training)
 
 
 def _roll_out(
@@ -332,10 +373,3 @@ def _mean_gates(rows: SampleRows, layers: tuple[int, ...]) -> TransferGates:
         layers=layers,
         means_LM=tuple(tuple(row) for row in means_LM.tolist()),
     )
-
-
-def _describe(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    threads = torch.get_num_threads()
-    return f"{device.type}, {threads} thread{'' if threads == 1 else 's'}"

@@ -12,19 +12,23 @@ from rich.table import Table
 from rich.text import Text
 
 from tmu_dist.evaluation.comparison import RunEntry
-from tmu_dist.evaluation.result import MODEL, PERSISTENCE, EvaluationResult
+from tmu_dist.evaluation.result import FORECAST_LABELS, MODEL, EvaluationResult
 from tmu_dist.evaluation.tables import (
     Cell,
     Row,
     TableData,
+    categorical_table,
+    format_radar_score,
     format_score,
+    fss_table,
     gate_table,
     score_table,
+    undefined_scores,
 )
 
 
 def terminal_summary(result: EvaluationResult) -> Group:
-    """Scores beside persistence, lead times, gates, cost, and what each number means."""
+    """Scores beside the baselines, lead times, gates, cost, and what each number means."""
     model, data, cost, runtime = result.model, result.data, result.parameters, result.runtime
     title = Text.assemble(
         (model.name, "bold"),
@@ -39,7 +43,7 @@ def terminal_summary(result: EvaluationResult) -> Group:
         f"{runtime.seconds_per_evaluation_batch:.2f} s per batch of "
         f"{runtime.evaluation_batch_size} ({runtime.device})"
     )
-    parts: list[RenderableType] = [title, _overall(result), _lead_times(result)]
+    parts: list[RenderableType] = [title, _overall(result), *_radar(result), _lead_times(result)]
     if result.gates is not None:
         parts.append(_rich_table("Mean transfer gates", gate_table(result.gates)))
     spaced = [line for part in (*parts, costs) for line in (part, Text())]
@@ -47,31 +51,65 @@ def terminal_summary(result: EvaluationResult) -> Group:
 
 
 def comparison_table(entries: Sequence[RunEntry]) -> Table:
-    """Scores of persistence and of every run, best values in bold; costs stand on the page."""
+    """Scores of the baselines and of every run, best values in bold; costs stand on the page."""
     return _rich_table("Comparison", score_table(entries, with_costs=False))
 
 
 def _overall(result: EvaluationResult) -> Table:
-    forecasts = (result.overall[PERSISTENCE], result.overall[MODEL])
+    shown = {name: label for name, label in FORECAST_LABELS.items() if name in result.overall}
     rows = [
-        Row(name, [Cell(format_score(name, scores[name])) for scores in forecasts])
+        Row(name, [Cell(format_score(name, result.overall[f][name])) for f in shown])
         for name in result.overall[MODEL]
     ]
-    return _rich_table("Overall", TableData(["", "persistence", "model"], rows))
+    return _rich_table("Overall", TableData(["", *shown.values()], rows))
+
+
+def _radar(result: EvaluationResult) -> list[RenderableType]:
+    """Scores at every threshold, beside the baselines; and why one of these is missing."""
+    if result.radar is None:
+        return []
+    settings, entries = result.radar.settings, [RunEntry(label="model", result=result)]
+    parts: list[RenderableType] = []
+    for k in range(len(settings.thresholds)):
+        rate = result.radar.forecasts[MODEL].base_rate_K[k]
+        title = f"At {settings.threshold_label(k)} and more ({rate:.2%} of the observed pixels)"
+        parts.append(_rich_table(title, categorical_table(entries, k)))
+        title = f"FSS at {settings.threshold_label(k)} and more, by neighbourhood"
+        parts.append(_rich_table(title, fss_table(entries, k)))
+        if note := undefined_scores(entries, k):
+            parts.append(Text(note, style="dim"))
+    if result.radar.flow_note is not None:
+        parts.append(Text(_sentence(result.radar.flow_note), style="bold yellow"))
+    if result.radar.flow_ms_per_sequence is not None:
+        took = f"{result.radar.flow_ms_per_sequence:.0f} ms per sequence"
+        parts.append(Text(f"Optical flow took {took}.", style="dim"))
+    return parts
+
+
+def _sentence(note: str) -> str:
+    return f"{note[0].upper()}{note[1:]}"
 
 
 def _lead_times(result: EvaluationResult) -> Table:
-    """MSE per frame and SSIM of both forecasts at every lead time."""
-    columns = [
-        (f"{name}\n{label}", name, result.per_lead_time[forecast][name])
-        for name in ("mse_per_frame", "ssim")
-        for label, forecast in (("persistence", PERSISTENCE), ("model", MODEL))
-    ]
+    """MSE per frame and SSIM of every forecast at every lead time; of radar, CSI."""
+    columns = []
+    forecasts = [(label, f) for f, label in FORECAST_LABELS.items() if f in result.overall]
+    if result.radar is None:
+        for name in ("mse_per_frame", "ssim"):
+            for label, forecast in forecasts:
+                values = result.per_lead_time[forecast][name]
+                columns.append((f"{name}\n{label}", [format_score(name, v) for v in values]))
+    else:
+        threshold = result.radar.settings.threshold_label(0)
+        for label, forecast in forecasts:
+            values_T = result.radar.forecasts[forecast].per_lead_time("csi")[:, 0]
+            texts = [format_radar_score(v) for v in values_T.tolist()]
+            columns.append((f"CSI {threshold}\n{label}", texts))
     rows = [
-        Row(str(t + 1), [Cell(format_score(name, values[t])) for _, name, values in columns])
+        Row(str(t + 1), [Cell(texts[t]) for _, texts in columns])
         for t in range(result.model.num_target_frames)
     ]
-    headings = ["frame", *(heading for heading, *_ in columns)]
+    headings = ["frame", *(heading for heading, _ in columns)]
     return _rich_table("By lead time", TableData(headings, rows))
 
 

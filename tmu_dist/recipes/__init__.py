@@ -9,10 +9,10 @@ import difflib
 from collections.abc import Callable
 
 from tmu_dist.config import ConfigError
-from tmu_dist.recipes import digits
+from tmu_dist.recipes import digits, radar
 from tmu_dist.recipes.base import Recipe
 
-RECIPES: dict[str, Callable[[], Recipe]] = digits.recipes()
+RECIPES: dict[str, Callable[[], Recipe]] = digits.recipes() | radar.recipes()
 DEFAULT_RECIPE = "digits-tmu"
 
 

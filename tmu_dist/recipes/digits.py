@@ -6,11 +6,9 @@ Each recipe exists in two sizes: `digits-*` finishes in minutes on two cores, an
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 
 from tmu_dist.config import (
     DataConfig,
@@ -22,7 +20,7 @@ from tmu_dist.config import (
     TransferConfig,
     WindowConfig,
 )
-from tmu_dist.recipes.base import Recipe
+from tmu_dist.recipes.base import Recipe, workspace
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,19 +68,6 @@ PAPER = Size(
     teacher_steps=80_000,
     schedule=ScheduleConfig(),
 )
-
-
-def workspace() -> Path:
-    """Where recipes put archives and runs: $TMU_DIST_HOME, or this folder.
-
-    A Ray job starts in a temporary copy of its working directory that the cluster deletes, so
-    there it is ~/tmu_dist.
-    """
-    if home := os.environ.get("TMU_DIST_HOME"):
-        return Path(home)
-    if "runtime_resources" in Path.cwd().parts:
-        return Path.home() / "tmu_dist"
-    return Path()
 
 
 def recipes() -> dict[str, Callable[[], Recipe]]:

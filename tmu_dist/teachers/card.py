@@ -32,6 +32,7 @@ class DataFacts:
     units: Units
     frame_interval_minutes: float | None
     normalisation: str = "stored uint8 / 255"
+    """How stored numbers became those that the network read."""
 
     @classmethod
     def of(cls, manifest: Manifest) -> DataFacts:
@@ -41,6 +42,7 @@ class DataFacts:
             manifest_hash=manifest.content_hash,
             units=manifest.units,
             frame_interval_minutes=manifest.frame_interval_minutes,
+            normalisation=f"stored {manifest.dtype} / {manifest.units.max_code}",
         )
 
 
@@ -106,6 +108,18 @@ class TeacherCard:
 _ADAPTER = TypeAdapter(TeacherCard)
 
 
+def same_scale(one: Units, other: Units) -> bool:
+    """Whether a number means the same under both units, as a network reads it.
+
+    How missing pixels are marked is no part of that: a network never sees their code.
+    """
+
+    def meaning(units: Units) -> tuple[str, str, float, float, int]:
+        return units.quantity, units.unit, units.scale, units.offset, units.max_code
+
+    return meaning(one) == meaning(other)
+
+
 def check_fits(
     card: TeacherCard, *, frame: FrameShape, model: ModelConfig, data: DataFacts
 ) -> None:
@@ -113,7 +127,8 @@ def check_fits(
 
     The paper's rule (Sec. 4, Implementation): source and target states match in channels, width
     and height. Layer k teaches layer k. Units, normalisation and frame interval must match too:
-    the same number must mean the same thing.
+    the same number must mean the same thing. Where the pixels lie, and whether some are missing,
+    may differ: a source without missing pixels may teach a target that has them.
 
     Raises:
         TeacherError: lists every mismatch and what to change.
@@ -132,7 +147,6 @@ def check_fits(
         ("patch size", card.model.patch_size, model.patch_size),
         ("memory grid", grid(card.frame, card.model), grid(frame, model)),
         ("frames", frames(card.frame), frames(frame)),
-        ("units", card.data.units, data.units),
         ("normalisation", card.data.normalisation, data.normalisation),
         ("frame interval [min]", card.data.frame_interval_minutes, data.frame_interval_minutes),
     ]
@@ -141,6 +155,8 @@ def check_fits(
         for what, theirs, ours in compared
         if theirs != ours
     ]
+    if not same_scale(card.data.units, data.units):
+        wrong.append(f"units: teacher {card.data.units}, student {data.units}")
     if wrong:
         raise TeacherError(
             f"Teacher {card.name!r} does not fit the student ({'; '.join(wrong)}). Memories are "

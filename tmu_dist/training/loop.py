@@ -76,6 +76,7 @@ def train(
 
     Raises:
         ConfigError, ManifestError, TeacherError, ResumeError: nothing was trained; says why.
+        ValueError: the data do not fit, or nothing of the validation split is observed.
         DeadDistillationError, NonFiniteLossError, WriteError: training stopped; the newest
             checkpoint is whole.
     """
@@ -133,12 +134,8 @@ class Run:
         config = self.config
         archive = open_archive(config.data.url)
         manifest = archive.manifest
-        if manifest.units.missing_code is not None:
-            raise ValueError(
-                f"{manifest.name} marks missing pixels (code {manifest.units.missing_code}), which "
-                "training would learn as if they were observed: prepare it without missing pixels."
-            )
         check_long_enough(manifest.num_frames, config.window)
+        self.units = manifest.units
         self.loader, self.validation_loader = self._loaders(archive)
         data = DataFacts.of(manifest)
         frame = FrameShape(channels=manifest.channels, height=manifest.height, width=manifest.width)
@@ -188,19 +185,26 @@ class Run:
             self.student,
             self.validation_loader.one_pass(),
             window=self.config.window,
+            units=self.units,
             device=self.device,
             collectives=self.collectives,
             metrics=ERROR_METRIC_NAMES,
             max_samples=self.config.data.max_validation_samples,
         )
         overall = scores.model.overall()
+        progress, mse = self.progress, overall["mse_per_frame"]
+        if math.isnan(mse):
+            raise ValueError(
+                f"No pixel of the target frames is observed in the validation split of "
+                f"{self.config.data.url}, so no weights can be selected: validate on more of it "
+                "(data.max_validation_samples), or prepare it with more observed sequences."
+            )
         self._write(
             "validation",
             **overall,
             persistence_mse_per_frame=scores.persistence.overall()["mse_per_frame"],
         )
         self.card = replace(self.card, step=self.progress.step, scores=overall)
-        progress, mse = self.progress, overall["mse_per_frame"]
         improved = progress.best_mse_per_frame is None or mse < progress.best_mse_per_frame
         if improved:
             progress.best_step, progress.best_mse_per_frame = progress.step, mse
@@ -315,9 +319,10 @@ class Run:
         )
 
     def _prepare(self, batch: Batch, step: int, probability: float) -> TrainingBatch:
-        """Frames to the device and to [0, 1], sampling mask, and weights that average globally."""
+        """Frames to the device and to [0, 1], masks, and weights that average globally."""
         window = self.config.window
-        frames = window_frames(batch.frames_BTCHW.to(self.device, non_blocking=True), window)
+        codes_BTCHW = batch.frames_BTCHW.to(self.device, non_blocking=True)
+        frames_BTCHW, observed_BTCHW = window_frames(codes_BTCHW, window, self.units)
         mask = sampling_mask(
             probability,
             batch.sample_ids_B,
@@ -328,7 +333,8 @@ class Run:
         # Data-parallel training averages gradients over ranks, hence the world size.
         scale = self.collectives.ranks.world_size / batch.global_count
         return TrainingBatch(
-            frames_BTCHW=frames,
+            frames_BTCHW=frames_BTCHW,
+            observed_BTCHW=observed_BTCHW,
             sampling_mask_BT=mask.to(self.device),
             weights_B=(batch.weights_B * scale).to(self.device),
         )

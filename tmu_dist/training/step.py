@@ -53,7 +53,7 @@ class TrainingStep:
         """Train on one batch; returns the loss terms, averaged over both directions of time."""
         passes = [batch]
         if self.reverse_input != "off":
-            passes.append(replace(batch, frames_BTCHW=batch.frames_BTCHW.flip(1)))
+            passes.append(_backwards(batch))
         scale = 1 / len(passes) if self.reverse_input == "average" else 1.0
         logs = []
         for index, one_pass in enumerate(passes):
@@ -76,3 +76,13 @@ class TrainingStep:
         if self.grad_clip_norm is not None:
             nn.utils.clip_grad_norm_(self._parameters, self.grad_clip_norm)
         self.optimizer.step()
+
+
+def _backwards(batch: TrainingBatch) -> TrainingBatch:
+    """The same sequences in reversed time; which steps read the truth stays as it is."""
+    observed = batch.observed_BTCHW
+    return replace(
+        batch,
+        frames_BTCHW=batch.frames_BTCHW.flip(1),
+        observed_BTCHW=None if observed is None else observed.flip(1),
+    )

@@ -1,6 +1,6 @@
-"""The contract of a transfer method, and the loss that all of them share.
+"""The contract of a transfer method, and the losses and masks that all of them share.
 
-Legend: B batch, T time, C channels, H, W height, width.
+Legend: B batch, T time, C channels, P hidden channels, H, W height, width, h, w those of a map.
 """
 
 from __future__ import annotations
@@ -10,8 +10,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+import torch
 from torch import Tensor
 
+from tmu_dist.models.patches import patchify
 from tmu_dist.models.rollout import Predictor, Rollout
 
 Reduction = Literal["mean", "sum"]
@@ -59,7 +61,9 @@ class TrainingBatch:
     """What one update sees."""
 
     frames_BTCHW: Tensor
-    """True frames in [0, 1], inputs and targets."""
+    """True frames in [0, 1], inputs and targets; 0 where nothing was observed."""
+    observed_BTCHW: Tensor | None
+    """bool: False where nothing was observed; None where every pixel was."""
     sampling_mask_BT: Tensor
     """Which predicted steps read the true frame (scheduled sampling)."""
     weights_B: Tensor
@@ -123,16 +127,45 @@ class TransferMethod(ABC):
         )
 
     def prediction_loss(self, rollout: Rollout, batch: TrainingBatch) -> Tensor:
-        """Squared error of frames 2..T, the first term of Eq. 6."""
+        """Squared error of the observed pixels of frames 2..T, the first term of Eq. 6."""
         error = rollout.predictions_BTCHW - batch.frames_BTCHW[:, 1:]
-        return weighted(reduce_squares(error, self.reduction), batch)
+        if batch.observed_BTCHW is None:
+            return weighted(reduce_squares(error, self.reduction), batch)
+        observed = batch.observed_BTCHW[:, 1:]
+        # Not times 0: whatever stands at a missing pixel, even NaN, must leave no trace.
+        error = error.masked_fill(~observed, 0.0)
+        return weighted(reduce_squares(error, self.reduction, observed), batch)
 
 
-def reduce_squares(error: Tensor, reduction: Reduction) -> Tensor:
-    """Squared error of each sequence, [B]: the mean or the sum over all other axes."""
+def reduce_squares(error: Tensor, reduction: Reduction, weights: Tensor | None = None) -> Tensor:
+    """Squared error of each sequence, [B]: the mean or the sum over all other axes.
+
+    Args:
+        error: [B, ...].
+        reduction: "mean" or "sum".
+        weights: what each element counts, 0 to 1 or bool, of a shape that broadcasts to the
+            error's; None: all count 1. The mean divides by the sum of the weights, and is 0 for a
+            sequence in which nothing counts.
+    """
     squares = error.float().square() if error.dtype.itemsize < 4 else error.square()
-    flat = squares.flatten(1)
-    return flat.mean(1) if reduction == "mean" else flat.sum(1)
+    if weights is None:
+        flat = squares.flatten(1)
+        return flat.mean(1) if reduction == "mean" else flat.sum(1)
+    sums = (squares * weights).flatten(1).sum(1)
+    if reduction == "sum":
+        return sums
+    counted = weights.flatten(1).sum(1) * (error[0].numel() // weights[0].numel())
+    return sums / torch.where(counted > 0, counted, 1)
+
+
+def observed_share(observed_BTCHW: Tensor, patch_size: int, dtype: torch.dtype) -> Tensor:
+    """Share of observed pixels in the patch under each element of a memory, [B, T, 1, h, w].
+
+    Step t of an unrolled network reads frame t, so the shares of frames 1..T-1 belong to its
+    memories. Where a step reads a prediction instead (scheduled sampling), the share is that of
+    the true frame at its place: there is nothing else to compare a memory with.
+    """
+    return patchify(observed_BTCHW.to(dtype), patch_size).mean(2, keepdim=True)
 
 
 def weighted(per_sequence_B: Tensor, batch: TrainingBatch) -> Tensor:

@@ -22,6 +22,7 @@ from tmu_dist.transfer.base import (
     Reduction,
     TrainingBatch,
     TransferMethod,
+    observed_share,
     reduce_squares,
     weighted,
 )
@@ -90,18 +91,30 @@ class MemoryDistillation(TransferMethod):
         )
 
     def _distillation(self, rollout: Rollout, memories: Memories, batch: TrainingBatch) -> Tensor:
-        """Eq. 4, summed over TMU layers and teachers; time is reduced like pixels are."""
+        """Eq. 4, summed over TMU layers and teachers; time is reduced like pixels are.
+
+        An element of a memory counts as much as its patch was observed (`observed_share`).
+        """
+        share_BT1HW = self._observed_share(batch)
         per_sequence_B = torch.stack(
             [
-                reduce_squares(imitations_BTMPHW[:, :, m] - memory[k], self.reduction)
+                reduce_squares(imitations_BTMPHW[:, :, m] - memory[k], self.reduction, share_BT1HW)
                 for k, imitations_BTMPHW in rollout.imitations.items()
                 for m, memory in enumerate(memories)
             ]
         ).sum(0)
         return weighted(per_sequence_B, batch)
 
+    def _observed_share(self, batch: TrainingBatch) -> Tensor | None:
+        """What each memory element of steps 1..T-1 counts, [B, T-1, 1, h, w]; None: 1."""
+        if batch.observed_BTCHW is None:
+            return None
+        dtype = batch.frames_BTCHW.dtype
+        return observed_share(batch.observed_BTCHW[:, :-1], self.model.patch_size, dtype)
+
     def liveness(self, student: Predictor, batch: TrainingBatch) -> Liveness | None:
-        if not self.beta:
+        share_BT1HW = self._observed_share(batch)
+        if not self.beta or _nothing_counts(share_BT1HW, batch):
             return None
         rollout = self.unroll(student, batch, diagnostics=True)
         memories = self._teach(rollout, batch)
@@ -124,7 +137,10 @@ class MemoryDistillation(TransferMethod):
             prediction_gradient_norm=predicted,
             gate_means=diagnostics.transfer_gates_BTLM.mean((0, 1)).tolist(),
             memory_correlation=[
-                [_correlation(imitations[:, :, m], memory[k]) for m, memory in enumerate(memories)]
+                [
+                    _correlation(imitations[:, :, m], memory[k], share_BT1HW)
+                    for m, memory in enumerate(memories)
+                ]
                 for k, imitations in rollout.imitations.items()
             ],
             forget_gate_means=diagnostics.forget_gates_BTK.mean((0, 1)).tolist(),
@@ -138,8 +154,14 @@ def _gradient_norm(loss: Tensor, parameters: list[torch.nn.Parameter]) -> float:
     return float(torch.stack(squares).sum().sqrt()) if squares else 0.0
 
 
-def _correlation(first: Tensor, second: Tensor) -> float:
+def _nothing_counts(share_BT1HW: Tensor | None, batch: TrainingBatch) -> bool:
+    """Whether no frame that is read has an observed pixel, so that nothing can be distilled."""
+    return share_BT1HW is not None and not weighted(share_BT1HW.flatten(1).sum(1), batch) > 0
+
+
+def _correlation(first: Tensor, second: Tensor, weights: Tensor | None) -> float:
     """Pearson correlation over all elements; NaN when one of them is constant."""
-    a, b = first.detach().double().flatten(), second.double().flatten()
-    a, b = a - a.mean(), b - b.mean()
-    return float((a @ b) / (a.norm() * b.norm()))
+    a, b = first.detach().double(), second.double()
+    w = torch.ones_like(a) if weights is None else weights.double().expand_as(a)
+    a, b = ((x - (w * x).sum() / w.sum()) * w.sqrt() for x in (a, b))
+    return float((a * b).sum() / (a.norm() * b.norm()))

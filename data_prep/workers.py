@@ -1,0 +1,134 @@
+"""Many independent pieces of work: in this process, in local processes, or as Ray tasks.
+
+The only module of data_prep that imports ray, and only when Ray is asked for.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import itertools
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal, TypeAlias, TypeVar
+
+Launcher: TypeAlias = Literal["local", "ray"]
+
+Piece = TypeVar("Piece")
+Result = TypeVar("Result")
+
+_AHEAD_PER_WORKER = 2
+"""Pieces handed out before one is back; more would only pile up in a queue."""
+
+
+class WorkerDiedError(ValueError):
+    """A process that worked on a piece is gone."""
+
+
+def run_pieces(
+    work: Callable[[Piece], Result],
+    pieces: Sequence[Piece],
+    *,
+    launcher: Launcher = "local",
+    workers: int | None = None,
+) -> Iterator[tuple[int, Result]]:
+    """Yield (index of the piece, result) of every piece, as they come ready.
+
+    Args:
+        work: a picklable function of one piece.
+        pieces: what to work on; each is pickled by itself.
+        launcher: "local" for processes of this machine, "ray" for tasks on a Ray cluster (the one
+            in RAY_ADDRESS, or one started here). Every node must see the original files.
+        workers: pieces at a time; 1 with "local" works in this process. None: one per core of the
+            machine or the cluster.
+
+    Raises:
+        WorkerDiedError: a process was killed (memory, most often).
+        Exception: what `work` raises; pieces not begun are then given up.
+    """
+    if workers is not None and workers < 1:
+        raise ValueError(f"workers must be at least 1, got {workers}.")
+    if not pieces:
+        return iter(())
+    if launcher == "ray":
+        return _on_ray(work, pieces, workers)
+    workers = min(workers or available_cores(), len(pieces))
+    if workers == 1:
+        return ((index, work(piece)) for index, piece in enumerate(pieces))
+    return _in_processes(work, pieces, workers)
+
+
+def available_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _in_processes(
+    work: Callable[[Piece], Result], pieces: Sequence[Piece], workers: int
+) -> Iterator[tuple[int, Result]]:
+    # Never forked: an object store's runtime does not survive a fork (tmu_dist.data.storage).
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([work.__module__])
+    waiting = iter(enumerate(pieces))
+    with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool:
+        running: dict[concurrent.futures.Future[Result], int] = {}
+        try:
+            while True:
+                free = workers * _AHEAD_PER_WORKER - len(running)
+                for index, piece in itertools.islice(waiting, free):
+                    running[pool.submit(work, piece)] = index
+                if not running:
+                    return
+                done, _ = concurrent.futures.wait(
+                    running, return_when=concurrent.futures.FIRST_COMPLETED
+                )
+                for future in done:
+                    yield running.pop(future), future.result()
+        except concurrent.futures.process.BrokenProcessPool as error:
+            raise WorkerDiedError(
+                "A worker process was killed from outside; most often the machine ran out of "
+                "memory. What was finished is kept: run the same command again, with fewer "
+                "--workers."
+            ) from error
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _on_ray(
+    work: Callable[[Piece], Result], pieces: Sequence[Piece], workers: int | None
+) -> Iterator[tuple[int, Result]]:
+    import ray
+
+    if not ray.is_initialized():
+        ray.init(logging_level="warning", log_to_driver=False)
+    # Tasks of a lost node run again elsewhere: a piece writes the same objects each time.
+    task: Any = ray.remote(num_cpus=1, max_retries=5)(work)
+    workers = workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
+    waiting = iter(enumerate(pieces))
+    running: dict[Any, int] = {}
+    try:
+        while True:
+            free = workers * _AHEAD_PER_WORKER - len(running)
+            for index, piece in itertools.islice(waiting, free):
+                running[task.remote(piece)] = index
+            if not running:
+                return
+            done, _ = ray.wait(list(running), num_returns=1)
+            for reference in done:
+                yield running.pop(reference), _result(reference)
+    finally:
+        for reference in running:
+            ray.cancel(reference)
+
+
+def _result(reference: Any) -> Any:
+    """The task's result, or its own error without Ray's wrapping."""
+    import ray
+
+    try:
+        return ray.get(reference)
+    except ray.exceptions.RayTaskError as error:
+        cause = error.cause if isinstance(error.cause, Exception) else None
+        raise (cause or error) from None
+    except ray.exceptions.WorkerCrashedError as error:
+        raise WorkerDiedError(f"A Ray worker died again and again: {error}") from error

@@ -1,0 +1,145 @@
+"""From radar files to stored codes: the numbers are those that the settings promise."""
+
+import json
+import pickle
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data_prep.radar_plan import RadarPlanSettings
+from data_prep.radar_source import RadarSettings, RadarSource, radar_source
+from data_prep.source import BadFile, Frame
+from tests.real_data import real_data
+
+PLAN = RadarPlanSettings(frames=1, split_by="time", split_gap_minutes=0)
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    """Twelve images of 6 x 8 pixels, ten minutes apart; pixel value 255 is missing."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for number in range(12):
+        field_HW = np.full((6, 8), 20 * number, np.uint8)
+        field_HW[0, 0] = 255
+        name = f"20200101{number // 6:02d}{10 * (number % 6):02d}.png"
+        Image.fromarray(field_HW).save(folder / name)
+    return folder
+
+
+def source_of(folder: Path, **changes: object) -> RadarSource:
+    settings = RadarSettings(
+        source=str(folder),
+        reader="images",
+        option=("quantity=reflectivity", "scale=0.25", "offset=0", "missing=255"),
+    )
+    return radar_source(replace(settings, **changes), PLAN)  # type: ignore[arg-type]
+
+
+def frames_of(source: RadarSource) -> list[Frame]:
+    found = [frame for job in source.jobs() for frame in source.convert(job)]
+    assert all(isinstance(frame, Frame) for frame in found), found
+    return found  # type: ignore[return-value]
+
+
+def test_stored_codes_are_the_values_and_missing_stays_missing(images: Path):
+    source = source_of(images)
+    frames = frames_of(source)
+    facts = source.facts(source.plan([frame.record for frame in frames]))
+    assert (facts.units.quantity, facts.units.unit) == ("reflectivity", "dBZ")
+    assert facts.frame_interval_minutes == 10.0
+    for number, frame in enumerate(frames):
+        codes_HW = frame.codes_CHW[0]
+        assert codes_HW[0, 0] == facts.units.missing_code
+        values = facts.units.offset + facts.units.scale * codes_HW[1:].astype(float)
+        np.testing.assert_allclose(values, 5.0 * number, atol=70 / 254 / 2 + 1e-6)
+        assert frame.record.observed_fraction == 47 / 48
+        assert frame.record.wet_fraction == (0.0 if number < 2 else 1.0)  # 0.1 mm/h is 7 dBZ
+
+
+def test_rain_is_stored_as_rain_where_that_is_asked_for(images: Path):
+    source = source_of(images, store="rain_rate", range=(0.0, 100.0), dtype="uint16")
+    frames = frames_of(source)
+    units = source.facts(source.plan([frame.record for frame in frames])).units
+    assert (units.unit, units.max_code, units.missing_code) == ("mm/h", 65534, 65535)
+    stored = units.scale * frames[8].codes_CHW[0, 3, 3]
+    assert stored == pytest.approx((10 ** (40 / 10) / 200) ** (1 / 1.6), abs=1e-3)
+
+
+def test_area_average_is_of_linear_reflectivity(tmp_path: Path):
+    for number in range(12):
+        field_HW = np.array([[0, 160], [0, 160]], np.uint8).repeat(2, axis=0)
+        Image.fromarray(field_HW).save(tmp_path / f"202001010{number // 6}{number % 6}0.png")
+    source = source_of(tmp_path, size=(1, 1))
+    codes_HW = frames_of(source)[0].codes_CHW[0]
+    mean_dbz = 10 * np.log10((10**0 + 10**4) / 2)  # not the 20 dBZ that decibels would give
+    assert float(codes_HW[0, 0]) * 70 / 254 == pytest.approx(mean_dbz, abs=70 / 254 / 2)
+
+
+def test_crop_takes_the_named_pixels_and_the_grid_follows(images: Path):
+    source = source_of(images, crop=(0, 0, 2, 3))
+    frame = frames_of(source)[0]
+    assert frame.codes_CHW.shape == (1, 2, 3)
+    assert frame.record.observed_fraction == 5 / 6
+
+
+def test_files_that_differ_are_named(images: Path):
+    Image.fromarray(np.zeros((5, 5), np.uint8)).save(images / "202001010200.png")
+    (images / "202001010210.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    source = source_of(images)
+    bad = [found for found in source.convert(("202001010200.png", "202001010210.png"))]
+    assert [type(found) for found in bad] == [BadFile, BadFile]
+    assert "not like the other files" in bad[0].reason and "grid" in bad[0].reason
+    assert bad[1].file == "202001010210.png"
+
+
+def test_settings_name_no_place_and_travel_to_processes(images: Path):
+    source = source_of(images)
+    text = json.dumps(source.settings())
+    assert str(images) not in text and "Marshall" not in text
+    assert pickle.loads(pickle.dumps(source)) == source
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"option": ("scale",)}, "KEY=VALUE"),
+        ({"option": ("scael=1",)}, "scale"),
+        ({"include": ("1999*",)}, "no file that could be"),
+        ({"reader": "radolan"}, "radolan"),
+        ({"crop": (0, 0, 7, 8)}, "does not lie inside"),
+        ({"size": (12, 16)}, "nothing is enlarged"),
+        ({"store": "vil"}, "no physical path"),
+    ],
+)
+def test_wrong_settings_say_what_is_wrong(images: Path, changes: dict, message: str):
+    with pytest.raises(ValueError, match=message):
+        source_of(images, **changes)
+
+
+def test_a_missing_folder_is_named(tmp_path: Path):
+    with pytest.raises(ValueError, match="nowhere"):
+        source_of(tmp_path / "nowhere")
+
+
+def test_real_rain_is_stored_by_the_provider_s_rule_and_marshall_palmer():
+    h5py = pytest.importorskip("h5py")
+    folder = real_data("knmi")
+    source = radar_source(RadarSettings(source=str(folder)), PLAN)
+    (job, *_) = source.jobs()
+    frame = next(f for f in source.convert(job) if isinstance(f, Frame))
+    with h5py.File(folder / frame.record.file) as file:
+        raw_HW = file["image1/image_data"][:]
+    rate_HW = raw_HW * 0.01 * 12
+    with np.errstate(divide="ignore"):
+        dbz_HW = 10 * np.log10(200 * rate_HW**1.6)
+    observed = raw_HW != 65535
+    codes_HW = frame.codes_CHW[0]
+    np.testing.assert_array_equal(codes_HW == 255, ~observed)
+    expected = np.clip(dbz_HW[observed], 0, 70)
+    np.testing.assert_allclose(
+        codes_HW[observed].astype(float) * 70 / 254, expected, atol=70 / 254 / 2 + 1e-4
+    )

@@ -1,0 +1,187 @@
+"""Rain: teachers learn Swiss and Finnish composites, the student a Dutch one (after Table 4).
+
+The paper's radar data (Guangzhou and Beijing) are not public; this is the same situation on public
+files of three weather services. Where the files lie is said by $TMU_DIST_RADAR, a folder with
+`mch`, `fmi` and `knmi` in it (docs/radar.md). All three are brought to one scale, 0 to 70 dBZ every
+five minutes, because teachers must mean the same by a number as their student.
+
+Each recipe exists in two sizes that differ in values only: `radar-*` trains on two cores,
+`paper-radar-*` has the paper's size (256x256, 3x3 filters, 4 x 64, Sec. 4.3).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+
+from tmu_dist.config import (
+    DataConfig,
+    ModelConfig,
+    RunConfig,
+    ScheduleConfig,
+    TrainingConfig,
+    TransferConfig,
+    WindowConfig,
+)
+from tmu_dist.recipes.base import Recipe, workspace
+
+
+@dataclass(frozen=True, kw_only=True)
+class Region:
+    """One service's files: which part of the field, which times."""
+
+    pixels: int
+    """Side of the square, in original pixels of 1 km, that is observed in every frame."""
+    top: int
+    left: int
+    splits: tuple[str, ...]
+    """Arguments that say which times validate and test."""
+    include: tuple[str, ...] = ()
+
+
+REGIONS = {
+    "mch": Region(pixels=384, top=101, left=179, splits=("--val", "2017-01-31")),
+    "fmi": Region(pixels=544, top=526, left=134, splits=("--val", "2017-05-09")),
+    "knmi": Region(
+        pixels=288,
+        top=284,
+        left=225,
+        splits=(
+            *("--val", "2010-08-26T03:40/2010-08-26T05:20"),
+            *("--test", "2010-08-26T05:30/2010-08-26T07:35"),
+            *("--split-gap-minutes", "10"),
+        ),
+    ),
+}
+SOURCES = ("mch", "fmi")
+TARGET = "knmi"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    """Everything in which the small and the paper's experiment differ."""
+
+    prefix: str
+    shrink: int
+    """Original pixels on the side of a stored one."""
+    tile: int
+    """Side of a sequence's frames, in stored pixels."""
+    tiles_per_side: int
+    """Overlapping tiles that are cut from the square of each region, in each direction."""
+    window: WindowConfig
+    model: ModelConfig
+    training: TrainingConfig
+    teacher_steps: int
+    schedule: ScheduleConfig
+    max_validation_samples: int | None
+
+
+SMALL = Size(
+    prefix="radar",
+    shrink=2,
+    tile=64,
+    tiles_per_side=3,
+    window=WindowConfig(num_input_frames=6, num_target_frames=6),
+    model=ModelConfig(num_layers=2, hidden_channels=32, kernel_size=3),
+    training=TrainingConfig(num_steps=600, batch_size=8, sampling_stop_step=300),
+    teacher_steps=800,
+    schedule=ScheduleConfig(log_every=10, validate_every=100, checkpoint_every=100),
+    max_validation_samples=64,
+)
+
+PAPER = Size(
+    prefix="paper-radar",
+    shrink=1,
+    tile=256,
+    tiles_per_side=2,
+    window=WindowConfig(),
+    model=ModelConfig(kernel_size=3, patch_size=8),
+    training=TrainingConfig(),
+    teacher_steps=80_000,
+    schedule=ScheduleConfig(),
+    max_validation_samples=None,
+)
+
+
+def recipes() -> dict[str, Callable[[], Recipe]]:
+    """Every recipe of this file, by name."""
+    found: dict[str, Callable[[], Recipe]] = {}
+    for size in (SMALL, PAPER):
+        for region in SOURCES:
+            found[f"{size.prefix}-teacher-{region}"] = partial(_teacher, size, region)
+            found[f"{size.prefix}-finetune-{region}"] = partial(_finetune, size, region)
+        found[f"{size.prefix}-scratch"] = partial(
+            _student, size, "scratch", TransferConfig(method="scratch")
+        )
+        found[f"{size.prefix}-tmu-scratch"] = partial(
+            _student, size, "tmu-scratch", TransferConfig(method="tmu_scratch", num_slots=2)
+        )
+        found[f"{size.prefix}-tmu"] = partial(_tmu, size)
+    return found
+
+
+def archive(size: Size, name: str) -> dict[str, tuple[str, ...]]:
+    """The archive of one region by URL, with the arguments of `python -m data_prep`."""
+    url = str(workspace() / "archives" / f"{size.prefix}-{name}")
+    raw = os.environ.get("TMU_DIST_RADAR", str(workspace() / "radar"))
+    region = REGIONS[name]
+    side = region.pixels // size.shrink
+    step = (side - size.tile) // max(size.tiles_per_side - 1, 1) or 1
+    arguments = (
+        *("radar", "--source", f"{raw}/{name}", "--out", url, "--name", f"{size.prefix}-{name}"),
+        *("--crop", str(region.top), str(region.left), str(region.pixels), str(region.pixels)),
+        *("--size", str(side), str(side)),
+        *("--tile", str(size.tile), str(size.tile), "--tile-step", str(step), str(step)),
+        *("--frames", str(size.window.num_frames), "--evaluation-stride", "1"),
+        *region.splits,
+    )
+    return {url: arguments}
+
+
+def _run(size: Size, name: str, url: str, transfer: TransferConfig) -> RunConfig:
+    return RunConfig(
+        output=str(workspace() / "runs" / f"{size.prefix}-{name}"),
+        window=size.window,
+        data=DataConfig(url=url, max_validation_samples=size.max_validation_samples),
+        model=size.model,
+        transfer=transfer,
+        training=size.training,
+        schedule=size.schedule,
+    )
+
+
+def _teacher(size: Size, region: str) -> Recipe:
+    archives = archive(size, region)
+    (url,) = archives
+    config = _run(size, f"teacher-{region}", url, TransferConfig(method="scratch"))
+    training = replace(config.training, num_steps=size.teacher_steps)
+    return Recipe(config=replace(config, training=training), archives=archives)
+
+
+def _student(
+    size: Size, name: str, transfer: TransferConfig, teachers: dict[str, str] | None = None
+) -> Recipe:
+    archives = archive(size, TARGET)
+    (url,) = archives
+    return Recipe(
+        config=_run(size, name, url, transfer), archives=archives, teachers=teachers or {}
+    )
+
+
+def _teachers(size: Size, *regions: str) -> dict[str, str]:
+    names = [f"{size.prefix}-teacher-{region}" for region in regions]
+    return {str(workspace() / "runs" / name): name for name in names}
+
+
+def _finetune(size: Size, region: str) -> Recipe:
+    teachers = _teachers(size, region)
+    transfer = TransferConfig(method="finetune", teachers=tuple(teachers))
+    return _student(size, f"finetune-{region}", transfer, teachers)
+
+
+def _tmu(size: Size) -> Recipe:
+    teachers = _teachers(size, *SOURCES)
+    transfer = TransferConfig(method="tmu", teachers=tuple(teachers))
+    return _student(size, "tmu", transfer, teachers)
