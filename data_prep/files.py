@@ -33,7 +33,8 @@ def list_files(
         return [folder.name], []
     if folder is not None and not folder.is_dir():
         raise ValueError(f"There is no file or folder {root}: check --source.")
-    matching, others = [], []
+    matching: list[str] = []
+    others: list[str] = []
     for path in storage.list_paths(root):
         name = path.rpartition("/")[2].lower()
         wanted = any(fnmatch.fnmatch(name, pattern) for pattern in patterns) and (

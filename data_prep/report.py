@@ -1,19 +1,30 @@
 """The report of an archive: report.json, which is part of it, and a page (HTML) to look at.
 
-Deliberately not here: what the page says and how it is drawn (`report_page`, `report_charts`).
+Deliberately not here: what the page says (`report_page`, `report_coverage`) and how it is drawn
+(`report_charts`, `report_html`).
 """
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from data_prep.source import ArchiveFacts, BadFile, Plan
+from tmu_dist.data import storage
+from tmu_dist.data.manifest import REPORT_PATH, SPLITS, STATISTICS_PATH, Manifest
+
+if TYPE_CHECKING:
+    from tmu_dist.data.archive import Archive
 
 _MOST_LISTED = 1000
 """Rows of a list in report.json; the number of all is beside it."""
+_EXAMPLES_TRAIN, _EXAMPLES = 3, 2
+"""Sequences that the page shows of the training split, and of each other split."""
+_MOST_RECORDS = 50
+"""Sequences of a split whose records are read for its mean wet fraction."""
 
 
 def compose_report(
@@ -51,5 +62,66 @@ def _file_table(files: Sequence[BadFile]) -> dict[str, Any]:
 
 
 def write_report(url: str, out_path: Path) -> Path:
-    """Write the page of an archive and return its path."""
-    raise NotImplementedError
+    """Write a page (HTML) about an archive that needs nothing beside itself.
+
+    Args:
+        url: the archive, of either format; with or without report.json and statistics.json.
+        out_path: the page; it appears whole or not at all.
+
+    Returns:
+        `out_path`.
+
+    Raises:
+        ValueError: no such archive, a damaged sample, or a damaged report or statistics.
+    """
+    from data_prep.report_html import document
+    from data_prep.report_page import PageData, page_parts
+    from data_prep.show import read_sequences
+    from tmu_dist.data.archive import open_archive
+
+    archive = open_archive(url)
+    manifest = archive.manifest
+    splits = [split for split in SPLITS if split in manifest.splits]
+    data = PageData(
+        url=url,
+        manifest=manifest,
+        statistics=_read_json(url, manifest, STATISTICS_PATH),
+        report=_read_json(url, manifest, REPORT_PATH),
+        examples={
+            split: read_sequences(url, split, _EXAMPLES_TRAIN if split == "train" else _EXAMPLES)[1]
+            for split in splits
+        },
+        wet_fractions=_wet_fractions(archive, splits),
+    )
+    text = document(f"{manifest.name}: archive report", page_parts(data))
+    storage.write_bytes(str(out_path.parent), out_path.name, text.encode())
+    return out_path
+
+
+def _read_json(url: str, manifest: Manifest, path: str) -> dict[str, Any]:
+    """Return an object of the archive, {} where it has none."""
+    if path not in {stored.path for stored in manifest.objects}:
+        return {}
+    try:
+        record = json.loads(storage.read_text(url, path))
+    except ValueError as error:
+        if isinstance(error, storage.StorageError):
+            raise
+        raise ValueError(f"{storage.join_url(url, path)} is not valid JSON: {error}.") from error
+    if not isinstance(record, dict):
+        raise ValueError(f"{storage.join_url(url, path)} is no JSON object; verify the archive.")
+    return record
+
+
+def _wet_fractions(archive: Archive, splits: Sequence[str]) -> dict[str, float]:
+    """Return the mean wet fraction of some sequences of each split, where records have it."""
+    from data_prep.panels import spread
+
+    found = {}
+    for split in splits:
+        ids = spread(archive.manifest.num_samples(split), _MOST_RECORDS)
+        fractions = [archive.read_meta(split, number).get("wet_fraction") for number in ids]
+        known = [fraction for fraction in fractions if isinstance(fraction, int | float)]
+        if known:
+            found[split] = sum(known) / len(known)
+    return found

@@ -139,14 +139,13 @@ def _write_tar(piece: _TarPiece) -> tuple[Shard, CodeHistogram]:
     """Write one tar shard, unless its record says that it is there."""
     name = f"{piece.split}-{piece.number:06d}"
     if record := piece.staging.read_shard(piece.plan_key, name):
-        fields = {k: tuple(v) if isinstance(v, list) else v for k, v in record["shard"].items()}
-        return Shard(**fields), CodeHistogram.from_record(record["histogram"])
+        return _shard(record["shard"]), CodeHistogram.from_record(record["histogram"])
     histogram = CodeHistogram.empty(piece.reader.dtype)
     to_count = set(piece.counted)
 
     def samples() -> Iterator[Sample]:
         for index, sequence in enumerate(piece.sequences):
-            tiles = []
+            tiles: list[Codes] = []
             for number, frame_CHW in zip(
                 sequence.frames, piece.reader.sequence(sequence.frames), strict=True
             ):
@@ -160,7 +159,7 @@ def _write_tar(piece: _TarPiece) -> tuple[Shard, CodeHistogram]:
                 "split": piece.split,
                 "weight": sequence.weight,
             }
-            yield Sample(sequence.key, np.stack(tiles), meta)
+            yield Sample(sequence.key, _stacked(tiles), meta)
 
     shard = write_shard(piece.staging.url, shard_path(piece.split, piece.number), samples())
     piece.staging.write_shard(
@@ -169,6 +168,17 @@ def _write_tar(piece: _TarPiece) -> tuple[Shard, CodeHistogram]:
         {"shard": dataclasses.asdict(shard), "histogram": histogram.to_record()},
     )
     return shard, histogram
+
+
+def _shard(record: Mapping[str, Any]) -> Shard:
+    """A tar shard from its JSON record."""
+    lists = {name: tuple(v) for name, v in record.items() if isinstance(v, list)}
+    return Shard(**(dict(record) | lists))
+
+
+def _stacked(frames: Sequence[Codes]) -> Codes:
+    frames_TCHW: Codes = np.stack(frames)  # type: ignore[assignment]
+    return frames_TCHW
 
 
 def _tile(frame_CHW: Codes, sequence: SequencePlan, size: tuple[int, int]) -> Codes:

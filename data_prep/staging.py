@@ -95,7 +95,7 @@ class Staging:
             records=tuple(FrameRecord(**facts) for facts in record["records"]),
             places=tuple(Place(*place) for place in record["places"]),
             bad=tuple(BadFile(*bad) for bad in record["bad"]),
-            shape_CHW=tuple(record["shape"]) if record["shape"] else None,  # type: ignore[arg-type]
+            shape_CHW=tuple(record["shape"]) if record["shape"] else None,
             dtype=record["dtype"],
         )
 

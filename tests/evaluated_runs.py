@@ -16,9 +16,7 @@ from tmu_dist.evaluation.baselines import FLOW_DEFINITION
 from tmu_dist.evaluation.metrics import METRIC_NAMES, PHYSICAL_METRIC_NAMES
 from tmu_dist.evaluation.radar_result import RadarResult
 from tmu_dist.evaluation.rain import RadarScores, RadarSettings, radar_definitions
-from tmu_dist.evaluation.report import (
-    PageSettings,
-)
+from tmu_dist.evaluation.report import PageSettings
 from tmu_dist.evaluation.result import (
     GATES_DEFINITION,
     RUNTIME_DEFINITIONS,

@@ -33,7 +33,7 @@ from data_prep.readers.radar import (
     RadarFrame,
     import_extra,
 )
-from data_prep.readers.raw import head_of, look_up, opened, pick, reading
+from data_prep.readers.raw import head_of, look_up, opened, pick, read_up_to, reading
 from tmu_dist.data.manifest import Grid, SourceCard
 
 _MRMS_DISCIPLINE = 209
@@ -167,7 +167,7 @@ def _messages(path: Path) -> Iterator[tuple[str, bytes]]:
             if head[7] != 2:
                 raise BadFileError(path, f"message {number} is of GRIB edition {head[7]}, not 2")
             length = int.from_bytes(head[8:16], "big")
-            data = head + stream.read(max(0, length - 16))
+            data = head + read_up_to(stream, length - 16)
             if len(data) != length or data[-4:] != b"7777":
                 raise BadFileError(
                     path, f"message {number} is truncated: {len(data)} of {length} bytes"

@@ -87,7 +87,6 @@ def _open(path: Path) -> Iterator[CFDataset]:
     """Open a file; whatever goes wrong inside names it."""
     netcdf4 = import_extra("netCDF4", "radar", "Reading NetCDF files")
     with reading(path):
-        _check_length(path)
         try:
             with netcdf4.Dataset(path, "r") as file:
                 file.set_auto_maskandscale(False)

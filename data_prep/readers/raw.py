@@ -44,6 +44,7 @@ _READ_ERRORS = (
     NotImplementedError,  # zipfile's word for an unknown compression
 )
 _BLOCK_VALUES = 2**20
+_READ_BYTES = 2**24
 _TAR_MAGIC = slice(257, 262)
 _TIME = re.compile(
     r"(?<!\d)(?P<date>(?:19|20)\d\d[-_.]?(?:0[1-9]|1[0-2])[-_.]?(?:0[1-9]|[12]\d|3[01]))"
@@ -108,6 +109,15 @@ def bytes_of(path: Path) -> bytes:
     """
     with opened(path) as stream:
         return stream.read()
+
+
+def read_up_to(stream: IO[bytes], num_bytes: int) -> bytes:
+    """Return the next bytes, fewer at the end; a damaged length takes no memory for nothing."""
+    parts: list[bytes] = []
+    while num_bytes > 0 and (part := stream.read(min(num_bytes, _READ_BYTES))):
+        parts.append(part)
+        num_bytes -= len(part)
+    return b"".join(parts)
 
 
 def members(path: Path) -> Iterator[tuple[str, str, io.BufferedReader]]:

@@ -74,7 +74,7 @@ def test_known_answers_never_change():
         9817491932198370423,
     ]
     order = epoch_order([4, 3, 5], seed=7, epoch=2, fraction=0.75, window=4, lanes=2)
-    assert order.ids.tolist() == [3, 8, 0, 5, 1, 7, 2, 6, 4]
+    assert order.ids.tolist() == [3, 10, 5, 9, 4, 11, 2, 7, 6]
 
 
 @settings(deadline=None)
@@ -125,9 +125,19 @@ def test_the_data_amounts_of_the_paper():
     assert counts == {0.25: 2500, 0.5: 5000, 0.75: 7500, 1.0: 10_000, 2.0: 20_000}
 
 
-def test_a_fraction_reads_few_shards():
-    ids = epoch_order([10] * 100, seed=0, epoch=0, fraction=0.25).ids
-    assert len(set((ids // 10).tolist())) == 25
+@settings(deadline=None)
+@given(shard_sizes, seeds, seeds, st.floats(0.01, 1))
+def test_a_fraction_is_a_function_of_the_sample_ids(sizes, seed, other_seed, fraction):
+    """Neither the seed nor how samples lie in shards plays a part."""
+    one = epoch_order(sizes, seed=seed, epoch=0, fraction=fraction)
+    other = epoch_order([sum(sizes)], seed=other_seed, epoch=3, fraction=fraction)
+    assert sorted(one.ids.tolist()) == sorted(other.ids.tolist())
+
+
+def test_a_fraction_is_spread_over_the_split():
+    ids = epoch_order([1000], seed=0, epoch=0, fraction=0.25).ids
+    counts, _ = np.histogram(ids, bins=10, range=(0, 1000))
+    assert counts.min() >= 12 and counts.max() <= 40
 
 
 def test_fraction_counts_round_up_but_not_for_rounding_errors():

@@ -505,6 +505,25 @@ def test_grids_in_kilometres_without_corners_and_without_a_projection(tmp_path):
         assert any("does not place its grid" in note for note in scanned.notes)
 
 
+def test_corners_that_are_centres_of_pixels_are_noticed(tmp_path):
+    lonlat = {
+        "where.projdef": "+proj=longlat +ellps=WGS84",
+        "where.xscale": 0.5,
+        "where.yscale": 0.5,
+        "where.LL_lon": 10.25,
+        "where.LL_lat": 40.25,
+        "where.UR_lon": 11.25,
+        "where.UR_lat": 40.75,
+    }
+    scanned = ODIMReader().scan(odim(tmp_path / "a.h5", **lonlat))
+    assert (scanned.grid.left, scanned.grid.top, scanned.grid.pixel_width) == (10, 41, 0.5)
+    assert any("centres of pixels" in note for note in scanned.notes)
+    unlike = odim(tmp_path / "b.h5", **lonlat | {"where.xscale": 0.4})
+    scanned = ODIMReader().scan(unlike)
+    assert scanned.grid.pixel_width == pytest.approx(1 / 3)
+    assert any("xscale is 0.4, but the corners" in note for note in scanned.notes)
+
+
 def test_projections_become_metric():
     assert metric("+proj=merc +units=km +x_0=5") == "+proj=merc +units=m +x_0=5"
     assert metric("EPSG:3035") == "EPSG:3035"

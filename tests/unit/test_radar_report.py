@@ -1,4 +1,4 @@
-"""Reports of radar: baselines, thresholds and what is undefined, on pages, in terminals and files."""
+"""Reports of radar: baselines, thresholds, and what is undefined, on page, terminal and file."""
 
 from __future__ import annotations
 
@@ -9,21 +9,9 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from tests.evaluated_runs import (
-    SETTINGS,
-    PageText,
-    radar_result,
-    radar_scores,
-)
-from tmu_dist.evaluation.comparison import (
-    RunEntry,
-    check_comparable,
-)
-from tmu_dist.evaluation.report import (
-    write_comparison_page,
-    write_figures,
-    write_markdown_tables,
-)
+from tests.evaluated_runs import SETTINGS, PageText, radar_result, radar_scores
+from tmu_dist.evaluation.comparison import RunEntry, check_comparable
+from tmu_dist.evaluation.report import write_comparison_page, write_figures, write_markdown_tables
 from tmu_dist.evaluation.tables import (
     categorical_table,
     format_radar_score,

@@ -15,14 +15,7 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from tests.evaluated_runs import (
-    SETTINGS,
-    N,
-    PageText,
-    T,
-    result,
-    scores,
-)
+from tests.evaluated_runs import SETTINGS, N, PageText, T, result, scores
 from tmu_dist.evaluation.comparison import (
     RunEntry,
     check_comparable,
@@ -30,15 +23,9 @@ from tmu_dist.evaluation.comparison import (
     read_learning_curve,
 )
 from tmu_dist.evaluation.examples import Example
-from tmu_dist.evaluation.report import (
-    write_comparison_page,
-    write_figures,
-)
+from tmu_dist.evaluation.report import write_comparison_page, write_figures
 from tmu_dist.evaluation.score_table import Scores, ScoreTable
-from tmu_dist.evaluation.tables import (
-    format_count,
-    format_score,
-)
+from tmu_dist.evaluation.tables import format_count, format_score
 from tmu_dist.evaluation.terminal import comparison_table, terminal_summary
 
 

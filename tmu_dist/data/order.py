@@ -16,11 +16,11 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-ORDER_VERSION = 1
+ORDER_VERSION = 2
 """Part of what a checkpoint records: raise it with any change to the order below."""
 
 # Uses of the hash. Different uses of one seed must be independent.
-_SUBSET, _SHARDS, _SAMPLES, _FULL = 1, 2, 3, 4
+_SUBSET, _SHARDS, _SAMPLES = 1, 2, 3
 
 
 class EpochOrder(NamedTuple):
@@ -104,15 +104,14 @@ def epoch_order(
     lane is shuffled within windows, and the lanes are read in turn. Neighbours in the order come
     from different shards, yet a reader of one lane touches only few shards at a time.
 
-    A fraction keeps whole shards in a fixed keyed order and cuts the last one, so that less data
-    also means fewer bytes. Whether a sample belongs to it depends on its id, through its shard,
-    and below 100 % on the seed; never on the epoch. A smaller fraction's subset lies in a larger
-    one's, and the `full` samples of 100 % are the same for every seed, as all samples are.
+    Whether a sample belongs to a fraction depends on its id alone: samples are ranked by a hash of
+    their ids, and the first so many are kept. So a smaller fraction's subset lies in a larger one's
+    and is spread over the whole split, and it is the same for every seed and epoch.
 
     Args:
         shard_sizes: samples per shard, in manifest order.
-        seed: of the subset and of the shuffling.
-        epoch: which epoch, from 0; it changes the shuffling only.
+        seed: of the shuffling.
+        epoch: which epoch, from 0.
         fraction: samples to use, as a multiple of `full`.
         full: how many samples are 100 %; None: all of them.
         shuffle: False gives the samples in natural (id) order, all in lane 0.
@@ -132,12 +131,13 @@ def epoch_order(
         )
     num_samples = int(sizes.sum())
     keep = count_of_fraction(num_samples, fraction, full)
-    kept = _kept_per_shard(sizes, seed, keep, num_samples if full is None else full)
-    shards = np.flatnonzero(kept)
+    shards = np.arange(len(sizes))
     if shuffle:
         shards = shards[np.argsort(keyed_hash(shards, seed, epoch, _SHARDS), kind="stable")]
     first_ids = np.cumsum(sizes) - sizes
-    ids = _concatenated_ranges(first_ids[shards], kept[shards])
+    ids = _concatenated_ranges(first_ids[shards], sizes[shards])
+    if keep < num_samples:
+        ids = ids[_is_kept(num_samples, keep)[ids]]
     if not shuffle:
         return EpochOrder(ids, np.zeros(len(ids), np.int32))
     return _shuffle_in_lanes(ids, keyed_hash(ids, seed, epoch, _SAMPLES), window, lanes)
@@ -172,22 +172,10 @@ def rank_slice(batch: GlobalBatch, rank: int, world_size: int) -> GlobalBatch:
     return batch._replace(ids=batch.ids[part], weights=batch.weights[part])
 
 
-def _kept_per_shard(sizes: NDArray[np.int64], seed: int, keep: int, full: int) -> NDArray[np.int64]:
-    """Return how many leading samples of each shard are among the `keep` of a fraction."""
-    if keep > full:
-        return _cut(sizes, keep, _FULL)
-    return _cut(_cut(sizes, full, _FULL), keep, seed, _SUBSET)
-
-
-def _cut(sizes: NDArray[np.int64], keep: int, *key: int) -> NDArray[np.int64]:
-    """Keep the first `keep` samples of the shards, laid end to end in keyed order."""
-    if keep >= sizes.sum():
-        return sizes
-    priority = np.argsort(keyed_hash(np.arange(len(sizes)), *key), kind="stable")
-    taken_before = np.cumsum(sizes[priority]) - sizes[priority]
-    kept = np.empty_like(sizes)
-    kept[priority] = np.clip(keep - taken_before, 0, sizes[priority])
-    return kept
+def _is_kept(num_samples: int, keep: int) -> NDArray[np.bool_]:
+    """Say of each sample id whether it is among the `keep` that a fraction has."""
+    rank = keyed_hash(np.arange(num_samples), _SUBSET)  # one to one, so there are no ties
+    return rank <= np.partition(rank, keep - 1)[keep - 1]
 
 
 def _concatenated_ranges(
