@@ -177,6 +177,15 @@ class MapView(VideoView):
         legend.paste(scale_bar, (bar_width + gap, 0) if beside else (0, _BAR_HEIGHT_PX + 6))
         return legend
 
+    def extent_text(self) -> str:
+        """Say how large a frame is on the map; "" where the archive does not say."""
+        if self._pixel_km is None:
+            return ""
+        width = self._pixel_km[0] * self.manifest.width
+        height = self._pixel_km[1] * self.manifest.height
+        place = self._latitude_note()
+        return f"A frame is {width:,.4g} km wide{place} and {height:,.4g} km high."
+
     def palette(self) -> Image.Image | None:
         """Every step and the greys of text and hatching, so that no colour flickers."""
         shades = np.linspace(0, 255, 40).round().astype(np.uint8)

@@ -125,7 +125,8 @@ class _Builder:
         self.files = [source.describe_files(job) for job in self.jobs]
         settings = source.settings()
         common = {"pipeline_version": PIPELINE_VERSION, "output": dataclasses.asdict(output)}
-        self.created_by = common | {"source": settings, "files_sha256": _hash(self.files)}
+        created_by = common | {"source": settings, "files_sha256": _hash(self.files)}
+        self.created_by = json.loads(json.dumps(created_by))  # as a manifest gives it back
         # Frames do not depend on the plan, and a repaired file costs its own job again, not all:
         # neither is part of the key under which converted frames are found again.
         conversion = {name: value for name, value in settings.items() if name != "plan"}

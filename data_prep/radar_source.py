@@ -171,6 +171,13 @@ class RadarSource:
     def settings(self) -> dict[str, Any]:
         record = dataclasses.asdict(self.settings_)
         del record["source"], record["reader"], record["option"]
+        record |= {  # what was left out, as it was decided
+            "crop": dataclasses.astuple(self._crop),
+            "size": self._stored_size,
+            "store": self._stored,
+            "range": (self._scale.low, self._scale.high),
+            "dtype": self._dtype,
+        }
         return {
             "kind": "radar",
             "reader": {"name": self.reader.name, **_fields(self.reader)},

@@ -1,7 +1,7 @@
 """The report of an archive: report.json, which is part of it, and a page (HTML) to look at.
 
-Deliberately not here: what the page says (`report_page`, `report_coverage`) and how it is drawn
-(`report_charts`, `report_html`).
+Deliberately not here: what the page says (`report_page`, `report_coverage`, `report_losses`) and
+how it is drawn (`report_charts`, `report_html`).
 """
 
 from __future__ import annotations

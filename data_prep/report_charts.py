@@ -17,7 +17,8 @@ from data_prep.report_html import SPLIT_COLOURS, Html
 from tmu_dist.colours import MISSING, MISSING_LINE, OUTLINE, ColourScale, tick_label
 from tmu_dist.data.manifest import SPLITS, Units
 
-_WIDTH = 860
+_WIDTH, _HISTOGRAM_WIDTH = 1080, 740
+"""About as wide as they are on a screen, so that letters have their size."""
 _MOST_BARS = 70
 _LETTER_PX = 6.6
 _TICK_HOURS = (0.25, 0.5, 1, 2, 3, 6, 12, 24, 48, 120, 240, 720, 2160, 8760)
@@ -55,14 +56,14 @@ def histogram_chart(statistics: Mapping[str, Any], units: Units, scale: ColourSc
         np.append(starts, len(counts)) * codes_per_bin, units.max_code + 1
     )
     lowest = min((share for share in shares if share > 0), default=0.01)
-    decades = min(7, max(2, math.ceil(-math.log10(lowest))))
-    left, top, width, height = 64, 12, _WIDTH - 84, 220
+    decades = min(6, max(2, math.ceil(-math.log10(lowest))))
+    left, top, width, height = 64, 12, _HISTOGRAM_WIDTH - 84, 230
     parts = []
     for power in range(decades + 1):
         y = top + height * power / decades
-        percent = 100 / 10**power
+        percent = np.format_float_positional(100 / 10**power, trim="-")
         parts.append(_line(left, y, left + width, y, "var(--line)"))
-        parts.append(_text(left - 8, y + 4, f"{percent:g} %", anchor="end"))
+        parts.append(_text(left - 8, y + 4, f"{percent} %", anchor="end"))
     low, high = float(edges.min()), float(edges.max())
 
     def x_of(value: float) -> float:
@@ -74,8 +75,9 @@ def histogram_chart(statistics: Mapping[str, Any], units: Units, scale: ColourSc
         tall = height * max(0.02, 1 + math.log10(share) / decades)
         x, end = sorted((x_of(float(one)), x_of(float(other))))
         title = f"{min(one, other):.4g} to {max(one, other):.4g}: {100 * share:.3g} %"
+        wide = max(0.8, end - x - 0.6)
         parts.append(
-            f'<rect x="{x:.1f}" y="{top + height - tall:.1f}" width="{max(0.8, end - x - 0.6):.1f}" '
+            f'<rect x="{x:.1f}" y="{top + height - tall:.1f}" width="{wide:.1f}" '
             f'height="{tall:.1f}" {_bar_paint(scale, float(min(one, other)))}>'
             f"<title>{html.escape(title)}</title></rect>"
         )
@@ -86,7 +88,7 @@ def histogram_chart(statistics: Mapping[str, Any], units: Units, scale: ColourSc
     parts.append(_line(left, bottom, left + width, bottom, "var(--muted)"))
     parts.append(_text(left + width / 2, bottom + 38, scale.label))
     what = f"Histogram of {scale.label}: percentage of observed pixels, logarithmic"
-    return _svg(parts, bottom + 48, what)
+    return _svg(parts, bottom + 48, what, width=_HISTOGRAM_WIDTH)
 
 
 def colour_bar(scale: ColourScale, *, shows_missing: bool) -> Html:

@@ -22,7 +22,10 @@ _MOST_EVENTS, _MOST_SERIES, _MOST_GROUPS, _MOST_GAPS = 40, 16, 60, 50
 
 def coverage_parts(manifest: Manifest, plan: Mapping[str, Any]) -> list[Html]:
     """Charts of when (or of whom) there are frames, by split, with gaps."""
-    runs, events = _rows(plan, "runs"), _rows(plan, "events")
+    runs, events = (
+        _rows(plan, "runs", "from", "to", "split"),
+        _rows(plan, "events", "first", "last"),
+    )
     if runs and events:
         return _time_parts(manifest, plan, runs, events)
     if groups := _groups(plan):
@@ -42,28 +45,33 @@ def _time_parts(
 ) -> list[Html]:
     step = timedelta(minutes=manifest.frame_interval_minutes or 0)
     quality = plan.get("quality")
-    gaps = _rows(quality, "gaps") if isinstance(quality, Mapping) else []
+    gaps = _rows(quality, "gaps", "from", "to")
     stretches = _stretches(runs, gaps, step)
     parts = [element("h2", "Time coverage and gaps"), _legend(runs, bool(gaps))]
     if len(events) > 1:
         lanes = _series_lanes(stretches)
-        parts += [element("h3", "From the first to the last frame"), _chart(overview_chart(lanes))]
+        parts += [
+            element("h3", "From the first to the last frame"),
+            scrolled_chart(overview_chart(lanes)),
+        ]
         if len(stretches) > _MOST_SERIES:
             parts.append(_more(len(stretches) - _MOST_SERIES, "series"))
     lanes = _event_lanes(events[:_MOST_EVENTS], stretches, step)
     title = "Event by event, from the first frame of each" if len(events) > 1 else "The event"
-    parts += [element("h3", title), _chart(event_chart(lanes))]
+    parts += [element("h3", title), scrolled_chart(event_chart(lanes))]
     events_number = plan["events"].get("number", len(events))
     if events_number > _MOST_EVENTS:
         parts.append(_more(events_number - _MOST_EVENTS, "events"))
     return [*parts, *_gap_table(gaps)]
 
 
-def _rows(record: Any, name: str) -> list[Mapping[str, Any]]:
-    """The list of a report's table; [] where there is none."""
+def _rows(record: Any, name: str, *needed: str) -> list[Mapping[str, Any]]:
+    """The rows of a report's table that have what is needed; [] where there is no such table."""
     part = record.get(name) if isinstance(record, Mapping) else None
     rows = part.get("list") if isinstance(part, Mapping) else None
-    return [row for row in rows if isinstance(row, Mapping)] if isinstance(rows, list) else []
+    if not isinstance(rows, list):
+        return []
+    return [row for row in rows if isinstance(row, Mapping) and row.keys() >= set(needed)]
 
 
 def _stretches(
@@ -73,7 +81,7 @@ def _stretches(
     found: dict[str, list[Stretch]] = {}
     for run in runs:
         start, end = parse_time(run["from"]), parse_time(run["to"])
-        text = f"{run['split']}: {_span_text(start, end)}, {run['frames']} frames"
+        text = f"{run['split']}: {_span_text(start, end)}, {run.get('frames', '?')} frames"
         stretch = Stretch(start, end + step, run["split"], text)
         found.setdefault(run.get("series", ""), []).append(stretch)
     for gap in gaps:
@@ -119,11 +127,13 @@ def _label(series: str) -> str:
 
 def _legend(runs: Sequence[Mapping[str, Any]], has_gaps: bool) -> Html:
     present = {run.get("split") for run in runs}
-    names = [element("span", split_name(split), "   ") for split in SPLITS if split in present]
+    names = [element("span", split_name(split), css="key") for split in SPLITS if split in present]
     if has_gaps:
         box = "border: 1px solid var(--gap); border-radius: 0"
-        names.append(element("span", element("span", "", css="swatch", style=box), "gap   "))
-    text = "Empty track: frames that are in no split. Times are UTC."
+        names.append(
+            element("span", element("span", "", css="swatch", style=box), "gap", css="key")
+        )
+    text = "Grey: no frame, or one that is in no split. Times are UTC."
     return element("p", *names, element("span", text), css="small")
 
 
@@ -162,14 +172,14 @@ def _groups(plan: Mapping[str, Any]) -> list[tuple[str, str, int]]:
 
 def _group_parts(plan: Mapping[str, Any], groups: list[tuple[str, str, int]]) -> list[Html]:
     legend = [
-        element("span", split_name(split), "   ")
+        element("span", split_name(split), css="key")
         for split in SPLITS
         if split in {row[1] for row in groups}
     ]
     parts = [
         element("h2", "Groups and gaps"),
         element("p", *legend, element("span", "Sequences of each group."), css="small"),
-        _chart(group_chart(groups[:_MOST_GROUPS])),
+        scrolled_chart(group_chart(groups[:_MOST_GROUPS])),
     ]
     if len(groups) > _MOST_GROUPS:
         parts.append(_more(len(groups) - _MOST_GROUPS, "groups"))
@@ -187,7 +197,8 @@ def _group_parts(plan: Mapping[str, Any], groups: list[tuple[str, str, int]]) ->
     return parts
 
 
-def _chart(chart: Html) -> Html:
+def scrolled_chart(chart: Html) -> Html:
+    """A chart that scrolls sideways on a narrow screen instead of getting too small to read."""
     return element("div", element("div", chart, css="chart"), css="scroll")
 
 

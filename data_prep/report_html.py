@@ -10,7 +10,8 @@ from __future__ import annotations
 import base64
 import html
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from PIL.Image import Image
 
@@ -34,7 +35,7 @@ h1 { font-size: clamp(1.55rem, 5vw, 2.2rem); line-height: 1.2; letter-spacing: -
 h2 { font-size: 1.2rem; letter-spacing: -0.005em; margin: 3.2rem 0 0.5rem; font-weight: 650; }
 h3 { font-size: 1rem; margin: 1.8rem 0 0.3rem; font-weight: 600; }
 p { max-width: 44rem; margin: 0.5rem 0; }
-.lead { font-size: 1.08rem; color: var(--muted); }
+.lead { font-size: 1.08rem; color: var(--muted); max-width: none; text-wrap: pretty; }
 .small { color: var(--muted); font-size: 0.875rem; }
 code, pre { font-family: ui-monospace, "SF Mono", Menlo, Consolas, monospace; font-size: 0.84rem; }
 pre { background: var(--panel); padding: 0.9rem 1.1rem; border-radius: 6px; overflow-x: auto;
@@ -62,10 +63,11 @@ td.text, th.text { text-align: left; white-space: normal; overflow-wrap: anywher
   gap: 0.5rem 2.5rem; align-items: start; }
 .beside dl.facts { margin-top: 0.6rem; gap: 0.25rem 1rem; }
 .beside dl.facts dd { text-align: right; font-variant-numeric: tabular-nums; }
-.strip { display: grid; gap: 3px; margin: 0.3rem 0 1.1rem; }
+.strip { display: grid; gap: 3px; margin: 0.15rem 0 1.1rem; }
 .strip figure { margin: 0; min-width: 0; }
 .strip img { display: block; width: 100%; height: auto; }
-.strip.outlined img { outline: 1px solid #9aa3aa; }
+.strip.outlined img { outline: 1px solid #9aa3aa; outline-offset: -1px; }
+.strips { overflow-x: auto; }
 .strip figcaption { font-size: 0.72rem; color: var(--muted); text-align: center;
   white-space: nowrap; line-height: 1.5; font-variant-numeric: tabular-nums; }
 .strip-title { font-size: 0.86rem; margin: 0.9rem 0 0; max-width: none; }
@@ -74,11 +76,12 @@ svg text { font-family: inherit; fill: var(--muted); font-size: 12px; }
 svg text.ink { fill: var(--ink); }
 .chart { min-width: 38rem; }
 .colour-bar { max-width: 34rem; margin: 0.6rem 0; }
+span.key { margin-right: 1.2em; white-space: nowrap; }
 details { margin: 0.8rem 0; }
 summary { cursor: pointer; font-size: 0.92rem; }
 ul { padding-left: 1.2rem; max-width: 46rem; margin: 0.5rem 0; }
 li { margin: 0.25rem 0; overflow-wrap: anywhere; }
-@media (max-width: 48rem) { body { padding-top: 1.8rem; } h2 { margin-top: 2.4rem; }
+@media screen and (max-width: 48rem) { body { padding-top: 1.8rem; } h2 { margin-top: 2.4rem; }
   .beside { grid-template-columns: minmax(0, 1fr); }
   dl.facts { grid-template-columns: 1fr; gap: 0; } dl.facts dd { margin-bottom: 0.5rem; }
   .beside dl.facts { grid-template-columns: max-content 1fr; }
@@ -89,7 +92,7 @@ li { margin: 0.25rem 0; overflow-wrap: anywhere; }
   body { max-width: none; padding: 0; font-size: 10pt; } table { font-size: 8.5pt; }
   h2 { margin-top: 1.6rem; } th, td { padding: 0.25rem 0.4rem; } .scroll { overflow: visible; }
   .chart, .strip { min-width: 0; } .strip figcaption { font-size: 6.5pt; }
-  .strip, tr, svg, .terms, .beside { break-inside: avoid; } h2, h3, .strip-title {
+  .strip, tr, svg, .terms, .beside { break-inside: avoid; } h2, h3, .strip-title, p.small {
   break-after: avoid; } pre { white-space: pre-wrap; } * { print-color-adjust: exact; } }
 """
 
@@ -155,6 +158,24 @@ def table(headings: Sequence[str], rows: Sequence[Sequence[str]], *, words: int 
 def details(summary: str, *content: str) -> Html:
     """Content that is folded away."""
     return element("details", element("summary", summary), *content)
+
+
+def section(record: Mapping[str, Any], *path: str) -> Mapping[str, Any]:
+    """A part of a JSON record; empty where it is not there or no object."""
+    for name in path:
+        part = record.get(name)
+        record = part if isinstance(part, Mapping) else {}
+    return record
+
+
+def absent(what: str, why: str) -> Html:
+    """The line that stands for a section without data."""
+    return element("p", f"{what}: left out, because {why}.", css="small")
+
+
+def number_text(value: Any) -> str:
+    """A number of a JSON record with its thousands apart; "" for anything else."""
+    return f"{value:,}" if isinstance(value, int | float) else ""
 
 
 def split_name(split: str) -> Html:

@@ -14,33 +14,27 @@ from typing import Any
 
 from data_prep.panels import MapView, join_facts, strided, view_of
 from data_prep.report_charts import colour_bar, histogram_chart
-from data_prep.report_coverage import coverage_parts
+from data_prep.report_coverage import coverage_parts, scrolled_chart
 from data_prep.report_html import (
     Html,
+    absent,
     bullet_list,
     details,
     element,
     facts_list,
+    number_text,
     picture,
+    section,
     split_name,
     table,
 )
-from data_prep.show import Sequence as Example
+from data_prep.report_losses import loss_parts
+from data_prep.show import Example
 from tmu_dist.colours import colour_scale
 from tmu_dist.data.manifest import SPLITS, Grid, Manifest, Shard
 
-_MOST_ROWS = 50
 _EXAMPLE_TILE_PX = 200
 _FORMATS = {"webdataset": "WebDataset tars", "zarr": "Zarr v3 store"}
-_REASONS = {
-    "duplicates": "another frame of the same time",
-    "nothing_observed": "nothing was observed in them",
-    "near_another_split": "too close in time to another split",
-    "in_no_sequence": "in no complete sequence",
-    "in_no_split": "in no split",
-    "too_little_observed": "too little was observed",
-    "too_dry": "too little rain (filter)",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,22 +61,9 @@ def page_parts(data: PageData) -> list[Html]:
         *_examples(data),
         *_values(data),
         *coverage_parts(data.manifest, section(data.report, "plan")),
-        *_left_out(data),
+        *loss_parts(data.report),
         *_settings(data),
     ]
-
-
-def section(record: Mapping[str, Any], *path: str) -> Mapping[str, Any]:
-    """A part of a JSON record; empty where it is not there or no object."""
-    for name in path:
-        part = record.get(name)
-        record = part if isinstance(part, Mapping) else {}
-    return record
-
-
-def absent(what: str, why: str) -> Html:
-    """The line that stands for a section without data."""
-    return element("p", f"{what}: left out, because {why}.", css="small")
 
 
 def _header(data: PageData) -> list[Html]:
@@ -206,10 +187,10 @@ def _splits(data: PageData) -> list[Html]:
         row = section(table_of, split)
         groups = section(row, "groups").get("number")
         columns["sequences"].append(f"{manifest.num_samples(split):,}")
-        columns["frames"].append(_number(row.get("frames_in_sequences")))
-        columns["events"].append(_number(row.get("events")))
-        columns["groups"].append(_number(groups))
-        columns["clips"].append(_number(row.get("clips")))
+        columns["frames"].append(number_text(row.get("frames_in_sequences")))
+        columns["events"].append(number_text(row.get("events")))
+        columns["groups"].append(number_text(groups))
+        columns["clips"].append(number_text(row.get("clips")))
         columns["first"].append(_time_text(row.get("first")))
         columns["last"].append(_time_text(row.get("last")))
     if data.wet_fractions:
@@ -231,8 +212,9 @@ def _splits(data: PageData) -> list[Html]:
     parts = [element("h2", "Splits"), table(["Split", *(named[name] for name in shown)], rows)]
     if rule := section(data.report, "plan").get("split_rule"):
         parts.append(element("p", f"Split {rule}."))
-    notes = section(data.report, "plan").get("notes")
-    if isinstance(notes, list) and notes:
+    said = section(data.report, "facts").get("notes") or []  # in the header
+    notes = [note for note in section(data.report, "plan").get("notes") or [] if note not in said]
+    if notes:
         parts.append(bullet_list([str(note) for note in notes]))
     if manifest.full_train_samples is not None:
         number = f"{manifest.full_train_samples:,}"
@@ -253,7 +235,7 @@ def _examples(data: PageData) -> list[Html]:
     note = "" if step == 1 else f"One frame in {step} is shown. "
     if isinstance(view, MapView):
         shows_missing = data.manifest.units.missing_code is not None
-        note += "Times are UTC. "
+        note += "Times are UTC. " + view.extent_text()
         bar = colour_bar(view.scale, shows_missing=shows_missing)
         parts.append(element("div", bar, css="colour-bar"))
     if note:
@@ -277,7 +259,7 @@ def _examples(data: PageData) -> list[Html]:
                 css="strip outlined" if view.has_border else "strip",
                 style=f"grid-template-columns: repeat({len(times)}, minmax(0, 1fr))",
             )
-            parts.append(element("div", strip, css="scroll"))
+            parts.append(element("div", strip, css="strips"))
     return parts
 
 
@@ -322,93 +304,7 @@ def _values(data: PageData) -> list[Html]:
             "pixels, on a logarithmic axis.",
             css="small",
         ),
-        element("div", element("div", chart, css="scroll"), facts_list(facts), css="beside"),
-    ]
-
-
-def _left_out(data: PageData) -> list[Html]:
-    heading = element("h2", "What was left out")
-    if not data.report:
-        return [heading, absent("Losses", "the archive has no report.json")]
-    plan = section(data.report, "plan")
-    rows = []
-    for what in ("frames", "sequences"):
-        counts = section(plan, what)
-        for reason, number in section(counts, "left_out").items():
-            if number:
-                words = _REASONS.get(reason, reason.replace("_", " "))
-                rows.append([what.capitalize(), words, _number(number)])
-    parts = [heading]
-    if used := section(plan, "frames").get("used"):
-        found = section(plan, "frames").get("found")
-        parts.append(element("p", f"{_number(used)} of {_number(found)} frames are in sequences."))
-    if rows:
-        parts.append(table(["", "Reason", "Number"], rows, words=2))
-    else:
-        parts.append(element("p", "No frame or sequence was left out."))
-    for name, title in (("bad_files", "Bad files"), ("left_out_files", "Files left out")):
-        parts += _files(section(data.report, name), title)
-    for reason, own in section(data.report, "facts", "left_out_clips").items():
-        number, first = section({"own": own}, "own").get("number"), own.get("first", "")
-        parts.append(element("p", f"{_number(number)} clips left out: {reason} (first: {first})."))
-    return [*parts, *_quality(section(plan, "quality")), *_shared_pictures(plan)]
-
-
-def _files(files: Mapping[str, Any], title: str) -> list[Html]:
-    """A table of files with the reason why each is not in the archive."""
-    rows = [
-        [str(row.get("file", "")), str(row.get("reason", ""))] for row in files.get("list") or []
-    ]
-    if not rows:
-        return [element("p", f"{title}: none.")]
-    shown = table(["File", "Reason"], rows[:_MOST_ROWS], words=2)
-    number = files.get("number", len(rows))
-    parts = [element("h3", f"{title}: {number:,}"), shown]
-    if number > _MOST_ROWS:
-        more = f"And {number - _MOST_ROWS:,} more; up to 1,000 are listed in report.json."
-        parts.append(element("p", more, css="small"))
-    return parts
-
-
-def _quality(quality: Mapping[str, Any]) -> list[Html]:
-    """Findings of the quality checks, in sentences."""
-    sentences = []
-    gaps, frozen = section(quality, "gaps"), section(quality, "frozen")
-    above, duplicates = section(quality, "above_range"), section(quality, "duplicates")
-    if gaps.get("number"):
-        number = _number(gaps["number"])
-        sentences.append(f"{number} gaps, {_number(gaps.get('missing_frames'))} frames missing.")
-    if frozen.get("stretches"):
-        sentences.append(
-            f"{_number(frozen['stretches'])} stretches in which the picture stands still "
-            f"({_number(frozen.get('frames'))} frames)."
-        )
-    if above.get("pixels"):
-        sentences.append(
-            f"{_number(above['pixels'])} pixels in {_number(above.get('frames'))} frames lay above "
-            "the stored range and were clipped to its end."
-        )
-    if different := duplicates.get("different"):
-        sentences.append(f"{_number(different)} files contradict another one of the same time.")
-    for row in quality.get("intervals") or []:
-        if row.get("differs_from_declared"):
-            sentences.append(
-                f"{row.get('series') or 'The frames'}: every {row.get('common_minutes'):g} minutes, "
-                f"not every {row.get('interval_minutes'):g} as declared."
-            )
-    if not quality:
-        return []
-    if not sentences:
-        text = "No gaps, no frozen pictures, nothing above the stored range, no contradictions."
-        return [element("h3", "Quality"), element("p", text)]
-    return [element("h3", "Quality"), bullet_list(sentences)]
-
-
-def _shared_pictures(plan: Mapping[str, Any]) -> list[Html]:
-    shared = section(plan, "pictures_in_two_splits")
-    return [
-        element("p", f"{pair} have {_number(number)} pictures in common.")
-        for pair, number in shared.items()
+        element("div", scrolled_chart(chart), facts_list(facts), css="beside"),
     ]
 
 
@@ -424,8 +320,9 @@ def _settings(data: PageData) -> list[Html]:
 def _split_bytes(manifest: Manifest, split: str) -> str:
     shards: Sequence[Any] = manifest.shards(split)
     num_bytes = sum(shard.num_bytes for shard in shards)
-    kind = "tars" if isinstance(shards[0], Shard) else "shards"
-    return f"{_bytes_text(num_bytes)}, {len(shards):,} {kind}"
+    kind = "tar" if isinstance(shards[0], Shard) else "shard"
+    plural = "" if len(shards) == 1 else "s"
+    return f"{_bytes_text(num_bytes)}, {len(shards):,} {kind}{plural}"
 
 
 def _bytes_text(num_bytes: int) -> str:
@@ -435,10 +332,6 @@ def _bytes_text(num_bytes: int) -> str:
             return f"{number:.4g} {unit}"
         number /= 1024
     return f"{number:.4g} TiB"
-
-
-def _number(value: Any) -> str:
-    return f"{value:,}" if isinstance(value, int | float) else ""
 
 
 def _time_text(value: Any) -> str:

@@ -30,7 +30,7 @@ _LABEL_ROW, _LABEL_RISE = 22, 6
 _FRAME_MS, _LAST_FRAME_MS = 120, 900
 
 
-class Sequence(NamedTuple):
+class Example(NamedTuple):
     """One sample, read."""
 
     sample_id: int
@@ -71,7 +71,7 @@ def draw_archive(url: str, out_dir: Path, *, split: str, num: int) -> tuple[Path
     return sheet, animation
 
 
-def read_sequences(url: str, split: str, num: int) -> tuple[Manifest, list[Sequence]]:
+def read_sequences(url: str, split: str, num: int) -> tuple[Manifest, list[Example]]:
     """Read at most `num` samples, spread evenly over a split, one at a time.
 
     Raises:
@@ -79,15 +79,13 @@ def read_sequences(url: str, split: str, num: int) -> tuple[Manifest, list[Seque
     """
     archive = open_archive(url)
     sequences = [
-        Sequence(
-            sample_id, archive.read(split, [sample_id])[0], archive.read_meta(split, sample_id)
-        )
+        Example(sample_id, archive.read(split, [sample_id])[0], archive.read_meta(split, sample_id))
         for sample_id in spread(archive.manifest.num_samples(split), num)
     ]
     return archive.manifest, sequences
 
 
-def contact_sheet(view: VideoView, split: str, sequences: list[Sequence]) -> Image.Image:
+def contact_sheet(view: VideoView, split: str, sequences: list[Example]) -> Image.Image:
     """Draw one row per sample and one column per time, labelled; long sequences leave times out."""
     manifest = view.manifest
     times = strided(manifest.num_frames, view.most_columns)
@@ -119,7 +117,7 @@ def contact_sheet(view: VideoView, split: str, sequences: list[Sequence]) -> Ima
 
 
 def _draw_heading(
-    pen: ImageDraw.ImageDraw, view: VideoView, split: str, sequences: list[Sequence], width: int
+    pen: ImageDraw.ImageDraw, view: VideoView, split: str, sequences: list[Example], width: int
 ) -> None:
     manifest = view.manifest
     minutes = manifest.frame_interval_minutes
@@ -140,7 +138,7 @@ def _draw_heading(
 def _draw_row(
     sheet: Image.Image,
     view: VideoView,
-    sequence: Sequence,
+    sequence: Example,
     times: list[int],
     size: tuple[int, int],
     column: int,
@@ -162,7 +160,7 @@ def _draw_row(
             pen.text((center, y - _LABEL_RISE), labels[t], FAINT_INK, picture_font(11), anchor="ms")
 
 
-def _animation(view: VideoView, sequences: list[Sequence]) -> list[Image.Image]:
+def _animation(view: VideoView, sequences: list[Example]) -> list[Image.Image]:
     """Draw all samples in a grid, one picture per time."""
     columns = min(4, len(sequences))
     rows = math.ceil(len(sequences) / columns)

@@ -157,10 +157,6 @@ class VideoSettings:
         return _READERS[self.dataset](**options)
 
     @property
-    def _size_of_files(self) -> bool:
-        return self.size is None and self._reader.defaults.size is None
-
-    @property
     def _name(self) -> str:
         if self.name is not None:
             return self.name

@@ -55,6 +55,8 @@ class Look(NamedTuple):
     size: tuple[int, int]
     """Height and width."""
     colour: Colour
+    file_size: tuple[int, int] | None = None
+    """Height and width that all files must have; None: they may differ."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +75,7 @@ class VideoSource(VideoSettings):
             "frame_step": self._frame_step,
             "stride": self.stride,
             "size": look.size,
-            "size_of_files": self._size_of_files,
+            "file_size": look.file_size,
             "crop": self._crop,
             "resize": self._resize,
             "colour": look.colour,
@@ -259,16 +261,16 @@ class VideoSource(VideoSettings):
             BadFileError: the crop does not fit it, or it has not the size that all files have.
         """
         height, width, _ = image_HWC.shape
+        if self._look.file_size not in (None, (height, width)):
+            raise BadFileError(
+                file,
+                f"has frames of {height} x {width} pixels, unlike the other files: give --size "
+                "HEIGHT WIDTH to bring all to one",
+            )
         try:
             part = crop_rectangle(self._crop, height, width, self._look.size)
         except ValueError as error:
             raise BadFileError(file, f"{error}: change --crop") from error
-        if self._size_of_files and (part.height, part.width) != self._look.size:
-            raise BadFileError(
-                file,
-                f"has frames of {height} x {width} pixels, unlike the other clips: give --size "
-                "HEIGHT WIDTH to bring all to one",
-            )
         bottom, right = part.top + part.height, part.left + part.width
         resized_HWC = resize(
             image_HWC[part.top : bottom, part.left : right], self._look.size, self._resize
@@ -284,7 +286,7 @@ class VideoSource(VideoSettings):
         Raises:
             ValueError: no file can be read, or the files differ in size.
         """
-        size = None if self._size_of_files else self.size or self._reader.defaults.size
+        size = self.size or self._reader.defaults.size
         colour = self.colour or self._reader.defaults.colour
         if size is not None and colour is not None:
             return Look(size, colour)
@@ -294,6 +296,7 @@ class VideoSource(VideoSettings):
                 f"None of the files of {self.source} that were tried can be read: give --size and "
                 "--colour, and each file will be named with its reason."
             )
+        file_size = None
         if size is None:
             sizes = sorted({(each.height, each.width) for each in facts})
             if len(sizes) > 1:
@@ -302,9 +305,11 @@ class VideoSource(VideoSettings):
                     f"{sizes[-1][0]} x {sizes[-1][1]} pixels: give --size HEIGHT WIDTH to bring "
                     "all to one."
                 )
-            part = crop_rectangle(self._crop, *sizes[0], sizes[0])
+            file_size = sizes[0]
+            part = crop_rectangle(self._crop, *file_size, file_size)
             size = part.height, part.width
-        return Look(size, colour or ("grey" if all(each.grey for each in facts) else "rgb"))
+        colour = colour or ("grey" if all(each.grey for each in facts) else "rgb")
+        return Look(size, colour, file_size)
 
     @property
     def _decoded_colour(self) -> Colour:

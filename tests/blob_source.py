@@ -39,7 +39,12 @@ class BlobSource:
     speed: int = 1
 
     def settings(self) -> dict[str, Any]:
-        return {"kind": "blobs", "speed": self.speed, "plan": {"stride": self.stride}}
+        return {
+            "kind": "blobs",
+            "speed": self.speed,
+            "size": (12, 10),
+            "plan": {"stride": self.stride},
+        }
 
     def jobs(self) -> list[Job]:
         names = [f"f{i:03d}" for i in range(self.num_files)]

@@ -22,6 +22,7 @@ import tyro
 
 from tmu_dist.commands import command_errors
 from tmu_dist.config import ConfigError, RunConfig, load_overrides, with_overrides
+from tmu_dist.data.manifest import MANIFEST_PATH
 from tmu_dist.recipes import DEFAULT_RECIPE, RECIPES, get_recipe
 from tmu_dist.recipes.base import Recipe
 from tmu_dist.run_folder import RESULT_FILE
@@ -94,16 +95,17 @@ def run_recipe(recipe: Recipe, collectives: Collectives) -> str:
 def make_archive(recipe: Recipe, url: str) -> None:
     """Write the archive that a recipe names, if it is the recipe's own and not there yet.
 
+    A finished archive is taken as it is: original files are needed only once, on one machine.
+
     Raises:
         ConfigError: it could not be written; data_prep has said why.
     """
-    if url not in recipe.archives:
+    if url not in recipe.archives or (Path(url) / MANIFEST_PATH).is_file():
         return
     from data_prep.__main__ import main as data_prep
 
     arguments = recipe.archives[url]
-    if not (Path(url) / "manifest.json").is_file():
-        log.info("python -m data_prep %s", shlex.join(arguments))
+    log.info("python -m data_prep %s", shlex.join(arguments))
     if data_prep(arguments) != 0:
         raise ConfigError(f"The archive {url} could not be prepared, see above.")
 

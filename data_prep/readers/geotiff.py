@@ -134,7 +134,8 @@ class GeoTIFFReader:
             with _opened(path) as dataset:
                 facts = self._facts(path, dataset)
                 stored_HW = dataset.read(self.band)
-                north_up = dataset.transform.e < 0
+                # Without georeference rows count from the top, too, and rasterio gives identity.
+                north_up = dataset.transform.e < 0 or dataset.transform.is_identity
             special = dict.fromkeys(facts.missing, math.nan)
             if facts.undetect is not None:
                 nothing = NO_ECHO_DBZ if facts.quantity == "reflectivity" else 0.0

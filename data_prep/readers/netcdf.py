@@ -63,7 +63,7 @@ class NetCDFReader:
         except BadFileError:
             return False
         names = {name.partition("/")[0].lower() for name in dataset.variables}
-        return (bool(found) or known) and not any(other <= names for other in _OTHER_HDF5)
+        return (bool(found) or known) and not any(False and other <= names for other in _OTHER_HDF5)
 
     def scan(self, path: Path) -> RadarFile:
         with _open(path) as dataset:
@@ -87,6 +87,7 @@ def _open(path: Path) -> Iterator[CFDataset]:
     """Open a file; whatever goes wrong inside names it."""
     netcdf4 = import_extra("netCDF4", "radar", "Reading NetCDF files")
     with reading(path):
+        _check_length(path)
         try:
             with netcdf4.Dataset(path, "r") as file:
                 file.set_auto_maskandscale(False)

@@ -17,13 +17,13 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import cache
 from pathlib import Path
-from typing import BinaryIO, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from data_prep.readers.radar import BadFileError, Quantity, RadarFile, RadarFrame
-from data_prep.readers.raw import look_up, members, pick, reading
+from data_prep.readers.raw import look_up, members, pick, read_up_to, reading
 from tmu_dist.data.manifest import Grid, SourceCard
 
 _REFLECTIVITY = {"EX", "FX", "FZ", "RX", "WN", "WX"}
@@ -108,7 +108,7 @@ class RADOLANReader:
     def recognises(self, path: Path) -> bool:
         try:
             for _, name, stream in members(path):
-                head = _head(stream)
+                head = read_up_to(stream, _MAX_HEADER_BYTES)
                 if _is_binary(head) or _is_ascii(name, head):
                     return True
         except BadFileError:
@@ -119,7 +119,7 @@ class RADOLANReader:
         found: dict[str, _Composite] = {}
         others = 0
         for key, name, stream in members(path):
-            head = _head(stream)
+            head = read_up_to(stream, _MAX_HEADER_BYTES)
             if not _is_binary(head) and not _is_ascii(name, head):
                 others += 1
             elif key in found:
@@ -183,13 +183,6 @@ class RADOLANReader:
 
 def _bad(path: Path, key: str, reason: object) -> BadFileError:
     return BadFileError(path, f"{key}: {reason}" if key else str(reason))
-
-
-def _head(stream: BinaryIO) -> bytes:
-    head = b""
-    while len(head) < _MAX_HEADER_BYTES and (more := stream.read(_MAX_HEADER_BYTES - len(head))):
-        head += more
-    return head
 
 
 def _is_binary(head: bytes) -> bool:

@@ -41,7 +41,7 @@ _READ_ERRORS = (
     lzma.LZMAError,
     tarfile.TarError,
     zipfile.BadZipFile,
-    NotImplementedError,  # zipfile's word for an unknown compression
+    RuntimeError,  # zipfile's word for an encrypted member or an unknown compression
 )
 _BLOCK_VALUES = 2**20
 _READ_BYTES = 2**24

@@ -86,6 +86,14 @@ def test_inflow_takes_the_nearest_observed_value(flow: OpticalFlow) -> None:
     np.testing.assert_allclose(forecast[0, 2, 0, 5:60, 0], inputs[0, -1, 0, 5:60, 0], atol=0.05)
 
 
+def test_holes_in_the_last_frame_take_the_nearest_observed_value(flow: OpticalFlow) -> None:
+    inputs = torch.full((1, 3, 1, 32, 32), 0.5)
+    observed = torch.ones_like(inputs, dtype=torch.bool)
+    observed[:, :, :, 10:20, 5:9] = False
+    forecast = flow.forecast(inputs.masked_fill(~observed, 0), observed, 2)
+    torch.testing.assert_close(forecast, torch.full_like(forecast, 0.5))
+
+
 @pytest.mark.parametrize("what", ["no rain", "rain everywhere", "nothing observed", "one pixel"])
 def test_where_no_motion_is_seen_the_last_frame_stays(flow: OpticalFlow, what: str) -> None:
     inputs = torch.zeros(1, 4, 1, 16, 16)

@@ -140,6 +140,16 @@ def test_geotiff_of_floats_south_up_and_its_tag_of_time(tmp_path):
     np.testing.assert_array_equal(values_HW[:-1], stored_HW[:0:-1])
 
 
+def test_a_tiff_without_georeference_can_be_read_as_one_by_name(tmp_path):
+    stored_HW = codes()
+    path = tmp_path / "20160711_2045.tif"
+    Image.fromarray(stored_HW).save(path)
+    reader = GeoTIFFReader(quantity="intensity")
+    assert not reader.recognises(path)
+    assert "not placed" in " ".join(reader.scan(path).notes)
+    np.testing.assert_array_equal(only_field(reader, path), stored_HW)
+
+
 def test_geotiff_options_and_units_that_contradict(tmp_path):
     path = geotiff(tmp_path / "20160711_2045.tif", codes(), unit="dBZ")
     with pytest.raises(BadFileError, match="unit of reflectivity, not of rain_rate"):

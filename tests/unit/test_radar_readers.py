@@ -129,14 +129,26 @@ def test_radolan_text_in_a_tar_keeps_the_contract():
     ]
 
 
-def test_radvor_forecasts_in_a_tar_keep_the_contract():
-    scanned = check_radar_reader(
+def test_radvor_forecasts_in_a_tar_keep_the_contract(tmp_path):
+    """A tar of three of the composites: the whole one takes seconds to unpack again and again."""
+    path = tmp_path / "DE1200_RV2210180700.tar.bz2"
+    with (
+        tarfile.open(real_data("dwd") / path.name) as whole,
+        tarfile.open(path, "w:bz2") as part,
+    ):
+        for _, member in zip(range(3), whole, strict=False):
+            part.addfile(member, whole.extractfile(member))
+    check_radar_reader(
         RADOLANReader(),
-        real_data("dwd") / "DE1200_RV2210180700.tar.bz2",
+        path,
         quantity="accumulation",
         interval_minutes=5,
         shape=(1200, 1100),
     )
+
+
+def test_radvor_forecasts_say_what_they_are():
+    scanned = RADOLANReader().scan(real_data("dwd") / "DE1200_RV2210180700.tar.bz2")
     assert [frame.lead_minutes for frame in scanned.frames] == list(range(0, 121, 5))
     start = datetime(2022, 10, 18, 7, tzinfo=UTC)
     for frame in scanned.frames:
@@ -236,10 +248,10 @@ def test_meteonet_grid_has_the_coordinates_as_pixel_centres():
 
 def test_radvor_values_are_those_of_the_header_and_bits():
     path = real_data("dwd") / "DE1200_RV2210180700.tar.bz2"
-    read = fields_of(RADOLANReader(), path)
+    names = [f"DE1200_RV2210180700_{lead:03}" for lead in (0, 5, 60)]
     with tarfile.open(path) as archive:
-        for member, (_, values_HW) in zip(archive, read, strict=True):
-            data = archive.extractfile(member).read()
+        for name, values_HW in zip(names, RADOLANReader().fields(path, names), strict=True):
+            data = archive.extractfile(name).read()
             pixels = data[data.index(b"\x03") + 1 :]
             codes_HW = np.frombuffer(pixels, "<u2").reshape(1200, 1100)[::-1]
             expected_HW = np.where(codes_HW & 0x2000, np.nan, (codes_HW & 0x0FFF) / 100)
@@ -269,9 +281,9 @@ def test_radolan_text_values_are_tenths_of_millimetres():
         (MCHReader(), "mch/20170131", "*.gif", 0.1 / 12, 2.42, 28.4, 20.7),
         (FMIReader(), "fmi/20160928", "*.gz", 15.0, 57.5, 24.3, 21.7),
         (FMIReader(), "fmi/20170509", "*.gz", 15.0, 51.0, 24.3, 5.0),
-        # Only the first half of this event is at hand, of which four fields are read (they are
+        # Only the first half of this event is at hand, of which two fields are read (they are
         # large): its largest value is not the event's 152.8.
-        (GRIB2Reader(), "mrms/20190610", "*-00?000.grib2", 0.1, 150.3, 35.8, 6.2),
+        (GRIB2Reader(), "mrms/20190610", "*-00[02]000.grib2", 0.1, 150.3, 35.8, 6.2),
         (MeteoNetReader(), "meteonet", "rainfall_SE*.npz", 0.1 / 12, 5.0, 4.0, 1.7),
     ],
     ids=lambda value: value if isinstance(value, str) and "/" in value else "",

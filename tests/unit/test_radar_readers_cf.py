@@ -278,7 +278,7 @@ def test_packed_numbers_with_their_exceptions(tmp_path, kind, endian):
 
 
 def test_unsigned_bytes_and_a_range_in_values(tmp_path):
-    stored = np.array([[[0, 1], [-56, -1]]], np.int8)  # 0, 1, 200, 255
+    stored = np.array([[[0, 100], [-56, -1]]], np.int8)  # 0, 100, 200, 255
     file = grid(File(tmp_path / "a.nc"), stored)
     file.add(
         "dbz",
@@ -292,7 +292,7 @@ def test_unsigned_bytes_and_a_range_in_values(tmp_path):
         valid_max=60.0,
     )
     values = read(NetCDFReader(), file.done())[1]
-    np.testing.assert_array_equal(values, np.float32([[[-32, -31.5], [NAN, NAN]]]))
+    np.testing.assert_array_equal(values, np.float32([[[-32, 18], [NAN, NAN]]]))
 
 
 def test_undeclared_flags_are_missing_and_noise_is_dry(tmp_path):
@@ -462,6 +462,17 @@ def test_times_in_many_spellings(tmp_path, units, calendar, number, expected):
     assert scanned.frames[0].key == ""
 
 
+@pytest.mark.parametrize(
+    "units", ["minutes since 2018-01-01 00:00 CET", "fortnights since 1970-1-1"]
+)
+def test_times_that_are_not_understood_are_refused(tmp_path, units):
+    file = File(tmp_path / "a.nc").dims(y=5, x=4)
+    file.add("time", (), 1.0, units=units)
+    file.add("rr", ("y", "x"), rain()[0], units="mm h-1")
+    with pytest.raises(BadFileError, match="time.*(unknown time zone|no readable times)"):
+        NetCDFReader().scan(file.done())
+
+
 def test_the_time_of_a_file_without_a_coordinate(tmp_path):
     def write(name: str, **attrs: str) -> Path:
         file = File(tmp_path / name).dims(y=5, x=4)
@@ -517,6 +528,8 @@ def test_a_standard_name_wins_over_a_name_and_a_name_over_a_unit(tmp_path):
         ({"b": "", "c_error": ""}, "b"),
     ):
         file = grid(File(tmp_path / f"{len(names)}.nc"), values)
+        modified = {"units": "mm/h", "standard_name": "rainfall_flux standard_error"}
+        file.add("rain", ("time", "y", "x"), values, **modified)
         for name, standard_name in names.items():
             file.add(name, ("time", "y", "x"), values, units="mm/h", standard_name=standard_name)
         assert NetCDFReader().scan(file.done()).notes[0].startswith(f"Variable {expected}:")
@@ -560,6 +573,17 @@ def test_latitudes_of_every_pixel_tell_which_way_is_north(tmp_path):
     scanned, (found,) = read(NetCDFReader(), file.done())
     np.testing.assert_array_equal(found, values[0])
     assert scanned.grid.unit is None
+
+
+def test_packed_coordinates_are_scaled(tmp_path):
+    values = rain(1)
+    file = File(tmp_path / "a_201806161000.nc").dims(y=5, x=4)
+    attrs = {"units": "m", "scale_factor": 100.0, "add_offset": 50.0}
+    file.add("y", ("y",), -np.arange(5, dtype=np.int16), **attrs)
+    file.add("x", ("x",), np.arange(4, dtype=np.int16), **attrs)
+    file.add("rr", ("y", "x"), values[0], units="mm/h", _fill=np.float32(NAN))
+    place = NetCDFReader().scan(file.done()).grid
+    assert (place.left, place.top, place.pixel_width) == (0, 100, 100)
 
 
 def test_uneven_coordinates_give_no_place_and_say_so(tmp_path):

@@ -394,6 +394,8 @@ def test_quantities_are_chosen_and_the_others_noted(tmp_path):
     scanned, values = read(ODIMReader(quantity="acrr"), path)
     assert (scanned.quantity, scanned.accumulation_minutes) == ("accumulation", 15)
     assert (values == 30).all()
+    by_number = odim(tmp_path / "b.h5", **more | {"dataset1/data1/what.quantity": "HGHT"})
+    assert ODIMReader().scan(by_number).frames[0].key == "dataset1/data2"
     with pytest.raises(BadFileError, match="holds ACRR, DBZH, RATE; no VRAD"):
         ODIMReader(quantity="VRAD").scan(path)
 
@@ -569,9 +571,9 @@ def sevir(path: Path, **options: Any) -> NDArray[np.uint8]:
 def catalog(path: Path) -> Path:
     rows = [
         "id,file_name,file_index,img_type,time_utc,minute_offsets",
-        "S1,vis/2018/a.h5,0,vis,2001-01-01 00:00:00,0:5:10",
         "S1,vil/2018/a.h5,0,vil,2018-03-25 05:00:00,-5:0:5",
         "R2,vil/2018/a.h5,1,vil,2018-07-01 12:30:00,-5:0:5",
+        "R2,vis/2018/a.h5,1,vis,2001-01-01 00:00:00,0:5:10",
     ]
     path.write_text("\n".join(rows))
     return path

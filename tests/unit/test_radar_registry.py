@@ -170,6 +170,34 @@ def test_a_missing_library_is_named_when_it_might_tell(tmp_path, monkeypatch):
         detect_reader([path])
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, about damaged TIFF tags
+def test_damaged_files_are_bad_files_and_nothing_else(tmp_path):
+    """Whatever bytes follow a format's first ones, the file is named, and recognising is quiet."""
+    generator = np.random.default_rng(0)
+    starts = (
+        *(b"GIF89a\xc6\x02\x80\x02", b"P5\n# obstime 201609281445\n", b"II*\0\x08\0\0\0", b"BM"),
+        *(b"GRIB\0\0\xd1\x02" + bytes(5) + b"\2\1\0", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b""),
+        *(b"\x1f\x8b\x08\0", b"BZh9", b"PK\3\4", b"RW180750100001022BY   1620123VS 3\3"),
+    )
+    names = ("AQC151351545F_00005.801.gif", "rainfall_NW_2016_08.3.npz", "frame_1.png")
+    own = ("fmi", "geotiff", "grib2", "images", "mch", "meteonet", "radolan")
+    for number, start in enumerate(starts):
+        for name in names:
+            path = tmp_path / str(number) / name
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(start + generator.bytes(3000))
+            for reader in (radar_reader(reader, {}) for reader in own):
+                assert reader.recognises(path) in (True, False)
+                with pytest.raises(BadFileError) as raised:
+                    list(reader.fields(path, [f.key for f in reader.scan(path).frames]))
+                assert raised.value.path == str(path)
+
+
+def test_a_folder_is_no_file_of_any_reader(tmp_path):
+    for name in RADAR_READERS:
+        assert radar_reader(name, {}).recognises(tmp_path) is False
+
+
 # --- what the readers share ---
 
 

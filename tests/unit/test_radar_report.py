@@ -97,6 +97,24 @@ def test_best_means_something_else_for_every_score(tmp_path: Path) -> None:
         ]
 
 
+def test_the_best_bias_is_the_one_nearest_to_1() -> None:
+    own = radar_result("a", hits=75)
+    assert own.radar is not None
+    rare, frequent = radar_scores(70), radar_scores(70)
+    rare.counts_TKX[:, 0] = 60, 40, 20, 880  # 0.8
+    frequent.counts_TKX[:, 0] = 60, 40, 50, 850  # 1.1
+    forecasts = {
+        **own.radar.forecasts,
+        "model": frequent,
+        "persistence": rare,
+        "optical_flow": rare,
+    }
+    entry = RunEntry(label="a", result=replace(own, radar=replace(own.radar, forecasts=forecasts)))
+    biases = [row.cells[4] for row in categorical_table([entry], 0).rows]
+    assert [cell.text for cell in biases] == ["0.800", "0.800", "1.100"]
+    assert [cell.is_best for cell in biases] == [False, False, True]
+
+
 def test_radar_page_names_a_missing_baseline(tmp_path: Path) -> None:
     lone = [RunEntry(label="a", result=radar_result("a", hits=75, flow=False))]
     page = write_page(lone, tmp_path)

@@ -495,5 +495,3 @@ def test_records_of_readers_are_json(tmp_path):
     assert KthReader().record(root) != before  # another list gives other sequences
     for reader in (WeizmannReader(), Human36mReader(), VideoFolderReader()):
         json.dumps(reader.record(root))
-
-

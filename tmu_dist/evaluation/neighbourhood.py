@@ -49,8 +49,11 @@ def fraction_sums(
     sums_TSX = np.zeros((len(predicted_TCHW), len(scales), 3))
     if valid_TCHW is not None:
         predicted_TCHW, observed_TCHW = predicted_TCHW & valid_TCHW, observed_TCHW & valid_TCHW
-    if not predicted_TCHW.any() and not observed_TCHW.any():
+    active_T = (predicted_TCHW | observed_TCHW).any(axis=(1, 2, 3))  # the sums of others are 0
+    if not active_T.any():
         return sums_TSX
+    predicted_TCHW, observed_TCHW = predicted_TCHW[active_T], observed_TCHW[active_T]
+    valid_TCHW = None if valid_TCHW is None else valid_TCHW[active_T]
     forecast, truth = _integral(predicted_TCHW), _integral(observed_TCHW)
     missing = None if valid_TCHW is None else _integral(~valid_TCHW)
     for s, n in enumerate(scales):
@@ -60,7 +63,7 @@ def fraction_sums(
             weight = valid_TCHW / np.maximum(n**2 - _window_sums(missing, n), 1)
         f_TCHW, o_TCHW = _window_sums(forecast, n) * weight, _window_sums(truth, n) * weight
         products = (f_TCHW * f_TCHW, f_TCHW * o_TCHW, o_TCHW * o_TCHW)
-        sums_TSX[:, s] = np.stack([p.sum(axis=(1, 2, 3)) for p in products], axis=-1)
+        sums_TSX[active_T, s] = np.stack([p.sum(axis=(1, 2, 3)) for p in products], axis=-1)
     return sums_TSX
 
 

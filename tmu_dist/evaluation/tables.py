@@ -178,8 +178,8 @@ def undefined_scores(entries: Sequence[RunEntry], k: int) -> str:
     if not names:
         return ""
     parts = []
-    for (count, labels), scores in names.items():
-        whose = "every forecast" if len(labels) == len(rivals) else ", ".join(labels)
+    for (count, holders), scores in names.items():
+        whose = "every forecast" if len(holders) == len(rivals) else ", ".join(holders)
         parts.append(f"{', '.join(scores)} at {count} (of {whose})")
     return f"Undefined (0 / 0) and left out, in lead times: {'; '.join(parts)}."
 
