@@ -14,7 +14,7 @@ from data_prep.report_charts import (
     overview_chart,
     parse_time,
 )
-from data_prep.report_html import Html, element, split_name, table
+from data_prep.report_html import Html, element, section, split_name, table
 from tmu_dist.data.manifest import SPLITS, Manifest
 
 _MOST_EVENTS, _MOST_SERIES, _MOST_GROUPS, _MOST_GAPS = 40, 16, 60, 50
@@ -44,7 +44,7 @@ def _time_parts(
     events: Sequence[Mapping[str, Any]],
 ) -> list[Html]:
     step = timedelta(minutes=manifest.frame_interval_minutes or 0)
-    quality = plan.get("quality")
+    quality = section(plan, "quality")
     gaps = _rows(quality, "gaps", "from", "to")
     stretches = _stretches(runs, gaps, step)
     parts = [element("h2", "Time coverage and gaps"), _legend(runs, bool(gaps))]
@@ -58,11 +58,12 @@ def _time_parts(
             parts.append(_more(len(stretches) - _MOST_SERIES, "series"))
     lanes = _event_lanes(events[:_MOST_EVENTS], stretches, step)
     title = "Event by event, from the first frame of each" if len(events) > 1 else "The event"
-    parts += [element("h3", title), scrolled_chart(event_chart(lanes))]
+    if lanes:
+        parts += [element("h3", title), scrolled_chart(event_chart(lanes))]
     events_number = plan["events"].get("number", len(events))
     if events_number > _MOST_EVENTS:
         parts.append(_more(events_number - _MOST_EVENTS, "events"))
-    return [*parts, *_gap_table(gaps)]
+    return [*parts, *_gap_table(gaps, section(quality, "gaps").get("number", len(gaps)))]
 
 
 def _rows(record: Any, name: str, *needed: str) -> list[Mapping[str, Any]]:
@@ -118,7 +119,7 @@ def _event_lanes(
                 label = f"{_label(series)}  {label}"
             note = f"{event.get('frames', 0):,} frames"
             lanes.append(Lane(label, start, end + step, inside, note))
-    return lanes
+    return lanes[:_MOST_EVENTS]
 
 
 def _label(series: str) -> str:
@@ -137,7 +138,7 @@ def _legend(runs: Sequence[Mapping[str, Any]], has_gaps: bool) -> Html:
     return element("p", *names, element("span", text), css="small")
 
 
-def _gap_table(gaps: Sequence[Mapping[str, Any]]) -> list[Html]:
+def _gap_table(gaps: Sequence[Mapping[str, Any]], number: int) -> list[Html]:
     if not gaps:
         return [element("p", "No gap inside any event.")]
     rows = [
@@ -152,8 +153,8 @@ def _gap_table(gaps: Sequence[Mapping[str, Any]]) -> list[Html]:
     if not any(row[1] for row in rows):
         rows, headings = [[row[0], row[2]] for row in rows], [headings[0], headings[2]]
     parts = [table(headings, rows, words=len(headings) - 1)]
-    if len(gaps) > _MOST_GAPS:
-        parts.append(_more(len(gaps) - _MOST_GAPS, "gaps"))
+    if number > _MOST_GAPS:
+        parts.append(_more(number - _MOST_GAPS, "gaps"))
     return parts
 
 

@@ -1,4 +1,4 @@
-"""What an archive does not hold, and why: frames, sequences and files; what is odd about the rest."""
+"""What an archive does not hold, and why; what is odd about the rest."""
 
 from __future__ import annotations
 

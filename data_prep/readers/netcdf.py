@@ -63,7 +63,7 @@ class NetCDFReader:
         except BadFileError:
             return False
         names = {name.partition("/")[0].lower() for name in dataset.variables}
-        return (bool(found) or known) and not any(False and other <= names for other in _OTHER_HDF5)
+        return (bool(found) or known) and not any(other <= names for other in _OTHER_HDF5)
 
     def scan(self, path: Path) -> RadarFile:
         with _open(path) as dataset:
