@@ -60,7 +60,8 @@ def local_file(root: str, file: str) -> Iterator[Path]:
         yield folder / file
         return
     with tempfile.TemporaryDirectory(prefix="data-prep-") as temporary:
-        path = Path(temporary) / file
+        # Under the folder's own name: some readers take a series' name from it.
+        path = Path(temporary) / (root.rstrip("/").rpartition("/")[2] or "files") / file
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(storage.read_bytes(root, file))
         yield path

@@ -24,8 +24,6 @@ from data_prep.readers.radar import BadFileError, RadarFile, import_extra
 from data_prep.readers.raw import reading
 from tmu_dist.data.manifest import SourceCard
 
-_OTHER_HDF5 = ({"image1"}, {"dataset1"}, {"vil", "id"})
-"""Groups and variables by which KNMI's, ODIM's and SEVIR's files are known: all are HDF5."""
 _FILL_TYPES = ("i2", "u2", "i4", "u4", "f4", "f8")
 """Types of which the library's fill value means missing; bytes have no number to spare."""
 
@@ -34,8 +32,9 @@ _FILL_TYPES = ("i2", "u2", "i4", "u4", "f4", "f8")
 class NetCDFReader:
     """Reads rain rate, accumulation or reflectivity on a grid from NetCDF files.
 
-    `recognises` is True for a file that holds a variable known to be such a field; False for a
-    truncated one that cannot be opened.
+    `recognises` is True for a file that holds a variable known to be such a field (those of KNMI,
+    ODIM and SEVIR, which are HDF5 too, have no names or units for it); False for a truncated one
+    that cannot be opened.
     """
 
     variable: str | None = None
@@ -58,12 +57,9 @@ class NetCDFReader:
             return False
         try:
             with _open(path) as dataset:
-                found = candidates(dataset)
-                known = self.variable is not None and self.variable in dataset.variables
+                return bool(candidates(dataset)) or self.variable in dataset.variables
         except BadFileError:
             return False
-        names = {name.partition("/")[0].lower() for name in dataset.variables}
-        return (bool(found) or known) and not any(other <= names for other in _OTHER_HDF5)
 
     def scan(self, path: Path) -> RadarFile:
         with _open(path) as dataset:

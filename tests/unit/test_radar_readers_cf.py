@@ -298,11 +298,12 @@ def test_unsigned_bytes_and_a_range_in_values(tmp_path):
 def test_undeclared_flags_are_missing_and_noise_is_dry(tmp_path):
     values = rain()
     values[0, 4] = [-0.05, -1, -99, 1e20]
+    values[2, 4] = [np.inf, -np.inf, NAN, 3]
     values[1, 4] = netCDF4.default_fillvals["f4"]
     path = simple(tmp_path / "a.nc", values, _fill=None)
     found = read(NetCDFReader(), path)[1]
     np.testing.assert_array_equal(found[0, 4], np.float32([0, NAN, NAN, 1e20]))
-    assert np.isnan(found[1, 4]).all()
+    assert np.isnan(found[1, 4]).all() and np.isnan(found[2, 4]).tolist() == [True] * 3 + [False]
     reflectivity = simple(tmp_path / "b.nc", values, units="dBZ", _fill=None)
     assert read(NetCDFReader(), reflectivity)[1][0, 4, 2] == -99
 
@@ -501,6 +502,21 @@ def test_forecasts_are_marked(tmp_path):
     file.add("rr", ("time", "y", "x"), values, units="mm/h")
     scanned = NetCDFReader().scan(file.done())
     assert [frame.lead_minutes for frame in scanned.frames] == [0, 0, 5]
+
+
+def test_the_time_of_issue_is_not_the_time(tmp_path):
+    values = rain()
+    file = grid(File(tmp_path / "a.nc"), values).dims(issued=1)
+    file.add(
+        "issued",
+        ("issued",),
+        [0],
+        units="hours since 2000-01-01",
+        standard_name="forecast_reference_time",
+    )
+    file.add("rr", ("issued", "time", "y", "x"), values[None], units="mm/h")
+    scanned = NetCDFReader().scan(file.done())
+    assert times_of(scanned)[0] == START and scanned.frames[0].lead_minutes > 1e6
 
 
 def test_several_fields_are_named_and_one_can_be_chosen(tmp_path):
@@ -807,6 +823,18 @@ def test_a_damaged_store_is_named(tmp_path, version, codec):
     with pytest.raises(BadFileError) as raised:
         MLCastReader().scan(path)
     assert raised.value.path == str(path)
+
+
+def test_a_store_without_times_is_refused(tmp_path):
+    path = tmp_path / "a.zarr"
+    group = zarr.open_group(str(path), mode="w", zarr_format=3)
+    attrs = {"units": "mm/h"}
+    group.create_array(
+        "rain", shape=(4, 5), dtype="f4", dimension_names=("y", "x"), attributes=attrs
+    )
+    assert not MLCastReader().recognises(path)
+    with pytest.raises(BadFileError, match="no dimension time of rain"):
+        MLCastReader().scan(path)
 
 
 def test_other_folders_and_files_are_no_store(tmp_path):

@@ -452,6 +452,9 @@ def test_several_datasets_are_times_or_products(tmp_path):
     ]
     assert (scanned.interval_minutes, values[2, 0, 0]) == (5, 10)
     assert [frame.lead_minutes for frame in scanned.frames] == [0, 0, 10]
+    smaller = dataset(2, 5, 2.0) | {"dataset2/data1/data": np.zeros((1, 3))}
+    scanned = ODIMReader().scan(odim(tmp_path / "c.h5", **smaller))
+    assert [frame.key for frame in scanned.frames] == ["dataset1/data1"]
     same_time = odim(
         tmp_path / "b.h5",
         **dataset(2, 5, 2.0)

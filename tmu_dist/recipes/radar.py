@@ -87,9 +87,9 @@ SMALL = Size(
     model=ModelConfig(num_layers=2, hidden_channels=32, kernel_size=3),
     # Rain played backwards is no rain: one update an iteration, forwards.
     training=TrainingConfig(
-        num_steps=500, batch_size=8, sampling_stop_step=250, reverse_input="off"
+        num_steps=1000, batch_size=8, sampling_stop_step=500, reverse_input="off"
     ),
-    teacher_steps=600,
+    teacher_steps=1000,
     schedule=ScheduleConfig(log_every=10, validate_every=100, checkpoint_every=100),
     max_validation_samples=64,
 )
