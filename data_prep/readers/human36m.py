@@ -15,13 +15,13 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, ClassVar, Literal, TypeAlias
 
-from data_prep.files import list_files
 from data_prep.readers.video import (
     IMAGE_PATTERNS,
     Clip,
     VideoDefaults,
     WindowRule,
     natural_key,
+    visible_files,
 )
 from tmu_dist.data.manifest import SourceCard
 
@@ -74,7 +74,7 @@ class Human36mReader:
 
     def clips(self, root: str, files: Sequence[str] | None = None) -> tuple[Clip, ...]:
         if files is None:
-            files, _ = list_files(root, IMAGE_PATTERNS)
+            files = visible_files(root, IMAGE_PATTERNS)
             if not files:
                 raise ValueError(
                     f"{root} holds no image: this reader takes stored frames called "

@@ -24,6 +24,7 @@ from data_prep.readers.video import (
     Clip,
     VideoDefaults,
     WindowRule,
+    visible_files,
     without_twins,
 )
 from data_prep.readers.video_decoding import probe_video
@@ -84,7 +85,7 @@ class KthReader:
 
     def clips(self, root: str, files: Sequence[str] | None = None) -> tuple[Clip, ...]:
         if files is None:
-            files, _ = list_files(root, VIDEO_PATTERNS)
+            files = visible_files(root, VIDEO_PATTERNS)
             if not files:
                 raise ValueError(
                     f"{root} holds no video: KTH's clips are called personNN_ACTION_dS_uncomp.avi. "

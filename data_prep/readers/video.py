@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol, TypeAlias
 
+from data_prep.files import list_files
 from tmu_dist.data.manifest import SourceCard
 
 Colour: TypeAlias = Literal["grey", "rgb"]
@@ -129,6 +130,15 @@ class VideoReader(Protocol):
     def notes(self) -> tuple[str, ...]:
         """What a user of the sequences should know of the protocol."""
         ...
+
+
+def visible_files(root: str, patterns: Sequence[str], include: Sequence[str] = ()) -> list[str]:
+    """Find files by `data_prep.files.list_files`, without those whose names start with a dot.
+
+    Such files belong to operating systems: "._clip.avi" is no clip.
+    """
+    files, _ = list_files(root, patterns, include)
+    return [file for file in files if not file.rpartition("/")[2].startswith(".")]
 
 
 def is_image(file: str) -> bool:

@@ -16,7 +16,6 @@ from itertools import pairwise
 from pathlib import PurePosixPath
 from typing import Any, ClassVar, Literal, TypeAlias
 
-from data_prep.files import list_files
 from data_prep.readers.video import (
     IMAGE_PATTERNS,
     VIDEO_PATTERNS,
@@ -26,6 +25,7 @@ from data_prep.readers.video import (
     image_clip_name,
     is_image,
     natural_key,
+    visible_files,
 )
 from tmu_dist.data.manifest import SourceCard
 
@@ -121,17 +121,13 @@ class VideoFolderReader:
     def _list(self, root: str) -> list[str]:
         """Find the files of one kind."""
         found = {
-            "videos": list_files(root, VIDEO_PATTERNS, self.include)[0],
-            "images": list_files(root, IMAGE_PATTERNS, self.include)[0],
+            "videos": visible_files(root, VIDEO_PATTERNS, self.include),
+            "images": visible_files(root, IMAGE_PATTERNS, self.include),
         }
         if PurePosixPath(root).suffix:  # one file, which is found whatever its kind
             found["images"] = [file for file in found["images"] if is_image(file)]
             found["videos"] = [file for file in found["videos"] if not is_image(file)]
-        found = {
-            kind: [file for file in files if not file.rpartition("/")[2].startswith(".")]
-            for kind, files in found.items()
-            if self.media in (None, kind)
-        }
+        found = {kind: files for kind, files in found.items() if self.media in (None, kind)}
         kinds = [kind for kind, files in found.items() if files]
         if not kinds:
             wanted = ", ".join(p.removeprefix("*.") for p in (*VIDEO_PATTERNS, *IMAGE_PATTERNS))

@@ -14,13 +14,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from data_prep.files import list_files
 from data_prep.readers.video import (
     VIDEO_PATTERNS,
     Clip,
     VideoDefaults,
     WindowRule,
     natural_key,
+    visible_files,
     without_twins,
 )
 from tmu_dist.data.manifest import SourceCard
@@ -71,7 +71,7 @@ class WeizmannReader:
 
     def clips(self, root: str, files: Sequence[str] | None = None) -> tuple[Clip, ...]:
         if files is None:
-            files, _ = list_files(root, VIDEO_PATTERNS)
+            files = visible_files(root, VIDEO_PATTERNS)
             if not files:
                 raise ValueError(
                     f"{root} holds no video: Weizmann's clips are called PERSON_ACTION.avi. Check "

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from itertools import islice
 from pathlib import Path
 
@@ -22,6 +24,8 @@ from tests.real_data import real_data
 from tests.synthetic_video import CODECS, cut_short, noise, write_video
 
 av = pytest.importorskip("av")
+
+ROOT = Path(__file__).parents[2]
 
 KTH_LIST = (
     "person01_boxing_d1\t\tframes\t1-95, 96-185, 190-245\r\n"
@@ -182,6 +186,24 @@ def test_a_turned_video_is_turned_upright(tmp_path):
     assert (facts.height, facts.width) == (64, 48)
 
 
+def test_without_its_library_a_reader_imports_and_names_the_extra(tmp_path):
+    script = f"""
+import sys
+sys.modules["av"] = None
+from data_prep.video_source import VideoSource
+from data_prep.readers.radar import MissingExtraError
+assert "PIL" not in sys.modules
+try:
+    VideoSource(source={str(touch(tmp_path, "a.mp4"))!r}).settings()
+except MissingExtraError as error:
+    assert "tmu-dist[video]" in str(error), error
+else:
+    raise AssertionError("no error")
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+
+
 # Pixels of images
 
 
@@ -277,6 +299,7 @@ def test_kth_clips_have_person_ranges_and_official_split(tmp_path):
         "person07_JOGGING_d4.AVI",
         "person13_handclapping_d3_uncomp.avi",
         "holiday.avi",
+        "._holiday.avi",
         "notes.txt",
     )
     clips = {clip.series: clip for clip in KthReader().clips(root)}
