@@ -1,4 +1,7 @@
-"""Original files: in a folder, or below a URL from which each is fetched while it is read."""
+"""Original files: in a folder, or below a URL from which each is fetched while it is read.
+
+A Zarr store is a folder that counts as one file. It cannot be fetched, so it must lie in a folder.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tmu_dist.data import storage
+
+_STORE_METADATA = ("zarr.json", ".zgroup", ".zmetadata")
 
 
 def list_files(
@@ -29,13 +34,16 @@ def list_files(
         ValueError: there is no such folder.
     """
     folder = storage.local_path(root)
-    if folder is not None and folder.is_file():
+    if folder is not None and (folder.is_file() or _is_store(folder)):
         return [folder.name], []
     if folder is not None and not folder.is_dir():
         raise ValueError(f"There is no file or folder {root}: check --source.")
     matching: list[str] = []
     others: list[str] = []
-    for path in storage.list_paths(root):
+    paths = storage.list_paths(root)
+    if folder is not None:
+        paths = sorted({_store_of(folder, path) or path for path in paths})
+    for path in paths:
         name = path.rpartition("/")[2].lower()
         wanted = any(fnmatch.fnmatch(name, pattern) for pattern in patterns) and (
             not include or any(fnmatch.fnmatch(path, pattern) for pattern in include)
@@ -45,8 +53,11 @@ def list_files(
 
 
 def describe(root: str, files: Sequence[str]) -> list[tuple[str, int]]:
-    """Name and size in bytes of each file."""
-    return [(file, storage.object_size(_folder(root), file)) for file in files]
+    """Name and size in bytes of each file; of a Zarr store, of all that is in it."""
+    folder = storage.local_path(_folder(root))
+    if folder is None:
+        return [(file, storage.object_size(root, file)) for file in files]
+    return [(file, _num_bytes(folder / file)) for file in files]
 
 
 @contextmanager
@@ -68,6 +79,29 @@ def local_file(root: str, file: str) -> Iterator[Path]:
 
 
 def _folder(root: str) -> str:
-    """The folder that relative paths start from: of a single file, its own."""
+    """The folder that relative paths start from: of a single file or store, the one it lies in."""
     local = storage.local_path(root)
-    return str(local.parent) if local is not None and local.is_file() else root
+    is_one = local is not None and (local.is_file() or _is_store(local))
+    return str(local.parent) if local is not None and is_one else root
+
+
+def _is_store(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in _STORE_METADATA)
+
+
+def _store_of(folder: Path, path: str) -> str | None:
+    """The outermost Zarr store below a folder that a path lies in, or None."""
+    parts = path.split("/")[:-1]
+    for length in range(1, len(parts) + 1):
+        if _is_store(folder.joinpath(*parts[:length])):
+            return "/".join(parts[:length])
+    return None
+
+
+def _num_bytes(path: Path) -> int:
+    if path.is_dir():
+        return sum(part.stat().st_size for part in path.rglob("*") if part.is_file())
+    try:
+        return path.stat().st_size
+    except FileNotFoundError as error:
+        raise ValueError(f"{path} is gone: it was there when the folder was listed.") from error

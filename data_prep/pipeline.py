@@ -123,6 +123,7 @@ class _Builder:
         self.work = work
         self.jobs = source.jobs()
         self.files = [source.describe_files(job) for job in self.jobs]
+        self.num_files = len({name for files in self.files for name, _ in files})
         settings = source.settings()
         common = {"pipeline_version": PIPELINE_VERSION, "output": dataclasses.asdict(output)}
         created_by = common | {"source": settings, "files_sha256": _hash(self.files)}
@@ -154,7 +155,7 @@ class _Builder:
             done[number] = job
             bad.extend(file for file in job.bad if not file.by_design)
             if bad and self.work.on_bad_file == "stop":
-                raise BadFilesError(_bad_files_message(bad, total=sum(map(len, self.jobs))))
+                raise BadFilesError(_bad_files_message(bad, self.num_files))
         for file in bad:
             logger.warning("Left out %s: %s", file.file, file.reason)
         return [done[number] for number in range(len(pieces))]
@@ -183,9 +184,7 @@ class _Builder:
         facts = self.source.facts(plan)
         bad = [file for job in jobs for file in job.bad]
         statistics = statistics_record(written.histogram, facts.units, self.source.wet_threshold())
-        report = compose_report(
-            facts=facts, plan=plan, bad_files=bad, num_files=sum(map(len, self.jobs))
-        )
+        report = compose_report(facts=facts, plan=plan, bad_files=bad, num_files=self.num_files)
         objects = [
             write_object(self.url, STATISTICS_PATH, _json(statistics)),
             write_object(self.url, REPORT_PATH, _json(report)),

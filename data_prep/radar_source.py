@@ -41,6 +41,8 @@ from data_prep.statistics import wet_codes
 
 _FILES_PER_JOB = 16
 _JOB_BYTES = 64 * 2**20
+_FIELDS_PER_JOB = 64
+_PART = "::"  # between a file and a range of its fields
 _DEFAULT_RANGE: dict[Quantity, tuple[float, float]] = {
     "reflectivity": (0.0, 70.0),
     "rain_rate": (0.0, 160.0),
@@ -92,6 +94,12 @@ class RadarSettings:
     """A and B of Z = A R^B (mm^6/m^3, mm/h); the default is Marshall-Palmer."""
     include_forecasts: bool = False
     """Also take fields that are forecasts (lead time above 0)."""
+    provider: str | None = None
+    """Who made the data, for the archive's source card; what is known of the format if left out."""
+    licence: str | None = None
+    """Under which terms, for the source card."""
+    citation: str | None = None
+    """How to cite them, for the source card."""
 
     def __post_init__(self) -> None:
         if self.range is not None and not -math.inf < self.range[0] < self.range[1] < math.inf:
@@ -191,21 +199,25 @@ class RadarSource:
         job: list[str] = []
         num_bytes = 0
         for file, size in describe(self.settings_.source, self.files):
+            if size > _JOB_BYTES and (parts := self._parts(file)):
+                jobs += [(part,) for part in parts]
+                continue
             if job and (len(job) == _FILES_PER_JOB or num_bytes + size > _JOB_BYTES):
                 jobs.append(tuple(job))
                 job, num_bytes = [], 0
             job.append(file)
             num_bytes += size
-        return [*jobs, tuple(job)]
+        return [*jobs, tuple(job)] if job else jobs
 
     def describe_files(self, job: Job) -> list[tuple[str, int]]:
-        return describe(self.settings_.source, job)
+        return describe(self.settings_.source, [_whole(part)[0] for part in job])
 
     def convert(self, job: Job) -> Iterator[Frame | BadFile]:
-        for file in job:
+        for part in job:
+            file, fields = _whole(part)
             try:
                 with local_file(self.settings_.source, file) as path:
-                    yield from self._convert_file(path, file)
+                    yield from self._convert_file(path, file, fields)
             except BadFileError as error:
                 yield BadFile(file, error.reason)
 
@@ -223,7 +235,8 @@ class RadarSource:
 
     def facts(self, plan: Plan) -> ArchiveFacts:
         settings = self.settings_
-        card = self.reader.source
+        named = {name: getattr(settings, name) for name in ("provider", "licence", "citation")}
+        card = dataclasses.replace(self.reader.source, **{k: v for k, v in named.items() if v})
         folder = Path(settings.source.rstrip("/")).name
         return ArchiveFacts(
             name=settings.name or f"{self.reader.name}-{folder}",
@@ -244,16 +257,28 @@ class RadarSource:
             },
         )
 
-    def _convert_file(self, path: Path, file: str) -> Iterator[Frame | BadFile]:
-        """Convert the fields of one file, one after another."""
+    def _parts(self, file: str) -> list[str]:
+        """A large file of many fields as parts for different processes; [] where it has few."""
+        try:
+            with local_file(self.settings_.source, file) as path:
+                count = len(self.reader.scan(path).frames)
+        except BadFileError:
+            return []  # `convert` names it
+        starts = range(0, count, _FIELDS_PER_JOB)
+        return (
+            [f"{file}{_PART}{i}:{i + _FIELDS_PER_JOB}" for i in starts] if len(starts) > 1 else []
+        )
+
+    def _convert_file(self, path: Path, file: str, fields: slice) -> Iterator[Frame | BadFile]:
+        """Convert fields of one file, one after another."""
         info = self.reader.scan(path)
         if difference := _difference(info, self.example):
             yield BadFile(file, f"is not like the other files: {difference}")
             return
-        frames = info.frames
+        frames = info.frames[fields]
         if not self.settings_.include_forecasts:
             frames = tuple(frame for frame in frames if frame.lead_minutes <= 0)
-            if left_out := len(info.frames) - len(frames):
+            if left_out := len(info.frames[fields]) - len(frames):
                 yield BadFile(file, f"{left_out} forecast fields left out", by_design=True)
         values = self.reader.fields(path, [frame.key for frame in frames])
         for frame, values_HW in zip(frames, values, strict=True):
@@ -371,6 +396,15 @@ def _difference(found: RadarFile, expected: RadarFile) -> str:
         if mine != theirs:
             return f"{what} {mine}, the first file has {theirs}"
     return ""
+
+
+def _whole(part: str) -> tuple[str, slice]:
+    """The file that an entry of a job names, and which of its fields are meant."""
+    file, found, fields = part.rpartition(_PART)
+    if not found:
+        return part, slice(None)
+    first, _, end = fields.partition(":")
+    return file, slice(int(first), int(end))
 
 
 def reader_options(pairs: Sequence[str]) -> dict[str, str]:

@@ -139,6 +139,8 @@ class VideoSettings:
             )
         if self.val_sequences is not None and self.protocol != "paper":
             raise ValueError("val_sequences are drawn with protocol paper only: leave it out.")
+        if self.seed and self.dataset != "video-folder" and self.protocol != "paper":
+            raise ValueError(f"Nothing is drawn for the data set {self.dataset}: leave seed out.")
         ways = [f"{split}_groups" for split in named[:1]]
         ways += ["split_folders"] if self.split_folders else []
         ways += ["proportions"] if self.proportions is not None else []

@@ -165,9 +165,10 @@ def _by_folder(records: Sequence[FrameRecord]) -> Splits:
         splits_of[record.group].add(record.official_split or "")
     divided = sorted(group for group, splits in splits_of.items() if len(splits) > 1)
     if divided:
+        folders = " and ".join(sorted(splits_of[divided[0]]))
         raise ValueError(
-            f"Group {divided[0]!r} lies in the folders of {' and '.join(splits_of[divided[0]])}: "
-            "a person or recording belongs to one split. Move its clips, or correct group_pattern."
+            f"Group {divided[0]!r} lies in the folders of {folders}: a person or recording belongs "
+            "to one split. Move its clips, or correct group_pattern."
         )
     by_index = {i: record.official_split or "" for i, record in enumerate(records)}
     return Splits(by_index, "by folder")

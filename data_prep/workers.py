@@ -9,6 +9,7 @@ import concurrent.futures
 import itertools
 import multiprocessing
 import os
+import pickle
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, TypeAlias, TypeVar
 
@@ -76,7 +77,8 @@ def _in_processes(
             while True:
                 free = workers * _AHEAD_PER_WORKER - len(running)
                 for index, piece in itertools.islice(waiting, free):
-                    running[pool.submit(work, piece)] = index
+                    # Pickled here: what cannot be is an error now, in the pool it would hang.
+                    running[pool.submit(_unpickle_and_work, pickle.dumps((work, piece)))] = index
                 if not running:
                     return
                 done, _ = concurrent.futures.wait(
@@ -92,6 +94,11 @@ def _in_processes(
             ) from error
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def _unpickle_and_work(pickled: bytes) -> Any:
+    work, piece = pickle.loads(pickled)
+    return work(piece)
 
 
 def _on_ray(

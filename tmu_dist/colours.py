@@ -32,20 +32,21 @@ MISSING, MISSING_LINE = "#e9ebed", "#a9b1b7"
 """Hatching where nothing was observed: ground and lines."""
 
 _STEPS = (
-    "#d3eef0",
-    "#a6dfea",
-    "#74cdec",
-    "#45b3ec",
-    "#3596ea",
-    "#4a77e4",
-    "#6a55da",
-    "#8a35cb",
-    "#9d129f",
-    "#9a0460",
-    "#82002f",
-    "#620908",
-    "#3a1100",
+    "#cdefee",
+    "#a1e0e8",
+    "#75cee7",
+    "#4ebceb",
+    "#40a5ef",
+    "#4e8cf1",
+    "#756beb",
+    "#9447ca",
+    "#a22891",
+    "#9b0a5a",
+    "#85002b",
+    "#6b0102",
+    "#421301",
 )
+"""Even steps of lightness, on average over normal, red-blind and green-blind eyes."""
 _BOUNDS_DBZ = tuple(float(bound) for bound in range(5, 70, 5))
 _BOUNDS_MM_PER_HOUR = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0)
 _BOUNDS_KG_PER_M2 = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 30.0, 50.0)

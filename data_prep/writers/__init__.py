@@ -1,1 +1,1 @@
-"""One file per archive format."""
+"""Archives on their way out: one file per format, and what the formats share."""

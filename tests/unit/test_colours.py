@@ -33,7 +33,11 @@ GREY = Units(quantity="intensity", unit="1", scale=1 / 255, offset=0.0, missing_
 DEUTERANOPIA = np.array(
     [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.01182, 0.04294, 0.968881]]
 )
-"""What red-green blind eyes see, in linear RGB (Machado, Oliveira and Fernandes 2009)."""
+PROTANOPIA = np.array(
+    [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.052]]
+)
+"""What green-blind and red-blind eyes see, in linear RGB (Machado, Oliveira and Fernandes 2009)."""
+SEEN_BY = {"normal": np.eye(3), "green-blind": DEUTERANOPIA, "red-blind": PROTANOPIA}
 
 
 def rgb(text: str) -> tuple[int, ...]:
@@ -52,11 +56,11 @@ def lightness(colours: list[tuple[int, ...]], seen_by: np.ndarray) -> np.ndarray
 
 
 @pytest.mark.parametrize("quantity", UNITS)
-@pytest.mark.parametrize("seen_by", [np.eye(3), DEUTERANOPIA], ids=["normal", "deuteranopia"])
-def test_steps_get_darker_with_the_value(quantity, seen_by):
+@pytest.mark.parametrize("eyes", SEEN_BY)
+def test_steps_get_darker_with_the_value(quantity, eyes):
     scale = colour_scale(UNITS[quantity])
-    steps = lightness([rgb(text) for text in (scale.below_colour, *scale.colours)], seen_by)
-    assert (np.diff(steps) < -2.5).all()
+    steps = lightness([rgb(text) for text in (scale.below_colour, *scale.colours)], SEEN_BY[eyes])
+    assert (np.diff(steps) < -3.5).all()
 
 
 def test_reflectivity_has_steps_of_5_dbz():
@@ -117,10 +121,12 @@ def test_hatching_survives_at_every_size(side):
     """Lines are seen in the field as it is, and when a large one is shown 64 pixels wide."""
     painted = paint(np.full((side, side), np.nan), colour_scale(DBZ))[..., 0].astype(float)
     step = max(1, side // 64)
-    shown = painted[: 64 * step, : 64 * step].reshape(side // step, step, side // step, step)
-    along_row = shown.mean(axis=(1, 3))[side // step // 2]
+    width = side // step
+    shown = painted[: width * step, : width * step].reshape(width, step, width, step)
+    along_row = shown.mean(axis=(1, 3))[width // 2]
     assert np.ptp(along_row) > 25
-    assert 2 <= np.count_nonzero(np.diff(np.sign(along_row - along_row.mean()))) <= side
+    lines = np.count_nonzero(np.diff(np.sign(along_row - along_row.mean())) > 0)
+    assert lines >= 3
 
 
 def test_lines_keep_the_distance_that_is_asked_for():

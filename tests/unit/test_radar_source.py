@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from data_prep import radar_source as module
 from data_prep.radar_plan import RadarPlanSettings
 from data_prep.radar_source import RadarSettings, RadarSource, radar_source
 from data_prep.source import BadFile, Frame
@@ -90,7 +91,7 @@ def test_files_that_differ_are_named(images: Path):
     Image.fromarray(np.zeros((5, 5), np.uint8)).save(images / "202001010200.png")
     (images / "202001010210.png").write_bytes(b"\x89PNG\r\n\x1a\n")
     source = source_of(images)
-    bad = [found for found in source.convert(("202001010200.png", "202001010210.png"))]
+    bad = list(source.convert(("202001010200.png", "202001010210.png")))
     assert [type(found) for found in bad] == [BadFile, BadFile]
     assert "not like the other files" in bad[0].reason and "grid" in bad[0].reason
     assert bad[1].file == "202001010210.png"
@@ -143,3 +144,44 @@ def test_real_rain_is_stored_by_the_provider_s_rule_and_marshall_palmer():
     np.testing.assert_allclose(
         codes_HW[observed].astype(float) * 70 / 254, expected, atol=70 / 254 / 2 + 1e-4
     )
+
+
+@pytest.fixture
+def zarr_store(tmp_path: Path) -> Path:
+    """A store of 11 rain fields, ten minutes apart, as the MLCast convention has them."""
+    zarr = pytest.importorskip("zarr")
+    path = tmp_path / "rain.zarr"
+    group = zarr.open_group(str(path), mode="w", zarr_format=3)
+    axes = {
+        "time": (600 * np.arange(11), "seconds since 2020-01-01 00:00:00", "time"),
+        "y": (1000.0 * np.arange(6, 0, -1), "m", "projection_y_coordinate"),
+        "x": (1000.0 * np.arange(1, 9), "m", "projection_x_coordinate"),
+    }
+    for name, (values, unit, standard_name) in axes.items():
+        axis = group.create_array(name, data=np.asarray(values), dimension_names=(name,))
+        axis.attrs.update({"units": unit, "standard_name": standard_name})
+    rain = np.arange(11 * 6 * 8, dtype=np.float32).reshape(11, 6, 8) / 10
+    array = group.create_array("rain", data=rain, dimension_names=("time", "y", "x"))
+    array.attrs.update({"units": "mm h-1", "standard_name": "rainfall_rate"})
+    return path
+
+
+@pytest.mark.parametrize("as_folder", [True, False], ids=["folder of stores", "the store"])
+def test_a_zarr_store_counts_as_one_file(zarr_store: Path, as_folder: bool):
+    source = source_of(zarr_store.parent if as_folder else zarr_store, reader="auto", option=())
+    assert source.files == ("rain.zarr",)
+    ((name, num_bytes),) = source.describe_files(source.jobs()[0])
+    assert (name, num_bytes > 1000) == ("rain.zarr", True)
+    assert len(frames_of(source)) == 11
+
+
+def test_a_large_file_is_divided_between_processes(
+    zarr_store: Path, monkeypatch: pytest.MonkeyPatch
+):
+    whole = frames_of(source_of(zarr_store, reader="mlcast", option=()))
+    monkeypatch.setattr(module, "_JOB_BYTES", 100)
+    monkeypatch.setattr(module, "_FIELDS_PER_JOB", 4)
+    source = source_of(zarr_store, reader="mlcast", option=())
+    assert len(source.jobs()) == 3
+    parts = frames_of(source)
+    assert [part.record for part in parts] == [frame.record for frame in whole]

@@ -485,7 +485,7 @@ def test_split_folders(tmp_path):
     source = VideoSource(source=str(tmp_path), frames=5, split_folders=True)
     plan, _ = plan_of(source)
     assert splits(plan) == {"train": {"train/a", "train/b"}, "val": {"val/c"}, "test": {"test/d"}}
-    with pytest.raises(ValueError, match="'a' lies in the folders of"):
+    with pytest.raises(ValueError, match="'a' lies in the folders of train and val"):
         plan_of(dataclasses.replace(source, group_pattern="(a|b|d|a)"))
 
 
@@ -584,6 +584,7 @@ def test_settings_are_json_without_paths_and_jobs_are_stable(tmp_path):
         ({"proportions": (1, 1, 1), "val_groups": ("a",)}, "both say how to split"),
         ({"dataset": "human36m", "val_sequences": 3}, "protocol paper only"),
         ({"dataset": "human36m", "protocol": "paper", "val_groups": ("S1",)}, "leave val_groups"),
+        ({"dataset": "kth", "seed": 1}, "leave seed out"),
         ({"group_pattern": "("}, "no regular expression"),
     ],
 )

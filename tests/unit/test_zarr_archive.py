@@ -1,4 +1,4 @@
-"""Zarr archives: what goes in comes out, plain xarray understands it, no damage stays unseen."""
+"""Zarr archives: what goes in comes out, and plain xarray understands it."""
 
 import concurrent.futures
 import dataclasses
@@ -9,178 +9,39 @@ import shutil
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import xarray
-import zarr
 
-from data_prep.verify import verify_archive
-from data_prep.verify_zarr import ArrayFacts, check_zarr_shard
 from data_prep.writers import cf, zarr_tables
-from data_prep.writers.objects import read_manifest, write_manifest, write_object
-from data_prep.writers.zarr_store import (
-    ZarrLayout,
-    create_split,
-    finish_store,
-    write_frames,
-    zarr_shards,
+from data_prep.writers.zarr_store import create_split, finish_store, write_frames, zarr_shards
+from data_prep.writers.zarr_tables import FrameAxis
+from tests.tiny_zarr import (
+    FINE_RADAR,
+    GRID,
+    ORIGINS,
+    RADAR,
+    VIDEO,
+    block,
+    frames_of,
+    layout_of,
+    part_of,
+    problems_of,
+    samples_of,
+    write_archive,
+    write_shards,
 )
-from data_prep.writers.zarr_tables import FrameAxis, ZarrSample
 from tmu_dist.data import storage
-from tmu_dist.data.archive import ShardError, open_archive
+from tmu_dist.data.archive import open_archive
 from tmu_dist.data.loader import SequenceLoader
-from tmu_dist.data.manifest import Grid, Manifest, SourceCard, Units
-
-RADAR = Units(
-    quantity="reflectivity", unit="dBZ", scale=0.5, offset=-10.0, max_code=140, missing_code=255
-)
-FINE_RADAR = dataclasses.replace(RADAR, scale=0.01, max_code=65_534, missing_code=65_535)
-VIDEO = Units(quantity="intensity", unit="1", scale=1 / 255, offset=0.0, missing_code=None)
-GRID = Grid(
-    height=10,
-    width=14,
-    projection="+proj=stere +lat_0=90 +lon_0=0 +lat_ts=60 +ellps=WGS84 +units=m",
-    unit="m",
-    left=1000.0,
-    top=-3000.0,
-    pixel_width=100.0,
-    pixel_height=200.0,
-)
-SOURCE = SourceCard(name="test", provider="nobody", licence="CC0-1.0")
-
-NUM_FRAMES, PER_SHARD = 11, 4
-EMPTY_SHARD = 1
-"""Of this one, every pixel is missing."""
-ORIGINS = [(0, 0, 0), (1, 4, 6), (2, 0, 6), (4, 4, 0), (5, 1, 1), (8, 4, 6)]
-"""Samples of 3 frames, 6x8 pixels; some end in the next shard."""
-START_MINUTES = 24_000_000.0
-SHARD = "train/reflectivity/c/{}/0/0"
-
-
-def frames_of(layout: ZarrLayout) -> np.ndarray:
-    """Codes that differ everywhere, with missing pixels where the units know them."""
-    random = np.random.default_rng(len(layout.split))
-    shape = (layout.num_frames, layout.channels, layout.height, layout.width)
-    frames = random.integers(0, layout.units.max_code, shape, endpoint=True).astype(layout.dtype)
-    if layout.units.missing_code is not None:
-        frames[random.random(shape) < 0.2] = layout.units.missing_code
-        frames[EMPTY_SHARD * PER_SHARD : (EMPTY_SHARD + 1) * PER_SHARD] = layout.units.missing_code
-    return frames
-
-
-def layout_of(url: str, split: str, units: Units, dtype: str, channels: int) -> ZarrLayout:
-    return ZarrLayout(
-        url=url,
-        split=split,
-        units=units,
-        num_frames=NUM_FRAMES,
-        channels=channels,
-        height=GRID.height,
-        width=GRID.width,
-        dtype=dtype,
-        frames_per_shard=PER_SHARD,
-        chunk_frames=2,
-        tile=6,
-    )
-
-
-def samples_of(split: str) -> list[ZarrSample]:
-    return [
-        ZarrSample(f"{split}-{i}", *origin, 1.0 + i, {"sample_id": i, "event": "größer"})
-        for i, origin in enumerate(ORIGINS)
-    ]
-
-
-def write_archive(
-    url: str,
-    *,
-    units: Units = RADAR,
-    dtype: str = "uint8",
-    channels: int = 1,
-    is_clock: bool = True,
-    edit_samples: Callable[[list[ZarrSample]], Any] = lambda samples: samples,
-) -> str:
-    """Write train and val splits of 11 frames in shards of 4, 6 samples each."""
-    splits, created = {}, []
-    grid = GRID if is_clock else None
-    for split in ("train", "val"):
-        layout = layout_of(url, split, units, dtype, channels)
-        samples = samples_of(split)
-        edit_samples(samples)
-        start, step = (START_MINUTES, 5.0) if is_clock else (1.0, 1.0)
-        axis = FrameAxis(["a"] * 8 + ["b"] * 3, [start + step * i for i in range(11)], is_clock)
-        created += create_split(layout, axis, samples, title="tiny", grid=grid, source=SOURCE)
-        splits[split] = zarr_shards(layout, write_shards(layout), samples)
-    manifest = Manifest(
-        name="tiny",
-        num_frames=3,
-        channels=channels,
-        height=6,
-        width=8,
-        units=units,
-        frame_interval_minutes=5.0 if is_clock else None,
-        format="zarr",
-        splits=splits,
-        objects=finish_store(url, created),
-        grid=grid,
-        source=SOURCE,
-        created_by={"source": "test"},
-        dtype=dtype,  # type: ignore[arg-type]
-    )
-    write_manifest(url, manifest)
-    return url
-
-
-def write_one_shard(layout: ZarrLayout, number: int) -> Any:
-    part = layout.shard_frames(number)
-    return write_frames(layout, number, frames_of(layout)[part.start : part.stop])
-
-
-def write_shards(layout: ZarrLayout) -> list[Any]:
-    return [write_one_shard(layout, number) for number in range(layout.num_shards)]
-
-
-def block(frames: np.ndarray, origin: tuple[int, int, int]) -> np.ndarray:
-    t, y, x = origin
-    return frames[t : t + 3, :, y : y + 6, x : x + 8]
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> Path:
     return Path(write_archive(str(tmp_path_factory.mktemp("zarr"))))
-
-
-@pytest.fixture
-def archive(whole, tmp_path) -> Path:
-    """A copy to be damaged."""
-    return Path(shutil.copytree(whole, tmp_path / "archive"))
-
-
-def problems_of(archive: Path | str) -> list[str]:
-    return [str(problem) for problem in verify_archive(str(archive), show_progress=False)]
-
-
-def edit_json(path: Path, edit: Callable[[dict], Any]) -> None:
-    record = json.loads(path.read_text())
-    edit(record)
-    path.write_text(json.dumps(record))
-
-
-def rewrite(archive: Path, path: str, data: bytes) -> None:
-    """Replace an object and its entry in the manifest: what a faulty writer would leave."""
-    stored = write_object(str(archive), path, data)
-
-    def replace(record: dict) -> None:
-        shards = [shard for shards in record["splits"].values() for shard in shards]
-        for entry in (*record["objects"], *shards):
-            if entry["path"] == path:
-                entry.update(num_bytes=stored.num_bytes, sha256=stored.sha256)
-
-    edit_json(archive / "manifest.json", replace)
 
 
 KINDS = {
@@ -289,99 +150,14 @@ def test_bytes_depend_neither_on_processes_nor_on_order(whole, tmp_path):
     shutil.rmtree(tmp_path / "train/reflectivity/c")
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(2, mp_context=context) as pool:
-        list(pool.map(write_one_shard, [layout] * 3, [2, 1, 0]))
+        numbers = [2, 1, 0]
+        list(pool.map(write_frames, [layout] * 3, numbers, [part_of(layout, n) for n in numbers]))
     files = [
         {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
         for folder in (whole, tmp_path)
     ]
     assert files[0] == files[1]
     assert not any(path.name.startswith(".") for path in tmp_path.rglob("*"))
-
-
-def test_a_shard_of_nothing_but_missing_pixels_is_there_and_must_be(archive):
-    path = archive / SHARD.format(EMPTY_SHARD)
-    assert path.is_file()
-    path.unlink()
-    silent = zarr.open_array(archive, path="train/reflectivity", mode="r")
-    assert (silent[PER_SHARD : 2 * PER_SHARD] == 255).all()  # the hazard
-    reader = open_archive(str(archive))
-    reader.read("train", [0, 5])
-    with pytest.raises(ShardError, match=rf"{path}, sample 1: the shard is missing"):
-        reader.read("train", [4])
-    with pytest.raises(ShardError, match=rf"{path}, sample 2: the shard is missing"):
-        reader.read("train", [2])  # it begins in the shard before
-    assert problems_of(archive) == [f"{SHARD.format(EMPTY_SHARD)}: {path} does not exist."]
-
-
-def test_a_shard_that_goes_while_the_archive_is_open_is_noticed(archive):
-    reader = open_archive(str(archive))
-    reader.read("train", [0])
-    (archive / SHARD.format(0)).unlink()
-    with pytest.raises(ShardError, match=rf"{SHARD.format(0)} is missing"):
-        reader.read("train", [0])
-
-
-def test_a_truncated_shard_is_named(archive):
-    path = archive / SHARD.format(2)
-    data = path.read_bytes()
-    path.write_bytes(data[:-7])
-    with pytest.raises(
-        ShardError, match=rf"{path}, sample 0: .* it has {len(data) - 7} bytes, .* {len(data)}\."
-    ):
-        open_archive(str(archive)).read("train", [5])
-    problems = problems_of(archive)
-    assert problems[0].startswith(f"{SHARD.format(2)}: has {len(data) - 7} bytes")
-    assert problems[1] == f"{SHARD.format(2)}: the crc32c of its index is wrong"
-
-
-def test_every_altered_byte_is_noticed_where_it_is_read(archive):
-    """Metadata say that samples are whole frames, so that every chunk is read."""
-
-    def whole_frames(record: dict) -> None:
-        record.update(height=10, width=14, num_frames=PER_SHARD)
-        for shards in record["splits"].values():
-            shards[0]["origins"] = [[0, 0, 0]]
-            shards[1]["origins"] = shards[2]["origins"] = []
-
-    edit_json(archive / "manifest.json", whole_frames)
-    path = archive / SHARD.format(0)
-    data = path.read_bytes()
-    before = open_archive(str(archive)).read("train", [0])
-    manifest, array = read_manifest(str(archive)), ArrayFacts((11, 10, 14), (4, 10, 14), (2, 5, 7))
-    shard = manifest.shards("train")[0]
-    assert not list(check_zarr_shard(manifest, array, shard, data))
-    for place in range(0, len(data), 5):
-        damaged = bytearray(data)
-        damaged[place] ^= 0x81
-        path.write_bytes(damaged)
-        assert list(check_zarr_shard(manifest, array, shard, bytes(damaged))), place
-        with pytest.raises(ShardError, match=r"/c/0/0/0, sample 0: the bytes were altered"):
-            open_archive(str(archive)).read("train", [0])
-    path.write_bytes(data)
-    assert np.array_equal(open_archive(str(archive)).read("train", [0]), before)
-
-
-def test_other_metadata_than_the_manifest_knows_are_refused(archive):
-    path = archive / "train/reflectivity/zarr.json"
-    edit_json(path, lambda record: record.update(fill_value=0))
-    with pytest.raises(ShardError, match=r"train/reflectivity/zarr\.json, the array's metadata"):
-        open_archive(str(archive)).read("train", [0])
-    assert problems_of(archive)[0].startswith("train/reflectivity/zarr.json: has ")
-    path.unlink()
-    with pytest.raises(ShardError, match=r"zarr\.json does not exist"):
-        open_archive(str(archive)).read("train", [0])
-
-
-def test_damaged_records_are_named(archive):
-    path = archive / "train/samples/sample_meta/c/0"
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 4
-    path.write_bytes(data)
-    with pytest.raises(ShardError, match=r"sample_meta/c/0, row 2: the bytes were altered"):
-        open_archive(str(archive)).read_meta("train", 2)
-    path.unlink()
-    with pytest.raises(ShardError, match=r"row 2: train/samples/sample_meta/c/0 is missing"):
-        open_archive(str(archive)).read_meta("train", 2)
 
 
 def test_reading_processes_read_the_same(whole):
@@ -394,120 +170,6 @@ def test_reading_processes_read_the_same(whole):
         assert np.array_equal(here.frames_BTCHW.numpy(), there.frames_BTCHW.numpy())
     ids = [i for batch in batches[0] for i in batch.sample_ids_B.tolist()]
     assert ids == list(range(6))
-
-
-def test_verify_names_objects_that_are_gone_altered_or_strange(archive):
-    (archive / "train/time/c/0").unlink()
-    (archive / "val/y/zarr.json").write_text("{}")
-    (archive / "statistics.json").write_text("{}")
-    storage.write_bytes(str(archive), SHARD.format(9), b"more than there should be")
-    (archive / ".parts").mkdir()
-    (archive / ".parts/job.json").write_text("of an unfinished run")
-    problems = problems_of(archive)
-    assert problems[:2] == [
-        "statistics.json: is not in the manifest",
-        f"{SHARD.format(9)}: is not in the manifest",
-    ]
-    assert f"train/time/c/0: {archive}/train/time/c/0 does not exist." in problems
-    assert any(p.startswith("val/y/zarr.json: has 2 bytes") for p in problems)
-    assert not any(".parts" in p for p in problems)
-
-
-@pytest.mark.parametrize(
-    ("edit", "message"),
-    [
-        (lambda r: r.update(data_type="uint16"), "data_type is 'uint16', the format says 'uint8'"),
-        (lambda r: r.update(shape=[20, 10, 14]), "has 20 frames and so the 5 shards"),
-        (lambda r: r.update(shape=[11, 9, 14]), r"the manifest's grid is 10x14"),
-        (lambda r: r.update(shape=[11, 1, 10, 14]), "shape, shards and chunks are"),
-        (lambda r: r.pop("codecs"), "does not describe the array of this format: 'codecs'"),
-        (
-            lambda r: r["codecs"][0]["configuration"].update(index_codecs=[]),
-            "index codecs is",
-        ),
-    ],
-)
-def test_verify_holds_the_array_against_the_manifest(archive, edit, message):
-    path = "train/reflectivity/zarr.json"
-    record = json.loads((archive / path).read_text())
-    edit(record)
-    rewrite(archive, path, json.dumps(record).encode())
-    problems = problems_of(archive)
-    assert any(p.startswith(f"{path}: ") and message in p for p in problems), problems
-
-
-@pytest.mark.parametrize(
-    ("edit", "messages"),
-    [
-        (
-            lambda samples: samples.__setitem__(1, samples[1]._replace(key="a.b")),
-            ["samples/sample_key: row 1 is 'a.b', a key is letters"],
-        ),
-        (
-            lambda samples: samples.__setitem__(1, samples[0]._replace(meta={"sample_id": 1})),
-            ["train/samples/sample_key: row 1 is 'train-0', which is used twice"],
-        ),
-        (
-            lambda samples: samples.__setitem__(1, samples[1]._replace(weight=0.0)),
-            ["sample_weight: row 1 is 0.0"],
-        ),
-        (
-            lambda samples: samples.__setitem__(1, samples[1]._replace(meta={"sample_id": 2})),
-            ["sample_meta: row 1 is no JSON object that says sample_id 1"],
-        ),
-        (
-            lambda samples: samples.__setitem__(1, samples[1]._replace(row=5)),
-            [f"{SHARD.format(0)}, sample 1: starts at (1, 5, 6) and leaves the array"],
-        ),
-        (
-            lambda samples: samples.__setitem__(4, samples[4]._replace(frame=6)),
-            [f"{SHARD.format(1)}, sample 1: its frames do not follow each other in series"],
-        ),
-    ],
-)
-def test_verify_finds_samples_that_cannot_be(tmp_path, edit, messages):
-    write_archive(str(tmp_path), edit_samples=edit)
-    problems = problems_of(tmp_path)
-    for message in messages:
-        assert any(message in problem for problem in problems), problems
-
-
-def test_verify_holds_the_tables_against_the_manifest(archive):
-    edit_json(
-        archive / "manifest.json",
-        lambda record: record["splits"]["train"][0]["origins"].__setitem__(1, [1, 3, 6]),
-    )
-    assert problems_of(archive) == [
-        "train/samples/sample_row: row 1 is 4, the manifest's origin says 3"
-    ]
-
-
-def test_verify_finds_codes_that_the_units_do_not_know(archive):
-    edit_json(archive / "manifest.json", lambda record: record["units"].update(max_code=130))
-    problems = problems_of(archive)
-    assert all("the manifest's units know 0..130 and 255" in problem for problem in problems)
-    assert any(p.startswith(f"{SHARD.format(0)}: chunk (0, 0, 0) holds the code") for p in problems)
-    assert not any(p.startswith(SHARD.format(EMPTY_SHARD)) for p in problems)
-
-
-def test_verify_finds_chunks_that_a_writer_left_out(archive):
-    """Zarr libraries leave out chunks of fill values, and read them again as such."""
-    plain = zarr.open_array(archive, path="train/reflectivity", mode="r+")
-    plain[0:2, 0:5, 0:7] = 255
-    path = SHARD.format(0)
-    rewrite(archive, path, (archive / path).read_bytes())
-    assert problems_of(archive) == [
-        f"{path}: chunk (0, 0, 0) is absent and would read as fill values"
-    ]
-
-
-def test_a_manifest_that_puts_samples_elsewhere_is_refused_in_reading(archive):
-    edit_json(
-        archive / "manifest.json",
-        lambda record: record["splits"]["train"][0]["origins"].__setitem__(0, [0, 5, 0]),
-    )
-    with pytest.raises(ShardError, match="sample 0: the manifest puts it at frame 0, row 5"):
-        open_archive(str(archive)).read("train", [0])
 
 
 def test_a_layout_divides_frames_evenly_and_holds_no_more_than_it_needs():

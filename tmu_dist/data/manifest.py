@@ -1,8 +1,9 @@
 """The manifest: what an archive holds, where each sample's bytes are, and their checksums.
 
-One schema for both formats: WebDataset tars, and a Zarr store. Pure data and its checks (standard library only): no storage, no tar, no torch. The file format is
-described in docs/data_format.md. A manifest that parses is consistent in itself; whether the shards
-agree with it is for `python -m data_prep verify` and for the checks made at every read.
+One schema for both formats, WebDataset tars and Zarr stores. Pure data and its checks (standard
+library only): no storage, no tar, no torch. The file format is described in docs/data_format.md. A
+manifest that parses is consistent in itself; whether the objects agree with it is for `python -m
+data_prep verify` and for the checks made at every read.
 """
 
 from __future__ import annotations
