@@ -21,7 +21,7 @@ _WIDTH, _HISTOGRAM_WIDTH = 1080, 740
 """About as wide as they are on a screen, so that letters have their size."""
 _MOST_BARS = 70
 _LETTER_PX = 6.6
-_TICK_HOURS = (0.25, 0.5, 1, 2, 3, 6, 12, 24, 48, 120, 240, 720, 2160, 8760)
+_TICK_HOURS = (0.25, 0.5, 1, 2, 3, 6, 12, 24, 48, 120, 240, 720, 2160, 8760, 43_800, 87_600)
 
 
 class Stretch(NamedTuple):
@@ -149,7 +149,7 @@ def event_chart(lanes: Sequence[Lane]) -> Html:
     right = max(len(lane.note) for lane in lanes) * _LETTER_PX + 14
     width = _WIDTH - left - right
     hours = max((lane.end - lane.start).total_seconds() for lane in lanes) / 3600 or 1.0
-    step = next((tick for tick in _TICK_HOURS if hours / tick <= 9), 8760 * 2)
+    step = next((tick for tick in _TICK_HOURS if hours / tick <= 9), 876_000)
     parts: list[str] = []
     bottom = 6 + 24 * len(lanes)
     for number in range(int(hours / step) + 1):

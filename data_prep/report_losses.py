@@ -59,7 +59,7 @@ def loss_parts(report: Mapping[str, Any]) -> list[Html]:
     for reason in clips:
         number, first = (section(clips, reason).get(name) for name in ("number", "first"))
         parts.append(
-            element("p", f"{number_text(number)} clips left out: {reason} (first: {first}).")
+            element("p", f"Clips left out: {number_text(number)}, {reason} (first: {first}).")
         )
     return [*parts, *_quality(section(plan, "quality")), *_shared_pictures(plan)]
 
@@ -85,23 +85,22 @@ def _quality(quality: Mapping[str, Any]) -> list[Html]:
     sentences = []
     gaps, frozen = section(quality, "gaps"), section(quality, "frozen")
     above, duplicates = section(quality, "above_range"), section(quality, "duplicates")
-    if gaps.get("number"):
-        number = number_text(gaps["number"])
+    if number := gaps.get("number"):
+        missing = number_text(gaps.get("missing_frames"))
+        sentences.append(f"Gaps: {number_text(number)}, with {missing} frames missing.")
+    if number := frozen.get("stretches"):
+        frames = number_text(frozen.get("frames"))
         sentences.append(
-            f"{number} gaps, {number_text(gaps.get('missing_frames'))} frames missing."
+            f"Stretches in which the picture stands still: {number_text(number)}, {frames} frames."
         )
-    if frozen.get("stretches"):
+    if number := above.get("pixels"):
+        frames = number_text(above.get("frames"))
         sentences.append(
-            f"{number_text(frozen['stretches'])} stretches in which the picture stands still "
-            f"({number_text(frozen.get('frames'))} frames)."
+            f"Pixels above the stored range, clipped to its end: {number_text(number)} (in {frames} "
+            "frames)."
         )
-    if above.get("pixels"):
-        sentences.append(
-            f"{number_text(above['pixels'])} pixels in {number_text(above.get('frames'))} frames "
-            "lay above the stored range and were clipped to its end."
-        )
-    if different := duplicates.get("different"):
-        sentences.append(f"{number_text(different)} files contradict another one of the same time.")
+    if number := duplicates.get("different"):
+        sentences.append(f"Files that contradict another of the same time: {number_text(number)}.")
     for row in quality.get("intervals") or []:
         if row.get("differs_from_declared"):
             name = row.get("series") or "The frames"

@@ -5,12 +5,13 @@ The only module of data_prep that imports ray, and only when Ray is asked for.
 
 from __future__ import annotations
 
-import concurrent.futures
 import itertools
 import multiprocessing
 import os
 import pickle
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from multiprocessing.connection import Connection, wait
 from typing import Any, Literal, TypeAlias, TypeVar
 
 Launcher: TypeAlias = Literal["local", "ray"]
@@ -18,8 +19,8 @@ Launcher: TypeAlias = Literal["local", "ray"]
 Piece = TypeVar("Piece")
 Result = TypeVar("Result")
 
-_AHEAD_PER_WORKER = 2
-"""Pieces handed out before one is back; more would only pile up in a queue."""
+_TASKS_PER_CORE = 2
+"""Ray tasks handed out before one is back; more would only pile up in a queue."""
 
 
 class WorkerDiedError(ValueError):
@@ -67,38 +68,68 @@ def available_cores() -> int:
 def _in_processes(
     work: Callable[[Piece], Result], pieces: Sequence[Piece], workers: int
 ) -> Iterator[tuple[int, Result]]:
+    # One pipe a process: a process that dies is noticed by its pipe, and one that has lost this
+    # process ends by itself.
     # Never forked: an object store's runtime does not survive a fork (tmu_dist.data.storage).
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([work.__module__])
     waiting = iter(enumerate(pieces))
-    with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool:
-        running: dict[concurrent.futures.Future[Result], int] = {}
-        try:
-            while True:
-                free = workers * _AHEAD_PER_WORKER - len(running)
-                for index, piece in itertools.islice(waiting, free):
-                    # Pickled here: what cannot be is an error now, in the pool it would hang.
-                    running[pool.submit(_unpickle_and_work, pickle.dumps((work, piece)))] = index
-                if not running:
-                    return
-                done, _ = concurrent.futures.wait(
-                    running, return_when=concurrent.futures.FIRST_COMPLETED
-                )
-                for future in done:
-                    yield running.pop(future), future.result()
-        except concurrent.futures.process.BrokenProcessPool as error:
-            raise WorkerDiedError(
-                "A worker process was killed from outside; most often the machine ran out of "
-                "memory. What was finished is kept: run the same command again, with fewer "
-                "--workers."
-            ) from error
-        finally:
-            pool.shutdown(cancel_futures=True)
+    processes = []
+    running: dict[Connection, int] = {}
+
+    def hand_out(connection: Connection) -> None:
+        for index, piece in itertools.islice(waiting, 1):
+            connection.send(piece)
+            running[connection] = index
+
+    try:
+        for _ in range(workers):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(theirs, work), daemon=True)
+            process.start()
+            theirs.close()
+            processes.append(process)
+            hand_out(ours)
+        while running:
+            for connection in wait(list(running)):
+                assert isinstance(connection, Connection)
+                index = running.pop(connection)
+                failed, outcome = _receive(connection)
+                if failed:
+                    raise outcome
+                hand_out(connection)
+                yield index, outcome
+    finally:
+        for process in processes:
+            process.terminate()
+        for process in processes:
+            process.join()
 
 
-def _unpickle_and_work(pickled: bytes) -> Any:
-    work, piece = pickle.loads(pickled)
-    return work(piece)
+def _serve(connection: Connection, work: Callable[[Any], Any]) -> None:
+    """Work on the pieces that come through a pipe until it is closed; runs in a worker process."""
+    with suppress(EOFError, BrokenPipeError):
+        while True:
+            piece = connection.recv()
+            try:
+                answer = (False, work(piece))
+            except Exception as error:
+                answer = (True, error)
+            try:
+                connection.send(answer)
+            except (TypeError, AttributeError, pickle.PicklingError):  # an error of some library
+                connection.send((True, RuntimeError(repr(answer[1]))))
+
+
+def _receive(connection: Connection) -> tuple[bool, Any]:
+    """Whether a piece failed, and its result or error."""
+    try:
+        return connection.recv()
+    except (EOFError, ConnectionError) as error:
+        raise WorkerDiedError(
+            "A worker process was killed from outside; most often the machine ran out of memory. "
+            "What was finished is kept: run the same command again, with fewer --workers."
+        ) from error
 
 
 def _on_ray(
@@ -115,7 +146,7 @@ def _on_ray(
     running: dict[Any, int] = {}
     try:
         while True:
-            free = workers * _AHEAD_PER_WORKER - len(running)
+            free = workers * _TASKS_PER_CORE - len(running)
             for index, piece in itertools.islice(waiting, free):
                 running[task.remote(piece)] = index
             if not running:
