@@ -52,7 +52,7 @@ def pysteps_loop(folder: Path, source: str, save: Callable[..., None], out: Path
     name, pattern = SOURCES[source]
     extra = {"mch": ("AQC", "mm", 5.0), "fmi": ()}.get(source, ())
     keywords = {"fmi": {"gzipped": True}, "rmi": {"qty": "RATE"}}.get(source, {})
-    files = sorted((folder / source).glob(pattern))
+    files = sorted((folder / source).rglob(pattern))
     for file in files:
         field, _, _ = getattr(importers, name)(str(file), *extra, **keywords)
         save(out / f"{file.stem}.npz", field=np.asarray(field, np.float32))
@@ -61,9 +61,7 @@ def pysteps_loop(folder: Path, source: str, save: Callable[..., None], out: Path
 
 def archive(folder: Path, source: str, form: str, out: Path) -> int:
     """Convert the same files; returns the number of frames."""
-    settings = RadarSettings(
-        source=str(folder / source), include=(SOURCES[source][1],), dtype="uint16"
-    )
+    settings = RadarSettings(source=str(folder / source), include=(SOURCES[source][1],))
     plan = RadarPlanSettings(frames=10, stride=10, proportions={"train": 1.0})
     output = OutputSettings(format=form)  # type: ignore[arg-type]
     made = radar_source(settings, plan)

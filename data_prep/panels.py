@@ -30,8 +30,13 @@ _HATCH_PX = 6
 _BAR_HEIGHT_PX = 50
 
 
-def view_of(manifest: Manifest) -> VideoView:
+def view_of(manifest: Manifest, *, hatch_px: int = _HATCH_PX) -> VideoView:
     """Return how the frames of an archive are drawn.
+
+    Args:
+        manifest: of the archive.
+        hatch_px: distance of the lines that mark missing areas, in pixels of the picture; more
+            where the picture will be shown smaller than it is.
 
     Raises:
         ValueError: they have neither one channel nor three.
@@ -43,7 +48,9 @@ def view_of(manifest: Manifest) -> VideoView:
         )
     units = manifest.units
     is_plain = units.quantity == "intensity" and manifest.grid is None
-    return VideoView(manifest) if is_plain or manifest.channels == 3 else MapView(manifest)
+    if is_plain or manifest.channels == 3:
+        return VideoView(manifest)
+    return MapView(manifest, hatch_px=hatch_px)
 
 
 class VideoView:
@@ -116,9 +123,10 @@ class MapView(VideoView):
     animation_tile_px = 264
     _ROW_PX, _MOST_PX = 1400, 280
 
-    def __init__(self, manifest: Manifest) -> None:
+    def __init__(self, manifest: Manifest, *, hatch_px: int = _HATCH_PX) -> None:
         super().__init__(manifest)
         self.most_columns = 12
+        self._hatch_px = hatch_px
         self.scale = colour_scale(manifest.units)
         self._pixel_km = _pixel_km(manifest.grid)
 
@@ -137,7 +145,7 @@ class MapView(VideoView):
 
     def tile(self, frame_CHW: NDArray[Any], size: tuple[int, int]) -> Image.Image:
         values_HW = resampled(physical(frame_CHW[0], self.manifest.units), size)
-        return Image.fromarray(paint(values_HW, self.scale, hatch_px=_HATCH_PX))
+        return Image.fromarray(paint(values_HW, self.scale, hatch_px=self._hatch_px))
 
     def time_labels(self, meta: Mapping[str, Any]) -> list[str]:
         """Times of the frames (UTC), or minutes since the first where that has none."""
@@ -263,6 +271,18 @@ def shorten(text: str, width_px: int, size_px: int) -> str:
     while text and font.getlength(text + "…") > width_px:
         text = text[:-1]
     return text.rstrip() + "…"
+
+
+def wrapped(text: str, width_px: int, size_px: int) -> list[str]:
+    """Break a text into lines of at most a width, between words; no word is left out."""
+    font = picture_font(size_px)
+    lines: list[str] = []
+    for word in text.split():
+        if lines and font.getlength(f"{lines[-1]} {word}") <= width_px:
+            lines[-1] += f" {word}"
+        else:
+            lines.append(word)
+    return lines
 
 
 def join_facts(facts: Sequence[str]) -> str:

@@ -76,7 +76,7 @@ def write_report(url: str, out_path: Path) -> Path:
     """
     from data_prep.report_html import document
     from data_prep.report_page import PageData, page_parts
-    from data_prep.show import read_sequences
+    from data_prep.show import read_examples
     from tmu_dist.data.archive import open_archive
 
     archive = open_archive(url)
@@ -88,7 +88,7 @@ def write_report(url: str, out_path: Path) -> Path:
         statistics=_read_json(url, manifest, STATISTICS_PATH),
         report=_read_json(url, manifest, REPORT_PATH),
         examples={
-            split: read_sequences(url, split, _EXAMPLES_TRAIN if split == "train" else _EXAMPLES)[1]
+            split: read_examples(archive, split, _EXAMPLES_TRAIN if split == "train" else _EXAMPLES)
             for split in splits
         },
         wet_fractions=_wet_fractions(archive, splits),

@@ -95,10 +95,8 @@ def _quality(quality: Mapping[str, Any]) -> list[Html]:
         )
     if number := above.get("pixels"):
         frames = number_text(above.get("frames"))
-        sentences.append(
-            f"Pixels above the stored range, clipped to its end: {number_text(number)} (in {frames} "
-            "frames)."
-        )
+        text = f"Pixels above the stored range, clipped to its end: {number_text(number)}"
+        sentences.append(f"{text} (in {frames} frames).")
     if number := duplicates.get("different"):
         sentences.append(f"Files that contradict another of the same time: {number_text(number)}.")
     for row in quality.get("intervals") or []:

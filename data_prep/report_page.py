@@ -8,7 +8,7 @@ Shape letters: T time, C channels, H height, W width.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,7 +33,8 @@ from data_prep.show import Example
 from tmu_dist.colours import colour_scale
 from tmu_dist.data.manifest import SPLITS, Grid, Manifest, Shard
 
-_EXAMPLE_TILE_PX = 200
+_EXAMPLE_TILE_PX, _EXAMPLE_HATCH_PX = 200, 12
+"""Twice as many pixels as the page shows of ten frames in a row."""
 _FORMATS = {"webdataset": "WebDataset tars", "zarr": "Zarr v3 store"}
 
 
@@ -47,8 +48,8 @@ class PageData:
     """Content of statistics.json; empty where the archive has none."""
     report: Mapping[str, Any]
     """Content of report.json; empty where the archive has none."""
-    examples: Mapping[str, Sequence[Example]]
-    """A few sequences of each split."""
+    examples: Mapping[str, Iterable[Example]]
+    """A few sequences of each split, read when they are drawn."""
     wet_fractions: Mapping[str, float]
     """Mean over some sequences of each split, where their records have it."""
 
@@ -210,6 +211,9 @@ def _splits(data: PageData) -> list[Html]:
         for i, split in enumerate(present)
     ]
     parts = [element("h2", "Splits"), table(["Split", *(named[name] for name in shown)], rows)]
+    if data.wet_fractions:
+        text = "Wet pixels: mean over at most 50 sequences of the split, of what was observed."
+        parts.append(element("p", text, css="small"))
     if rule := section(data.report, "plan").get("split_rule"):
         parts.append(element("p", f"Split {rule}."))
     said = section(data.report, "facts").get("notes") or []  # in the header
@@ -227,7 +231,7 @@ def _examples(data: PageData) -> list[Html]:
     if data.manifest.channels not in (1, 3):
         why = f"frames of {data.manifest.channels} channels are no pictures"
         return [heading, absent("Examples", why)]
-    view = view_of(data.manifest)
+    view = view_of(data.manifest, hatch_px=_EXAMPLE_HATCH_PX)
     times = strided(data.manifest.num_frames, 10)
     size = view.tile_size(_EXAMPLE_TILE_PX)
     parts = [heading]

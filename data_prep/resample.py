@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,7 +36,7 @@ class Crop:
             )
 
 
-def crop(values_HW: NDArray[np.float32], rectangle: Crop) -> NDArray[np.float32]:
+def crop(values_HW: NDArray[Any], rectangle: Crop) -> NDArray[Any]:
     """Return the rectangle of a field, as a view.
 
     Raises:

@@ -9,17 +9,25 @@ Shape letters: N samples, T time, C channels, H height, W width.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from data_prep.panels import VideoView, attribution, join_facts, shorten, spread, strided, view_of
+from data_prep.panels import (
+    VideoView,
+    attribution,
+    join_facts,
+    shorten,
+    spread,
+    strided,
+    view_of,
+    wrapped,
+)
 from tmu_dist.colours import FAINT_INK, INK, OUTLINE, PAPER, picture_font
-from tmu_dist.data.archive import open_archive
-from tmu_dist.data.manifest import Manifest
+from tmu_dist.data.archive import Archive, open_archive
 
 _MARGIN, _GAP = 20, 4
 _LEFT = 104
@@ -27,6 +35,7 @@ _LEFT = 104
 _LEAST_WIDTH = 640
 _LABEL_ROW, _LABEL_RISE = 22, 6
 """Room for times between two rows, and how far above the frames they stand."""
+_TERMS_ROW = 15
 _FRAME_MS, _LAST_FRAME_MS = 120, 900
 
 
@@ -36,6 +45,17 @@ class Example(NamedTuple):
     sample_id: int
     frames_TCHW: NDArray[Any]
     meta: Mapping[str, Any]
+
+
+class Drawn(NamedTuple):
+    """One sample as pictures, which are small where its frames may be large."""
+
+    sample_id: int
+    meta: Mapping[str, Any]
+    sheet: list[Image.Image]
+    """The frames that a sheet shows."""
+    animation: list[Image.Image]
+    """All frames."""
 
 
 def draw_archive(url: str, out_dir: Path, *, split: str, num: int) -> tuple[Path, Path]:
@@ -56,8 +76,10 @@ def draw_archive(url: str, out_dir: Path, *, split: str, num: int) -> tuple[Path
     """
     if num < 1:
         raise ValueError(f"num must be at least 1, got {num}.")
-    manifest, sequences = read_sequences(url, split, num)
+    archive = open_archive(url)
+    manifest = archive.manifest
     view = view_of(manifest)
+    sequences = [draw_example(view, example) for example in read_examples(archive, split, num)]
     out_dir.mkdir(parents=True, exist_ok=True)
     sheet = out_dir / f"{manifest.name}-{split}.png"
     animation = out_dir / f"{manifest.name}-{split}.gif"
@@ -71,34 +93,42 @@ def draw_archive(url: str, out_dir: Path, *, split: str, num: int) -> tuple[Path
     return sheet, animation
 
 
-def read_sequences(url: str, split: str, num: int) -> tuple[Manifest, list[Example]]:
+def read_examples(archive: Archive, split: str, num: int) -> Iterator[Example]:
     """Read at most `num` samples, spread evenly over a split, one at a time.
 
     Raises:
-        ValueError: no such archive or split, or a damaged sample.
+        ValueError: no such split, or a damaged sample.
     """
-    archive = open_archive(url)
-    sequences = [
-        Example(sample_id, archive.read(split, [sample_id])[0], archive.read_meta(split, sample_id))
-        for sample_id in spread(archive.manifest.num_samples(split), num)
-    ]
-    return archive.manifest, sequences
+    for sample_id in spread(archive.manifest.num_samples(split), num):
+        frames_TCHW = archive.read(split, [sample_id])[0]
+        yield Example(sample_id, frames_TCHW, archive.read_meta(split, sample_id))
 
 
-def contact_sheet(view: VideoView, split: str, sequences: list[Example]) -> Image.Image:
+def draw_example(view: VideoView, example: Example) -> Drawn:
+    """Draw the frames of a sample in both sizes."""
+    times, size = _sheet_frames(view)
+    animation_size = view.tile_size(view.animation_tile_px)
+    return Drawn(
+        example.sample_id,
+        example.meta,
+        [view.tile(example.frames_TCHW[t], size) for t in times],
+        [view.tile(frame_CHW, animation_size) for frame_CHW in example.frames_TCHW],
+    )
+
+
+def contact_sheet(view: VideoView, split: str, sequences: list[Drawn]) -> Image.Image:
     """Draw one row per sample and one column per time, labelled; long sequences leave times out."""
     manifest = view.manifest
-    times = strided(manifest.num_frames, view.most_columns)
-    size = view.tile_size(view.sheet_tile_px(len(times)))
+    times, size = _sheet_frames(view)
     column = max(size[0], 44) + _GAP  # room for a time above a narrow frame
     row = size[1] + (_LABEL_ROW if view.has_own_times else _GAP)
     top = 98
     width = max(_LEFT + len(times) * column - _GAP, _LEAST_WIDTH) + _MARGIN
     legend = view.legend(size[0], width - _LEFT - _MARGIN)
-    terms = shorten(attribution(manifest), width - 2 * _MARGIN, 11)
+    terms = wrapped(attribution(manifest), width - 2 * _MARGIN, 11)
     rows_end = top + len(sequences) * row - (row - size[1])
     terms_y = rows_end + (30 + legend.height if legend else 8)
-    sheet = Image.new("RGB", (width, terms_y + (20 if terms else 0) + 14), PAPER)
+    sheet = Image.new("RGB", (width, terms_y + _TERMS_ROW * len(terms) + 18), PAPER)
     pen = ImageDraw.Draw(sheet)
     _draw_heading(pen, view, split, sequences, width)
     if not view.has_own_times:
@@ -108,16 +138,23 @@ def contact_sheet(view: VideoView, split: str, sequences: list[Example]) -> Imag
             pen.text((x, top - _LABEL_RISE), label, FAINT_INK, picture_font(11), anchor="ms")
     pen.text((_LEFT - 12, top - _LABEL_RISE), "sample", FAINT_INK, picture_font(11), anchor="rs")
     for number, sequence in enumerate(sequences):
-        _draw_row(sheet, view, sequence, times, size, column, top + number * row)
+        _draw_row(sheet, view, sequence, times, column, top + number * row)
     if legend:
         sheet.paste(legend, (_LEFT, rows_end + 20))
-    if terms:
-        pen.text((_MARGIN, terms_y + 8), terms, FAINT_INK, picture_font(11), anchor="la")
+    for line, text in enumerate(terms):
+        y = terms_y + 8 + line * _TERMS_ROW
+        pen.text((_MARGIN, y), text, FAINT_INK, picture_font(11), anchor="la")
     return sheet
 
 
+def _sheet_frames(view: VideoView) -> tuple[list[int], tuple[int, int]]:
+    """Return which frames a sheet shows, and how large."""
+    times = strided(view.manifest.num_frames, view.most_columns)
+    return times, view.tile_size(view.sheet_tile_px(len(times)))
+
+
 def _draw_heading(
-    pen: ImageDraw.ImageDraw, view: VideoView, split: str, sequences: list[Example], width: int
+    pen: ImageDraw.ImageDraw, view: VideoView, split: str, sequences: list[Drawn], width: int
 ) -> None:
     manifest = view.manifest
     minutes = manifest.frame_interval_minutes
@@ -127,7 +164,7 @@ def _draw_heading(
         f"{manifest.num_frames} frames of {manifest.height} × {manifest.width}",
         "" if minutes is None else f"every {minutes:g} min",
         "" if step == 1 else f"one frame in {step} shown",
-        "times in UTC" if view.has_own_times else "",
+        "times in UTC" if any(view.describe(sequence.meta) for sequence in sequences) else "",
     ]
     title = shorten(f"{manifest.name} / {split}", round((width - 2 * _MARGIN) * 0.92), 20)
     pen.text((_MARGIN, 14), title, INK, picture_font(20, bold=True))
@@ -138,14 +175,14 @@ def _draw_heading(
 def _draw_row(
     sheet: Image.Image,
     view: VideoView,
-    sequence: Example,
+    sequence: Drawn,
     times: list[int],
-    size: tuple[int, int],
     column: int,
     y: int,
 ) -> None:
     pen = ImageDraw.Draw(sheet)
-    middle = y + size[1] / 2
+    width, height = sequence.sheet[0].size
+    middle = y + height / 2
     what = view.describe(sequence.meta)
     number_y = middle - 9 if what else middle
     pen.text((_LEFT - 12, number_y), str(sequence.sample_id), INK, picture_font(14), anchor="rm")
@@ -154,13 +191,13 @@ def _draw_row(
     labels = view.time_labels(sequence.meta)
     for place, t in enumerate(times):
         x = _LEFT + place * column
-        _paste(sheet, view, sequence.frames_TCHW[t], size, (x, y))
+        _paste(sheet, view, sequence.sheet[place], (x, y))
         if view.has_own_times:
-            center = x + size[0] / 2
+            center = x + width / 2
             pen.text((center, y - _LABEL_RISE), labels[t], FAINT_INK, picture_font(11), anchor="ms")
 
 
-def _animation(view: VideoView, sequences: list[Example]) -> list[Image.Image]:
+def _animation(view: VideoView, sequences: list[Drawn]) -> list[Image.Image]:
     """Draw all samples in a grid, one picture per time."""
     columns = min(4, len(sequences))
     rows = math.ceil(len(sequences) / columns)
@@ -183,7 +220,7 @@ def _animation(view: VideoView, sequences: list[Example]) -> list[Image.Image]:
             row, column = divmod(number, columns)
             x = margin + column * (width + gap)
             y = top + row * (height + gap + label_height) + label_height
-            _paste(page, view, sequence.frames_TCHW[t], (width, height), (x, y))
+            _paste(page, view, sequence.animation[t], (x, y))
             if label_height:
                 text = f"{view.describe(sequence.meta)} {labels[number][t]}".strip()
                 pen.text((x, y - _LABEL_RISE), text, INK, picture_font(12), anchor="ls")
@@ -196,20 +233,18 @@ def _animation(view: VideoView, sequences: list[Example]) -> list[Image.Image]:
 def _animation_heading(view: VideoView, t: int) -> str:
     manifest = view.manifest
     if view.has_own_times:
-        return join_facts([manifest.name, f"frame {t + 1} of {manifest.num_frames}", "UTC"])
+        return join_facts(
+            [manifest.name, f"frame {t + 1} of {manifest.num_frames}", "times in UTC"]
+        )
     labels = view.time_labels({})
     return f"{labels[t]} of {labels[-1]}"
 
 
 def _paste(
-    picture: Image.Image,
-    view: VideoView,
-    frame_CHW: NDArray[Any],
-    size: tuple[int, int],
-    place: tuple[int, int],
+    picture: Image.Image, view: VideoView, tile: Image.Image, place: tuple[int, int]
 ) -> None:
-    picture.paste(view.tile(frame_CHW, size), place)
+    picture.paste(tile, place)
     if view.has_border:
-        right, bottom = place[0] + size[0], place[1] + size[1]
+        right, bottom = place[0] + tile.width, place[1] + tile.height
         corners = (place[0] - 1, place[1] - 1, right, bottom)
         ImageDraw.Draw(picture).rectangle(corners, outline=OUTLINE)

@@ -61,8 +61,6 @@ SIDEWAYS = {
 """Rooms that import from a room of the same row. Commands (row 5) may import each other."""
 
 DATA_PREP_MAY_IMPORT = {
-    "tmu_dist.config",  # not used so far
-    "tmu_dist.recipes",  # not used so far
     "tmu_dist.data.manifest",  # the format that archives are written in
     "tmu_dist.data.storage",  # where they are written to: folders and object stores, without torch
     "tmu_dist.data.archive",  # finished archives, to look at them; not for `verify`

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import torch
 import tyro
 from rich.console import Console
 
@@ -87,7 +86,7 @@ def _write_arrays(path: Path, example: Example, label: str, units: Units) -> Non
     """Frames of one sequence in physical units."""
 
     def physical(numbers_TCHW: Frames) -> Frames:
-        return to_physical(torch.from_numpy(numbers_TCHW), units).float().numpy()
+        return to_physical(numbers_TCHW, units).astype(np.float32)
 
     with atomic_file(path) as staging:
         np.savez_compressed(

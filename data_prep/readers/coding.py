@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_prep.readers.radar import NO_ECHO_DBZ, Quantity
+from data_prep.readers.radar import NO_ECHO_DBZ, Coded, Quantity
 from data_prep.readers.raw import look_up
 
 _FLAG_BELOW = -1.0
@@ -47,12 +47,17 @@ class Coding:
 
         Of everything but reflectivity, values below 0 become 0, and those at or below -1 missing.
         """
+        coded = self.coded(stored_HW)
+        return look_up(*coded) if isinstance(coded, Coded) else coded
+
+    def coded(self, stored_HW: NDArray[Any]) -> Coded | NDArray[np.float32]:
+        """Return numbers of 8 and 16 bits with the table of their values; of others the values."""
         kind, size = stored_HW.dtype.kind, stored_HW.dtype.itemsize
         if kind not in "iu" or size > 2:
             return self._values(stored_HW)
         native_HW = stored_HW.astype(stored_HW.dtype.newbyteorder("="), copy=False)
-        table = _table(self, f"{kind}{size}")
-        return look_up(table, np.ascontiguousarray(native_HW).view(f"u{size}"))
+        codes_HW = np.ascontiguousarray(native_HW).view(f"u{size}")
+        return Coded(_table(self, f"{kind}{size}"), codes_HW)
 
     def no_echo_value(self, dtype: np.dtype[Any]) -> float:
         """Value of "no echo": 0, or for reflectivity one that no measured echo lies below."""

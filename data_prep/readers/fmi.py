@@ -11,14 +11,15 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import lru_cache
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from data_prep.readers.radar import BadFileError, RadarFile, RadarFrame
-from data_prep.readers.raw import bytes_of, head_of, look_up, reading
+from data_prep.readers.radar import BadFileError, Coded, RadarFile, RadarFrame
+from data_prep.readers.raw import StoredFields, bytes_of, head_of, reading
 from tmu_dist.data.manifest import Grid, SourceCard
 
 _HEAD_BYTES = 8192
@@ -37,7 +38,7 @@ class _Header(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class FMIReader:
+class FMIReader(StoredFields):
     """Reads *.pgm and *.pgm.gz: reflectivity, by default (value - 64) / 2 dBZ."""
 
     name: ClassVar[str] = "fmi"
@@ -76,22 +77,21 @@ class FMIReader:
             frames=(RadarFrame(time=time, series=header.facts.get("projection_name", "")),),
         )
 
-    def fields(self, path: Path, keys: Sequence[str]) -> Iterator[NDArray[np.float32]]:
+    def stored_fields(self, path: Path, keys: Sequence[str]) -> Iterator[Coded]:
         for key in keys:
             if key:
                 raise BadFileError(path, f"holds no field {key!r}")
             data = bytes_of(path)
             header = _parse_header(path, data[:_HEAD_BYTES])
             scale, offset, missing = _mapping(path, header)
-            values = np.arange(256) * scale + offset
-            values[missing] = np.nan
             size = header.height * header.width
             if len(data) - header.num_bytes < size:
                 raise BadFileError(
                     path, f"is truncated: {len(data) - header.num_bytes} of {size} pixels are there"
                 )
             codes = np.frombuffer(data, np.uint8, size, header.num_bytes)
-            yield look_up(values.astype(np.float32), codes.reshape(header.height, header.width))
+            table = _table(scale, offset, missing)
+            yield Coded(table, codes.reshape(header.height, header.width))
 
 
 def _parse_header(path: Path, head: bytes) -> _Header:
@@ -122,6 +122,16 @@ def _parse_header(path: Path, head: bytes) -> _Header:
             path, f"is {height}x{width} with values up to {max_value}; only 8 bits are known"
         )
     return _Header(facts, height, width, max_value, place + 1)
+
+
+@lru_cache(maxsize=8)
+def _table(scale: float, offset: float, missing: int) -> NDArray[np.float32]:
+    """Reflectivity in dBZ of each pixel value."""
+    values = np.arange(256) * scale + offset
+    values[missing] = np.nan
+    table = values.astype(np.float32)
+    table.setflags(write=False)
+    return table
 
 
 def _mapping(path: Path, header: _Header) -> tuple[float, float, int]:

@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 from data_prep.readers.coding import NEGATIVE_RULE, Coding
 from data_prep.readers.hdf5 import attribute, attributes, hdf5_fits, number, open_hdf5
 from data_prep.readers.projection import metric, placed_grid
-from data_prep.readers.radar import BadFileError, Quantity, RadarFile, RadarFrame
+from data_prep.readers.radar import BadFileError, Coded, Quantity, RadarFile, RadarFrame
+from data_prep.readers.raw import StoredFields
 from tmu_dist.data.manifest import Grid, SourceCard
 
 _NUMBER = r"[-+]?\s*(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
@@ -33,7 +34,7 @@ _LONGEST_STEP_MINUTES = 15.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class KNMIReader:
+class KNMIReader(StoredFields):
     """Reads KNMI's composites: precipitation sums, intensities and reflectivity.
 
     `recognises` is False for a truncated file, which cannot be opened; `scan` then says so.
@@ -78,7 +79,9 @@ class KNMIReader:
             frames=frames,
         )
 
-    def fields(self, path: Path, keys: Sequence[str]) -> Iterator[NDArray[np.float32]]:
+    def stored_fields(
+        self, path: Path, keys: Sequence[str]
+    ) -> Iterator[NDArray[np.float32] | Coded]:
         if not keys:
             return
         with open_hdf5(path) as file:
@@ -89,7 +92,7 @@ class KNMIReader:
                     raise BadFileError(path, f"holds no field {key!r}")
                 coding = _coding(path, file[key])
                 stored_HW = file[key]["image_data"][()]
-                yield coding.decode(stored_HW[::-1] if south_first else stored_HW)
+                yield coding.coded(stored_HW[::-1] if south_first else stored_HW)
 
 
 def _images(path: Path, file: Any) -> list[str]:

@@ -19,8 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from data_prep.readers.radar import BadFileError, RadarFile, RadarFrame
-from data_prep.readers.raw import head_of, look_up, reading
+from data_prep.readers.radar import BadFileError, Coded, RadarFile, RadarFrame
+from data_prep.readers.raw import StoredFields, head_of, reading
 from tmu_dist.data.manifest import Grid, SourceCard
 
 _GRID = Grid(
@@ -57,7 +57,7 @@ class _Facts(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class MCHReader:
+class MCHReader(StoredFields):
     """Reads AQCyydddhhmmX_00005.801.gif: millimetres in the minutes before the time."""
 
     name: ClassVar[str] = "mch"
@@ -98,14 +98,14 @@ class MCHReader:
             frames=(RadarFrame(time=facts.time, series=facts.product),),
         )
 
-    def fields(self, path: Path, keys: Sequence[str]) -> Iterator[NDArray[np.float32]]:
+    def stored_fields(self, path: Path, keys: Sequence[str]) -> Iterator[Coded]:
         for key in keys:
             if key:
                 raise BadFileError(path, f"holds no field {key!r}")
             with reading(path), Image.open(path, formats=["GIF"]) as image:
                 _facts(path, image)
                 indices_HW = np.asarray(image)
-            yield look_up(_table(), indices_HW)
+            yield Coded(_table(), indices_HW)
 
 
 def _facts(path: Path, image: Image.Image) -> _Facts:

@@ -23,7 +23,8 @@ from numpy.typing import NDArray
 from data_prep.readers.coding import NEGATIVE_RULE, Coding
 from data_prep.readers.hdf5 import attributes, hdf5_fits, number, open_hdf5
 from data_prep.readers.odim_grid import odim_grid
-from data_prep.readers.radar import BadFileError, Quantity, RadarFile, RadarFrame
+from data_prep.readers.radar import BadFileError, Coded, Quantity, RadarFile, RadarFrame
+from data_prep.readers.raw import StoredFields
 from tmu_dist.data.manifest import SourceCard
 
 _POLAR = ("PVOL", "SCAN", "RAY", "AZIM", "ELEV", "CVOL", "RHI", "XSEC", "VP", "PIC")
@@ -56,7 +57,7 @@ class _Entry(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ODIMReader:
+class ODIMReader(StoredFields):
     """Reads gridded ODIM_H5 files: reflectivity, rain rate, accumulation, VIL.
 
     `recognises` is also True for polar ODIM files, so that `scan` can say why they are not read;
@@ -110,7 +111,9 @@ class ODIMReader:
             frames=frames,
         )
 
-    def fields(self, path: Path, keys: Sequence[str]) -> Iterator[NDArray[np.float32]]:
+    def stored_fields(
+        self, path: Path, keys: Sequence[str]
+    ) -> Iterator[NDArray[np.float32] | Coded]:
         if not keys:
             return
         with open_hdf5(path) as file:
@@ -122,7 +125,7 @@ class ODIMReader:
                 if not re.fullmatch(r"dataset\d+(/data\d+)?", key, re.I) or node is None:
                     raise BadFileError(path, f"holds no field {key!r}")
                 entry = _entry(key, file[dataset], node if data else None, root)
-                yield self._coding(path, entry).decode(node["data"][()])
+                yield self._coding(path, entry).coded(node["data"][()])
 
     def _choose(self, path: Path, entries: list[_Entry]) -> tuple[list[_Entry], list[str]]:
         """Return the fields of one quantity with distinct times, and notes on all others."""

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from types import ModuleType
-from typing import ClassVar, Literal, Protocol, TypeAlias
+from typing import ClassVar, Literal, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -85,8 +85,23 @@ class RadarFile:
     frames: tuple[RadarFrame, ...]
 
 
+class Coded(NamedTuple):
+    """A field as its file stores it: numbers of 8 or 16 bits that are looked up in a table."""
+
+    table: NDArray[np.float32]
+    """Value of each stored number, in the quantity's unit; NaN for "not observed". The same object
+    for fields of the same coding."""
+    codes_HW: NDArray[np.uint8] | NDArray[np.uint16]
+    """Row 0 north, column 0 west."""
+
+
 class RadarReader(Protocol):
-    """How one format is read."""
+    """How one format is read.
+
+    A reader may also have `stored_fields`, like `fields` but with a `Coded` in place of values
+    where the file stores such: whoever wants other codes looks them up in one step, and need not
+    compute a million logarithms of 256 different numbers.
+    """
 
     name: ClassVar[str]
     """As in `--reader NAME`."""

@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from data_prep.readers.radar import BadFileError, MissingExtraError
+from data_prep.readers.radar import BadFileError, Coded, MissingExtraError
 
 _READ_ERRORS = (
     OSError,
@@ -156,15 +156,33 @@ def _check_tar_end(path: Path) -> None:
                 raise BadFileError(path, "is truncated: the tar has no end mark")
 
 
-def look_up(table: NDArray[np.float32], codes_HW: NDArray[np.integer[Any]]) -> NDArray[np.float32]:
+class StoredFields:
+    """`fields` of a reader that has `stored_fields`."""
+
+    def stored_fields(
+        self, path: Path, keys: Sequence[str]
+    ) -> Iterator[NDArray[np.float32] | Coded]:
+        """Yield the fields of the given keys, looked up or ready to be."""
+        raise NotImplementedError
+
+    def fields(self, path: Path, keys: Sequence[str]) -> Iterator[NDArray[np.float32]]:
+        """Yield the fields of the given keys as values."""
+        for field in self.stored_fields(path, keys):
+            yield look_up(*field) if isinstance(field, Coded) else field
+
+
+def look_up(table: NDArray[Any], codes_HW: NDArray[np.integer[Any]]) -> NDArray[Any]:
     """Return table[codes_HW] for codes of 8 or 16 bits; a negative one counts from the end.
 
     Rows are taken in blocks: `take` first makes 8-byte indices of the codes, which for a large
-    mosaic would be twice the size of the result.
+    mosaic would be twice the size of the result. Bytes for bytes need no indices at all.
     """
     native = codes_HW.dtype.newbyteorder("=")
     codes_HW = codes_HW.astype(native, copy=False).view(f"u{native.itemsize}")
-    values_HW = np.empty(codes_HW.shape, np.float32)
+    if codes_HW.itemsize == table.itemsize == 1:
+        looked_up = codes_HW.tobytes().translate(table.tobytes())
+        return np.frombuffer(looked_up, table.dtype).reshape(codes_HW.shape)
+    values_HW = np.empty(codes_HW.shape, table.dtype)
     rows = max(1, _BLOCK_VALUES // codes_HW.shape[1])
     for top in range(0, len(codes_HW), rows):
         part = slice(top, top + rows)

@@ -127,6 +127,12 @@ def test_an_archive_of_other_units_is_refused(model_folder: Path, archive_url: s
         check_archive_fits(card, replace(manifest, units=rain))
 
 
+def test_an_archive_of_another_interval_is_refused(model_folder: Path, archive_url: str) -> None:
+    card, manifest = load_card(str(model_folder)), open_archive(archive_url).manifest
+    with pytest.raises(ValueError, match=r"every None minutes, but .* 10.0 minutes apart"):
+        check_archive_fits(card, replace(manifest, frame_interval_minutes=10.0))
+
+
 def test_missing_pixels_do_not_keep_an_archive_from_being_scored(
     model_folder: Path, archive_url: str
 ) -> None:
@@ -175,6 +181,14 @@ def test_predict_runs_beyond_the_archive(
     arrays = np.load(tmp_path / "test-000001.npz")
     assert len(arrays["prediction_TCHW"]) == 8
     assert len(arrays["truth_TCHW"]) == 3
+
+
+def test_predict_needs_all_input_frames(
+    radar_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    short = write_radar_archive(tmp_path, num_samples=1, num_frames=2)
+    message = fails(capsys, predict, str(radar_model), "--data", short, "--samples", "0")
+    assert "watches 3 frames" in message and "have 2" in message
 
 
 def test_predict_explains_bad_input(

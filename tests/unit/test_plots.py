@@ -295,6 +295,16 @@ def radar_example() -> Example:
     )
 
 
+def test_grey_fields_with_missing_pixels_are_hatched_too() -> None:
+    units = replace(DBZ, quantity="intensity", unit="1", scale=1 / DBZ.max_code)
+    figure = prediction_strip(replace(radar_example(), units=units))
+    image, *_, error = (np.asarray(one.get_array()) for one in figure.axes[0].get_images())
+    hatched = paint(np.full((8, 12), np.nan), colour_scale(units))
+    np.testing.assert_array_equal(image[:2, :3], hatched[:2, :3])
+    np.testing.assert_allclose(error[:2, :3], hatched[:2, :3] / 255)
+    assert {"value", "not observed"} <= set(texts(figure))
+
+
 def test_radar_has_the_colours_of_its_quantity() -> None:
     figure = prediction_strip(radar_example())
     images = [np.asarray(image.get_array()) for image in figure.axes[0].get_images()]

@@ -18,14 +18,16 @@ from data_prep.panels import (
     spread,
     strided,
     view_of,
+    wrapped,
 )
 from data_prep.pipeline import OutputSettings, WorkSettings, build_archive
-from data_prep.show import contact_sheet, draw_archive, read_sequences
+from data_prep.show import contact_sheet, draw_archive, draw_example, read_examples
 from data_prep.writers.objects import write_manifest
 from data_prep.writers.webdataset import Sample, shard_path, write_shard
 from tests.blob_source import BlobSource
 from tests.radar_archive import CORNER, GRID, STARTS, UNITS, rain, write_radar_archive
 from tmu_dist.colours import INK, MISSING, MISSING_LINE, colour_scale, paint, physical
+from tmu_dist.data.archive import open_archive
 from tmu_dist.data.manifest import Manifest, Units
 
 LEFT, TOP, GAP, LABEL_ROW = 104, 98, 4, 22
@@ -115,13 +117,13 @@ def test_frames_without_a_clock_are_numbered(tmp_path):
 def test_a_sheet_of_a_long_sequence_shows_frames_at_equal_steps(tmp_path):
     manifest = write_radar_archive(tmp_path, num_frames=30)
     view = view_of(manifest)
-    _, sequences = read_sequences(str(tmp_path), "val", 1)
-    pixels = np.asarray(contact_sheet(view, "val", sequences))
+    (example,) = read_examples(open_archive(str(tmp_path)), "val", 1)
+    pixels = np.asarray(contact_sheet(view, "val", [draw_example(view, example)]))
     size = view.tile_size(view.sheet_tile_px(10))
     for place, t in enumerate(range(0, 30, 3)):
         x = LEFT + place * (size[0] + GAP)
         shown = pixels[TOP + 1 : TOP + size[1] - 1, x + 1 : x + size[0] - 1]
-        tile = np.asarray(view.tile(sequences[0].frames_TCHW[t], size))[1:-1, 1:-1]
+        tile = np.asarray(view.tile(example.frames_TCHW[t], size))[1:-1, 1:-1]
         assert np.array_equal(shown, tile)
 
 
@@ -254,6 +256,9 @@ def test_the_terms_are_on_the_sheet(rainy):
     assert shorten("short", 500, 11) == "short"
     cut = shorten("a long text that does not fit", 80, 11)
     assert cut.endswith("…") and len(cut) < 20
+    lines = wrapped("terms of many words that need lines", 80, 11)
+    assert len(lines) > 2 and " ".join(lines) == "terms of many words that need lines"
+    assert wrapped("", 80, 11) == []
 
 
 def test_the_command_refuses_another_split(rainy, tmp_path, capsys):

@@ -17,6 +17,7 @@ import torch
 from tests.unit.test_transfer import batch, student_of, tmu_method
 from tmu_dist.collectives import Collectives
 from tmu_dist.config import RunConfig
+from tmu_dist.data.loader import open_archive
 from tmu_dist.files import WriteError, atomic_directory, atomic_write_text
 from tmu_dist.run_folder import Event, read_log
 from tmu_dist.teachers.card import TeacherError
@@ -347,6 +348,14 @@ def test_data_problems_are_named_before_training(tiny_config: RunConfig) -> None
     model = replace(tiny_config.model, patch_size=5)
     with pytest.raises(ValueError, match="not tiled by 5x5"):
         run(replace(tiny_config, model=model))
+
+
+def test_training_needs_both_splits(tiny_config: RunConfig, tmp_path: Path) -> None:
+    manifest = open_archive(tiny_config.data.url).manifest
+    only = replace(manifest, splits={"train": manifest.splits["train"]})
+    (tmp_path / "manifest.json").write_text(only.to_json())
+    with pytest.raises(ValueError, match="has no val split, and training needs both"):
+        run(replace(tiny_config, data=replace(tiny_config.data, url=str(tmp_path))))
 
 
 def test_student_can_be_loaded_and_predicts(tmu_config: RunConfig) -> None:

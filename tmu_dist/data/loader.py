@@ -64,7 +64,7 @@ class SequenceLoader:
         global_batch_size: samples per step over all ranks, a multiple of `world_size`.
         rank: this process, in [0, world_size).
         world_size: number of processes that share each global batch.
-        seed: of the order and of the fraction's subset.
+        seed: of the order; which samples a fraction has does not depend on it.
         fraction: samples to use, as a multiple of the manifest's `full_train_samples` in the
             training split (None: of all), of all elsewhere; smaller subsets lie in larger ones.
         shuffle: whether `stream` shuffles each epoch; without, it follows the sample ids.

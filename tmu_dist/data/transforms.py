@@ -5,13 +5,17 @@ what these numbers mean physically is in the manifest (`Units`). Where nothing w
 0, the low end of the range, and a mask says so: no loss and no score counts such pixels.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from tmu_dist.config import WindowConfig
 from tmu_dist.data.manifest import Units
+
+Numbers = TypeVar("Numbers", Tensor, NDArray[Any])
+"""Tensors or NumPy arrays of floating-point numbers, of any shape."""
 
 
 class Window(NamedTuple):
@@ -55,9 +59,14 @@ def to_uint8(frames: Tensor) -> Tensor:
     return (frames.to(torch.float32).clamp(0, 1) * 255).to(torch.uint8)
 
 
-def to_physical(numbers: Tensor, units: Units) -> Tensor:
+def to_physical(numbers: Numbers, units: Units) -> Numbers:
     """Numbers of the unit interval (true or predicted) in the archive's physical unit."""
     return units.offset + numbers * (units.max_code * units.scale)
+
+
+def from_physical(values: Numbers, units: Units) -> Numbers:
+    """Physical values as numbers of the unit interval, not clipped: inverse of `to_physical`."""
+    return (values - units.offset) / (units.max_code * units.scale)
 
 
 def window_frames(codes_BTCHW: Tensor, window: WindowConfig, units: Units) -> Window:

@@ -22,7 +22,7 @@ from scipy.ndimage import distance_transform_edt  # type: ignore[import-untyped]
 from torch import Tensor
 
 from tmu_dist.data.manifest import Units
-from tmu_dist.data.transforms import to_physical
+from tmu_dist.data.transforms import from_physical, to_physical
 
 FLOW_FRAMES = 4
 """Input frames that the motion is taken from, at most. On the KNMI test event 2 to 10 frames differ
@@ -106,8 +106,7 @@ class OpticalFlow:
             for frames_TCHW in physical
         ]
         values_BTCHW = torch.from_numpy(np.array(forecasts)).transpose(1, 2)
-        span = self._units.max_code * self._units.scale
-        return ((values_BTCHW - self._units.offset) / span).clamp(0, 1).float()
+        return from_physical(values_BTCHW, self._units).clamp(0, 1).float()
 
     def _continue(self, frames_THW: NDArray[np.float64], num_frames: int) -> NDArray[np.float64]:
         """One sequence in physical units, NaN where not observed; the forecast has no NaN."""

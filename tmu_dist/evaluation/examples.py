@@ -77,8 +77,8 @@ def predict_example(
         flow: also show what optical flow makes of it, as "optical flow".
 
     Raises:
-        ValueError: no such sample, models with different windows, or a `num_frames` that leaves
-            nothing to predict.
+        ValueError: no such sample, models with different windows, sequences shorter than the
+            input, or a `num_frames` that leaves nothing to predict.
     """
     windows = {loaded.card.window for loaded in models.values()}
     if len(windows) != 1:
@@ -88,6 +88,11 @@ def predict_example(
     window = windows.pop()
     num_inputs = window.num_input_frames
     total = window.num_frames if num_frames is None else num_frames
+    if archive.manifest.num_frames < num_inputs:
+        raise ValueError(
+            f"The model watches {num_inputs} frames before it predicts, but the archive's "
+            f"sequences have {archive.manifest.num_frames}: use an archive with longer ones."
+        )
     units = archive.manifest.units
     stored_BTCHW = torch.from_numpy(archive.read(split, [sample_id]))
     frames_BTCHW, observed_BTCHW = to_unit_interval(stored_BTCHW[:, :total], units)

@@ -1,4 +1,4 @@
-"""How the frames of a sequence become colours: grey, RGB, or the colours of a radar quantity.
+"""How the frames of a sequence become colours: grey, RGB, or the colours of a physical quantity.
 
 Deliberately not here: laying pictures out (`pictures`).
 
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from tmu_dist.colours import OUTLINE, ColourScale, colour_scale, paint
 from tmu_dist.data.manifest import Units
+from tmu_dist.data.transforms import to_physical
 from tmu_dist.evaluation.examples import Example, Frames
 from tmu_dist.evaluation.rain import is_radar
 
@@ -79,8 +80,9 @@ class Look:
         axes.imshow(ramp, aspect="auto", extent=(-1, 1, 0, 1))
 
 
-class RadarLook(Look):
-    """Radar: the colours of its quantity, hatched where nothing was observed."""
+class FieldLook(Look):
+    """Radar, and any other field with missing pixels: the colours of its quantity, or grey, and
+    hatching where nothing was observed."""
 
     outline = OUTLINE
     error_colours = RADAR_ERROR_COLOURS
@@ -90,7 +92,7 @@ class RadarLook(Look):
         self._units = units
         self._span = units.max_code * units.scale
         self._scale = colour_scale(units)
-        self.label = units.unit
+        self.label = "value" if units.unit == "1" else units.unit
 
     def image(self, frame_CHW: Frames) -> NDArray[Any]:
         """RGB [H, W, 3], 8 bits."""
@@ -98,7 +100,7 @@ class RadarLook(Look):
             raise ValueError(
                 f"A frame of {self._units.quantity} has one channel, not {len(frame_CHW)}."
             )
-        values_HW = self._units.offset + np.clip(frame_CHW[0], 0, 1) * self._span
+        values_HW = to_physical(np.clip(frame_CHW[0], 0, 1), self._units)
         return paint(values_HW, self._scale)
 
     def error_image(self, error_HW: NDArray[Any]) -> NDArray[Any]:
@@ -132,10 +134,11 @@ class RadarLook(Look):
 
 def look_of(example: Example) -> Look:
     """How an example is drawn."""
-    if example.units is not None and is_radar(example.units):
-        frames = (example.inputs_TCHW, example.truth_TCHW)
-        has_missing = any(bool(np.isnan(frames_TCHW).any()) for frames_TCHW in frames)
-        return RadarLook(example.units, has_missing=has_missing)
+    frames = (example.inputs_TCHW, example.truth_TCHW)
+    has_missing = any(bool(np.isnan(frames_TCHW).any()) for frames_TCHW in frames)
+    units = example.units
+    if units is not None and (is_radar(units) or (has_missing and frames[0].shape[1] == 1)):
+        return FieldLook(units, has_missing=has_missing)
     return Look()
 
 

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from tmu_dist.evaluation.examples import Example, Frames
-from tmu_dist.evaluation.looks import ERROR_COLOURS, Look, RadarLook, look_of
+from tmu_dist.evaluation.looks import ERROR_COLOURS, FieldLook, Look, look_of
 from tmu_dist.evaluation.plots import (
     FONT_POINTS,
     LETTER_INCHES,
@@ -227,7 +227,7 @@ def _draw_rows(rows: Sequence[_Row], look: Look, theme: Theme) -> Figure:
         scale = axes_in_inches(figure, left, 0.8, scale_width, 0.08)
         _style_scale(scale, look.draw_values, look, theme)
         text_in_inches(figure, left - 0.1, 0.84, look.label, ha="right", **small)
-    if isinstance(look, RadarLook) and look.has_missing:
+    if isinstance(look, FieldLook) and look.has_missing:
         swatch = axes_in_inches(figure, left + scale_width + 0.25, 0.8, 0.2, 0.08)
         swatch.imshow(look.missing(8, 20), aspect="auto", interpolation="nearest")
         swatch.set(xticks=[], yticks=[])

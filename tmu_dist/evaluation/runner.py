@@ -332,8 +332,8 @@ def check_archive_fits(card: TeacherCard, manifest: Manifest) -> None:
     How the archive marks missing pixels does not matter: a network never sees their code.
 
     Raises:
-        ValueError: other channels, frame size (where the network is tied to one), or another
-            meaning of the numbers; names what the model has and what the archive has.
+        ValueError: other channels, frame size (where the network is tied to one), frame interval,
+            or another meaning of the numbers; names what the model has and what the archive has.
     """
     mine = (card.frame.channels, card.frame.height, card.frame.width)
     theirs = (manifest.channels, manifest.height, manifest.width)
@@ -351,6 +351,13 @@ def check_archive_fits(card: TeacherCard, manifest: Manifest) -> None:
         raise ValueError(
             f"{card.name} learned numbers that mean {card.data.units}, but in {manifest.name} "
             f"they mean {manifest.units}: prepare the archive with the model's units."
+        )
+    mine_minutes, theirs_minutes = card.data.frame_interval_minutes, manifest.frame_interval_minutes
+    if mine_minutes != theirs_minutes:
+        raise ValueError(
+            f"{card.name} learned frames every {mine_minutes} minutes, but those of "
+            f"{manifest.name} are {theirs_minutes} minutes apart: prepare the archive with the "
+            "model's interval."
         )
 
 

@@ -135,6 +135,12 @@ class Run:
         archive = open_archive(config.data.url)
         manifest = archive.manifest
         check_long_enough(manifest.num_frames, config.window)
+        if missing := [split for split in ("train", "val") if split not in manifest.splits]:
+            raise ValueError(
+                f"{config.data.url} has no {' and no '.join(missing)} split, and training needs "
+                "both: it learns from train and selects weights on val. Prepare the archive with "
+                "both (of radar, --val or --split-by say how)."
+            )
         self.units = manifest.units
         self.loader, self.validation_loader = self._loaders(archive)
         data = DataFacts.of(manifest)
