@@ -26,6 +26,8 @@ def inspect_file(path: Path, reader_name: str, options: Mapping[str, str]) -> li
     Raises:
         ValueError: no reader for it, or a bad file.
     """
+    if path.is_dir() and not is_store(path):
+        raise ValueError(f"{path} is a folder: name files in it, such as {_some_file(path)}.")
     name = detect_reader([path]).name if reader_name == "auto" else reader_name
     reader = radar_reader(name, options)
     info = reader.scan(path)

@@ -100,7 +100,7 @@ class RadarPlanSettings:
     seed: int = 0
     """Of the draw of events, days or series, and of dry windows."""
     event_gap_hours: float = 6.0
-    """A pause of at least this length separates events."""
+    """A pause of at least this length separates events, if it is two of the product's intervals."""
     split_gap_minutes: float = 60.0
     """Training frames less than this from a validation or test frame are left out, and validation
     frames less than this from a test frame."""
@@ -217,12 +217,13 @@ def plan_radar(
         product_minutes, common_minutes, settings.interval_minutes
     )
     times = [records[index].order for index in usable]
-    events = dict(zip(usable, events_of(times, settings.event_gap_hours), strict=True))
+    # The step of a slow product is no pause: a frame has to be missing.
+    pause_minutes = max(settings.event_gap_hours * 60, 2 * product_minutes, 2 * common_minutes)
+    events = dict(zip(usable, events_of(times, pause_minutes / 60), strict=True))
     settings = _with_split_that_fits(settings, events, times, interval_minutes)
     split_of = _assign_splits(records, events, settings)
     splits = _cut_splits(records, split_of, events, settings, tiles, interval_minutes)
     _check_wanted(splits, settings, interval_minutes, common_minutes)
-    pause_minutes = settings.event_gap_hours * 60
     report = {
         "interval_minutes": interval_minutes,
         "product_interval_minutes": product_minutes,

@@ -141,8 +141,12 @@ def radar_source(settings: RadarSettings, plan: RadarPlanSettings) -> RadarSourc
         )
     if reader is None:
         reader = _detect(settings, files)
-        wanted, others = list_files(settings.source, reader.patterns, settings.include)
-        files = wanted
+        files, others = list_files(settings.source, reader.patterns, settings.include)
+        if not files:
+            raise ValueError(
+                f"Files of {settings.source} are of the format {reader.name}, but have other names "
+                f"than it expects: {', '.join(reader.patterns)}. Rename them."
+            )
     example = _first_good(settings, reader, files)
     source = RadarSource(
         settings_=settings,
@@ -168,6 +172,10 @@ class RadarSource:
     files: tuple[str, ...]
     ignored: int
     """Files of the folder that are not meant."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Every piece of work carries its source: a million names in each would be all the work.
+        return self.__dict__ | {"files": ()}
 
     def check(self) -> None:
         """Refuse, before hours of work, what could not be stored.

@@ -262,6 +262,8 @@ def _facts(
         "interval_minutes": interval_minutes,
         "series": window.series,
         "event": events[window.frames[0]],
-        "observed_fraction": round(observed / len(window.frames), 6),
-        "wet_fraction": None if wet is None else round(wet, 6),
+        "observed_fraction": round(float(observed) / len(window.frames), 6),
+        # Of a numpy number, round is another function: it may differ from that of the same number
+        # that came back from a record.
+        "wet_fraction": None if wet is None else round(float(wet), 6),
     }

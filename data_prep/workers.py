@@ -9,6 +9,7 @@ import itertools
 import multiprocessing
 import os
 import pickle
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from multiprocessing.connection import Connection, wait
@@ -108,6 +109,7 @@ def _in_processes(
 
 def _serve(connection: Connection, work: Callable[[Any], Any]) -> None:
     """Work on the pieces that come through a pipe until it is closed; runs in a worker process."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     with suppress(EOFError, BrokenPipeError):
         while True:
             piece = connection.recv()
@@ -119,6 +121,17 @@ def _serve(connection: Connection, work: Callable[[Any], Any]) -> None:
                 connection.send(answer)
             except (TypeError, AttributeError, pickle.PicklingError):  # an error of some library
                 connection.send((True, RuntimeError(repr(answer[1]))))
+
+
+def _end_with_parent() -> None:
+    """End this process when the one that started it is gone, also in the middle of a piece.
+
+    A piece that was finished later could take the place of what another command has written since.
+    """
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _receive(connection: Connection) -> tuple[bool, Any]:

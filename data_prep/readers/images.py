@@ -56,7 +56,7 @@ _PRESETS: dict[str, _Mapping] = {
     "hko7": _Mapping("reflectivity", 70 / 255, -10.0, 6.0, _HKO7_TIME),
     "shanghai": _Mapping("reflectivity", 70 / 255, 0.0),
     "cikm": _Mapping("reflectivity", 95 / 255, -10.0, 6.0),
-    "paper": _Mapping("reflectivity", 70 / 255, 0.0, 6.0),
+    "paper": _Mapping("reflectivity", 70 / 255, 0.0),
 }
 
 

@@ -46,7 +46,10 @@ class NetCDFReader:
 
     name: ClassVar[str] = "netcdf"
     extra: ClassVar[str | None] = "radar"
-    patterns: ClassVar[tuple[str, ...]] = ("*.nc", "*.nc4", "*.cdf", "*.netcdf", "*.nc3")
+    patterns: ClassVar[tuple[str, ...]] = (
+        *("*.nc", "*.nc4", "*.cdf", "*.netcdf", "*.nc3"),
+        *("*.h5", "*.hdf5", "*.he5", "*.rt-h5"),  # NetCDF-4 is HDF5; IMERG says so in its names
+    )
     source: ClassVar[SourceCard] = SourceCard(
         name="Radar fields in NetCDF",
         provider="named by the files (institution)",

@@ -71,7 +71,10 @@ class ODIMReader(StoredFields):
 
     name: ClassVar[str] = "odim"
     extra: ClassVar[str | None] = "radar"
-    patterns: ClassVar[tuple[str, ...]] = ("*.h5", "*.hdf", "*.hdf5", "*.he5")
+    patterns: ClassVar[tuple[str, ...]] = (
+        *("*.h5", "*.hdf", "*.hdf5", "*.he5"),
+        *("*.hd5", "*-hd5"),  # Deutscher Wetterdienst: composite_hx_20230914_1230-hd5
+    )
     source: ClassVar[SourceCard] = SourceCard(
         name="ODIM_H5 radar composite",
         provider="named by the files (what/source)",

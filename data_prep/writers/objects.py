@@ -74,6 +74,7 @@ def prepare_archive(
             "replace it with --overwrite."
         )
     leftovers = list(_leftovers(url))
+    _remove_unfinished(url)
     if finished:
         storage.delete(url, MANIFEST_PATH)  # first, so that it never describes missing shards
     # Pieces go before shards: the record of a piece must not outlive the shard that it speaks of.
@@ -115,6 +116,7 @@ def write_manifest(url: str, manifest: Manifest) -> None:
     _remove(url, [path for path in _leftovers(url) if path not in listed])
     storage.write_bytes(url, MANIFEST_PATH, manifest.to_json().encode())
     _remove_parts(url, keep=None)
+    _remove_unfinished(url)
 
 
 def read_manifest(url: str) -> Manifest:
@@ -174,6 +176,22 @@ def _remove_parts(url: str, *, keep: str | None) -> None:
     folder = None if keep is None else keep.rstrip("/") + "/"
     paths = storage.list_paths(url, PARTS_PREFIX)
     storage.delete_many(url, [p for p in paths if folder is None or not p.startswith(folder)])
+
+
+def _remove_unfinished(url: str) -> None:
+    """Remove what killed processes left half-written of an archive's objects and pieces."""
+    names = (STATISTICS_PATH, REPORT_PATH, ROOT_GROUP_PATH, MANIFEST_PATH)
+    ours = []
+    for path in storage.unfinished_files(url):
+        whole = path.rpartition("#")[0]
+        if (
+            whole in names
+            or whole.startswith(PARTS_PREFIX)
+            or _TAR_PATH.fullmatch(whole)
+            or _ZARR_PATH.fullmatch(whole)
+        ):
+            ours.append(path)
+    storage.delete_unfinished(url, ours)
 
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> str:

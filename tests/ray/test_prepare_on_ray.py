@@ -31,7 +31,7 @@ def images(tmp_path: Path) -> Path:
 
 def build(images: Path, out: Path, work: WorkSettings) -> Manifest:
     settings = RadarSettings(source=str(images), reader="images", option=("preset=paper",))
-    source = radar_source(settings, RadarPlanSettings(frames=4, split_by="time"))
+    source = radar_source(settings, RadarPlanSettings(frames=4))
     return build_archive(source, str(out), OutputSettings(samples_per_shard=5), work)
 
 

@@ -148,6 +148,7 @@ def test_a_missing_field_of_a_shard_is_named(field):
         (record(width=0), "width must be at least 1"),
         (record(dtype="float32"), r"dtype must be one of \['uint8', 'uint16'\]"),
         (record(format="hdf5"), r"format must be one of \['webdataset', 'zarr'\]"),
+        (record(format=["zarr"]), "format must be one of"),
         (record(full_train_samples=0), "full_train_samples must be at least 1"),
         (record(full_train_samples=1.5), "full_train_samples must be int"),
         (record(objects={}), "objects must be a list"),
@@ -170,7 +171,15 @@ def test_a_wrong_manifest_is_refused(text, message):
 
 @pytest.mark.parametrize(
     "path",
-    ["/etc/passwd", "../train/x.tar", "train/../../x.tar", "train//x.tar", "./x.tar", "train\\x"],
+    [
+        "/etc/passwd",
+        "../train/x.tar",
+        "train/../../x.tar",
+        "train//x.tar",
+        "./x.tar",
+        "train\\x",
+        ".",
+    ],
 )
 def test_paths_that_leave_the_archive_are_refused(path):
     with pytest.raises(ManifestError, match="relative"):
@@ -207,6 +216,8 @@ def test_a_shard_that_contradicts_itself_is_refused(changes, message):
     ("changes", "message"),
     [
         ({"origins": ((0, 0),)}, "three integers"),
+        ({"origins": (5,)}, "three integers"),
+        ({"origins": None}, "must be a list"),
         ({"origins": ((0, 0, -1),)}, "at least 0"),
         ({"origins": ((0, 0, 1.0),)}, "three integers"),
         ({"sha256": "abc"}, "64 hexadecimal"),

@@ -101,7 +101,10 @@ def test_settings_name_no_place_and_travel_to_processes(images: Path):
     source = source_of(images)
     text = json.dumps(source.settings())
     assert str(images) not in text and "Marshall" not in text
-    assert pickle.loads(pickle.dumps(source)) == source
+    source = replace(source, files=source.files * 10_000)
+    travelling = pickle.dumps(source)
+    assert len(travelling) < 10_000  # the names of all files stay at home
+    assert pickle.loads(travelling) == replace(source, files=())
 
 
 @pytest.mark.parametrize(

@@ -199,8 +199,11 @@ class ZarrShard:
 
     def __post_init__(self) -> None:
         where = _check_object(self.path, self.num_bytes, self.sha256)
+        if not isinstance(self.origins, tuple):
+            raise ManifestError(f"{where}: origins must be a list, got {self.origins!r:.80}.")
         for origin in self.origins:
-            if len(origin) != 3 or any(type(n) is not int or n < 0 for n in origin):
+            is_place = isinstance(origin, tuple) and len(origin) == 3
+            if not is_place or any(type(n) is not int or n < 0 for n in origin):
                 raise ManifestError(
                     f"{where}: an origin is three integers (frame, row, column) of at least 0, "
                     f"got {origin!r:.80}."
@@ -263,10 +266,7 @@ class Manifest:
         largest = max(self.units.max_code, self.units.missing_code or 0)
         if largest > _LARGEST[self.dtype]:
             raise ManifestError(f"units has code {largest}, which does not fit {self.dtype}.")
-        if self.format not in _SHARD_TYPES:
-            raise ManifestError(
-                f"manifest.format must be one of {list(_SHARD_TYPES)}, got {self.format!r}."
-            )
+        _check_format(self.format)
         self._check_splits()
         if self.full_train_samples is not None:
             _check_types(self, "manifest", full_train_samples=int)
@@ -354,10 +354,7 @@ class Manifest:
                     **_take_fields(record_type, fields[name], f"manifest.{name}")
                 )
         fields["objects"] = _records(StoredObject, fields["objects"], "manifest.objects")
-        if fields["format"] not in _SHARD_TYPES:
-            raise ManifestError(
-                f"manifest.format must be one of {list(_SHARD_TYPES)}, got {fields['format']!r}."
-            )
+        _check_format(fields["format"])
         if not isinstance(fields["splits"], dict):
             raise ManifestError("manifest.splits must be a JSON object of lists of shards.")
         fields["splits"] = {
@@ -369,6 +366,11 @@ class Manifest:
 
 _LARGEST = {"uint8": 255, "uint16": 65_535}
 _SHARD_TYPES: dict[str, Any] = {"webdataset": Shard, "zarr": ZarrShard}
+
+
+def _check_format(name: Any) -> None:
+    if not isinstance(name, str) or name not in _SHARD_TYPES:
+        raise ManifestError(f"manifest.format must be one of {list(_SHARD_TYPES)}, got {name!r}.")
 
 
 def _records(record_type: Any, records: Any, where: str) -> tuple[Any, ...]:
@@ -392,7 +394,8 @@ def _check_object(path: Any, num_bytes: Any, sha256: Any) -> str:
     if type(path) is not str or type(num_bytes) is not int or num_bytes < 0:
         raise ManifestError(f"{where}: path must be a string and num_bytes a positive integer.")
     plain = PurePosixPath(path)
-    if plain.is_absolute() or ".." in plain.parts or str(plain) != path or "\\" in path:
+    is_plain = str(plain) == path != "." and "\\" not in path
+    if plain.is_absolute() or ".." in plain.parts or not is_plain:
         raise ManifestError(f"{where}: a path must be relative and plain, without '..'.")
     if type(sha256) is not str or not re.fullmatch(r"[0-9a-f]{64}", sha256):
         raise ManifestError(f"{where}: sha256 must be 64 hexadecimal digits.")

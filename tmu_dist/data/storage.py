@@ -15,8 +15,9 @@ a fork and the child hangs. Start workers with "forkserver" or "spawn".
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import cache, lru_cache
 from pathlib import Path
@@ -149,6 +150,30 @@ def delete_many(url: str, paths: Sequence[str]) -> None:
     with _named_errors("delete", join_url(url, what)):
         store = open_store(url) if folder is None else LocalStore(folder, automatic_cleanup=True)
         obstore.delete(store, list(paths))
+
+
+def unfinished_files(url: str) -> list[str]:
+    """Return the paths of files that a killed process had not finished writing; local folders only.
+
+    obstore writes NAME#1 and renames it to NAME. No list of objects shows such a file.
+    """
+    folder = local_path(url)
+    if folder is None:
+        return []
+    found = (path for path in folder.rglob("*#*") if re.search(r"#\d+$", path.name))
+    return sorted(path.relative_to(folder).as_posix() for path in found if path.is_file())
+
+
+def delete_unfinished(url: str, paths: Sequence[str]) -> None:
+    """Delete some of the `unfinished_files`, and folders left empty."""
+    folder = local_path(url)
+    for path in paths if folder is not None else ():
+        with _named_errors("delete", join_url(url, path)):
+            file = folder / path
+            file.unlink(missing_ok=True)
+            for parent in file.relative_to(folder).parents[:-1]:
+                with suppress(OSError):  # not empty
+                    (folder / parent).rmdir()
 
 
 def object_size(url: str, path: str) -> int:
