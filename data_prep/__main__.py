@@ -97,6 +97,8 @@ def inspect(
     from data_prep.inspection import inspect_file
     from data_prep.radar_source import reader_options
 
+    if not paths:
+        raise ValueError("Name one or more files to look at.")
     for path in paths:
         table = Table(title=str(path), title_justify="left", show_header=False, box=None)
         for fact, value in inspect_file(path, reader, reader_options(option)):

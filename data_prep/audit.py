@@ -218,7 +218,14 @@ class _Frames:
                     fresh.append((FramePlace(archive.url, split, sample_id, frame), codes_CHW))
         if fresh:
             self.places += [place for place, _ in fresh]
-            means_NK = block_means(np.stack([codes for _, codes in fresh]), missing_code)
+            # A few at a time: block_means takes eight times the memory of 8-bit frames.
+            step = max(1, _BATCH_BYTES // fresh[0][1].nbytes)
+            means_NK = np.concatenate(
+                [
+                    block_means(np.stack([codes for _, codes in fresh[i : i + step]]), missing_code)
+                    for i in range(0, len(fresh), step)
+                ]
+            )
             mean_N1 = np.nanmean(means_NK, axis=1, keepdims=True)
             deviations_NK = np.nan_to_num(means_NK - mean_N1)
             length_N1 = np.linalg.norm(deviations_NK, axis=1, keepdims=True)

@@ -34,7 +34,7 @@ def list_files(
         ValueError: there is no such folder.
     """
     folder = storage.local_path(root)
-    if folder is not None and (folder.is_file() or _is_store(folder)):
+    if folder is not None and (folder.is_file() or is_store(folder)):
         return [folder.name], []
     if folder is not None and not folder.is_dir():
         raise ValueError(f"There is no file or folder {root}: check --source.")
@@ -81,11 +81,12 @@ def local_file(root: str, file: str) -> Iterator[Path]:
 def _folder(root: str) -> str:
     """The folder that relative paths start from: of a single file or store, the one it lies in."""
     local = storage.local_path(root)
-    is_one = local is not None and (local.is_file() or _is_store(local))
+    is_one = local is not None and (local.is_file() or is_store(local))
     return str(local.parent) if local is not None and is_one else root
 
 
-def _is_store(folder: Path) -> bool:
+def is_store(folder: Path) -> bool:
+    """Say whether a folder is a Zarr store."""
     return any((folder / name).is_file() for name in _STORE_METADATA)
 
 
@@ -93,7 +94,7 @@ def _store_of(folder: Path, path: str) -> str | None:
     """The outermost Zarr store below a folder that a path lies in, or None."""
     parts = path.split("/")[:-1]
     for length in range(1, len(parts) + 1):
-        if _is_store(folder.joinpath(*parts[:length])):
+        if is_store(folder.joinpath(*parts[:length])):
             return "/".join(parts[:length])
     return None
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data_prep.files import is_store
 from data_prep.readers import detect_reader, radar_reader
 from data_prep.readers.radar import UNITS
 from tmu_dist.data.manifest import Grid
@@ -27,7 +28,8 @@ def inspect_file(path: Path, reader_name: str, options: Mapping[str, str]) -> li
         ValueError: no reader for it, or a bad file.
     """
     if path.is_dir() and not is_store(path):
-        raise ValueError(f"{path} is a folder: name files in it, such as {_some_file(path)}.")
+        files = (str(file) for file in sorted(path.rglob("*")) if file.is_file())
+        raise ValueError(f"{path} is a folder: name files in it, such as {next(files, 'none')}.")
     name = detect_reader([path]).name if reader_name == "auto" else reader_name
     reader = radar_reader(name, options)
     info = reader.scan(path)

@@ -31,6 +31,7 @@ from data_prep.staging import StagedJob, Staging
 from data_prep.statistics import statistics_record
 from data_prep.workers import Launcher, run_pieces
 from data_prep.writers.objects import PARTS_PREFIX, prepare_archive, write_manifest, write_object
+from tmu_dist.data import storage
 from tmu_dist.data.manifest import REPORT_PATH, STATISTICS_PATH, Manifest
 
 PIPELINE_VERSION = 1
@@ -117,6 +118,12 @@ class _Builder:
     def __init__(
         self, source: Source, out_url: str, output: OutputSettings, work: WorkSettings
     ) -> None:
+        if storage.is_process_local(out_url):
+            if work.launcher != "local" or work.workers not in (None, 1):
+                raise ValueError(
+                    f"{out_url} exists in this process only: use launcher local and workers 1."
+                )
+            work = dataclasses.replace(work, workers=1)
         self.source = source
         self.url = out_url
         self.output = output
@@ -161,7 +168,16 @@ class _Builder:
         return [done[number] for number in range(len(pieces))]
 
     def write(self, plan: Plan, jobs: Sequence[StagedJob]) -> Written:
-        """Stage 3: every shard; the finished ones from their records."""
+        """Stage 3: every shard; the finished ones from their records.
+
+        Raises:
+            ValueError: 100 % of a training split that there is not.
+        """
+        if self.output.full_train_samples and all(s.split != "train" for s in plan.sequences):
+            raise ValueError(
+                "full_train_samples says how many training sequences are 100 %, but no sequence "
+                "trains: leave it out."
+            )
         frames = StagedFrames(jobs)
         sequences = [dataclasses.asdict(sequence) for sequence in plan.sequences]
         plan_key = _hash([sequences, dataclasses.asdict(self.output)])[:16]

@@ -35,6 +35,7 @@ from data_prep.physics import (
 from data_prep.radar_plan import RadarPlanSettings, plan_radar
 from data_prep.readers import RADAR_READERS, detect_reader, radar_reader
 from data_prep.readers.radar import (
+    FOLDER,
     UNITS,
     BadFileError,
     Coded,
@@ -299,8 +300,10 @@ class RadarSource:
                 yield BadFile(file, f"{left_out} forecast fields left out", by_design=True)
         # As the file stores them, where the reader can tell: that saves most of the arithmetic.
         read = getattr(self.reader, "stored_fields", self.reader.fields)
+        folder = file.rpartition("/")[0] or path.parent.name
         for frame, field in zip(frames, read(path, [f.key for f in frames]), strict=True):
-            yield self._frame(frame, file, field)
+            series = frame.series.replace(FOLDER, folder)
+            yield self._frame(dataclasses.replace(frame, series=series), file, field)
 
     def _frame(self, frame: RadarFrame, file: str, field: NDArray[np.float32] | Coded) -> Frame:
         """Crop, average, convert and quantise one field."""

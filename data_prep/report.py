@@ -74,10 +74,11 @@ def write_report(url: str, out_path: Path) -> Path:
     Raises:
         ValueError: no such archive, a damaged sample, or a damaged report or statistics.
     """
-    from data_prep.report_html import document
+    from data_prep.report_html import STYLE
     from data_prep.report_page import PageData, page_parts
     from data_prep.show import read_examples
     from tmu_dist.data.archive import open_archive
+    from tmu_dist.html_page import document
 
     archive = open_archive(url)
     manifest = archive.manifest
@@ -93,7 +94,7 @@ def write_report(url: str, out_path: Path) -> Path:
         },
         wet_fractions=_wet_fractions(archive, splits),
     )
-    text = document(f"{manifest.name}: archive report", page_parts(data))
+    text = document(f"{manifest.name}: archive report", page_parts(data), style=STYLE)
     storage.write_bytes(str(out_path.parent), out_path.name, text.encode())
     return out_path
 

@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from data_prep.report_html import SPLIT_COLOURS, Html
+from data_prep.report_html import SPLIT_COLOURS
 from tmu_dist.colours import MISSING, MISSING_LINE, OUTLINE, ColourScale, tick_label
 from tmu_dist.data.manifest import SPLITS, Units
+from tmu_dist.html_page import Html
 
 _WIDTH, _HISTOGRAM_WIDTH = 1080, 740
 """About as wide as they are on a screen, so that letters have their size."""

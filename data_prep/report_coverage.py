@@ -14,8 +14,9 @@ from data_prep.report_charts import (
     overview_chart,
     parse_time,
 )
-from data_prep.report_html import Html, element, section, split_name, table
+from data_prep.report_html import section, split_name, table
 from tmu_dist.data.manifest import SPLITS, Manifest
+from tmu_dist.html_page import Html, element
 
 _MOST_EVENTS, _MOST_SERIES, _MOST_GROUPS, _MOST_GAPS = 40, 16, 60, 50
 

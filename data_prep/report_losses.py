@@ -5,15 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from data_prep.report_html import (
-    Html,
-    absent,
-    bullet_list,
-    element,
-    number_text,
-    section,
-    table,
-)
+from data_prep.report_html import absent, number_text, section, table
+from tmu_dist.html_page import Html, bullet_list, element
 
 _MOST_ROWS = 50
 _REASONS = {

@@ -16,11 +16,8 @@ from data_prep.panels import MapView, join_facts, strided, view_of
 from data_prep.report_charts import colour_bar, histogram_chart
 from data_prep.report_coverage import coverage_parts, scrolled_chart
 from data_prep.report_html import (
-    Html,
     absent,
-    bullet_list,
     details,
-    element,
     facts_list,
     number_text,
     picture,
@@ -32,6 +29,7 @@ from data_prep.report_losses import loss_parts
 from data_prep.show import Example
 from tmu_dist.colours import colour_scale
 from tmu_dist.data.manifest import SPLITS, Grid, Manifest, Shard
+from tmu_dist.html_page import Html, bullet_list, element
 
 _EXAMPLE_TILE_PX, _EXAMPLE_HATCH_PX = 200, 12
 """Twice as many pixels as the page shows of ten frames in a row."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
@@ -36,6 +37,10 @@ _ZARR_SHARD_BYTES = 128 * 2**20
 
 RunPieces: TypeAlias = Callable[[Callable[[Any], Any], Sequence[Any]], Iterator[tuple[int, Any]]]
 """`workers.run_pieces` with its settings filled in."""
+
+
+class NoLineError(ValueError):
+    """Sequences that are not stretches of one line of frames."""
 
 
 class Written(NamedTuple):
@@ -105,6 +110,8 @@ def write_tars(
     seen: set[int] = set()
     for split in SPLITS:
         sequences = [one for one in plan.sequences if one.split == split]
+        with suppress(NoLineError):  # where there is none, no Zarr archive can differ
+            sequences = in_line(sequences, frame_line(sequences, frames.records))
         for number, first in enumerate(range(0, len(sequences), samples)):
             part = tuple(sequences[first : first + samples])
             names = sorted({frame for sequence in part for frame in sequence.frames})
@@ -288,12 +295,20 @@ def _write_zarr_shard(piece: _ZarrPiece) -> tuple[StoredObject, CodeHistogram]:
     return stored, histogram
 
 
+def in_line(sequences: Sequence[SequencePlan], line: Sequence[int]) -> list[SequencePlan]:
+    """Put sequences in the order of their first frames in a line, then of their tiles.
+
+    This is the order of sample ids in both formats, so an id means the same in either.
+    """
+    place = {name: index for index, name in enumerate(line)}
+    return sorted(sequences, key=lambda one: (place[one.frames[0]], one.top, one.left))
+
+
 def _zarr_samples(
     split: str, sequences: Sequence[SequencePlan], line: Sequence[int]
 ) -> list[ZarrSample]:
-    """Sequences as places in the array, in the order of their first frames."""
+    """Sequences as places in the array, by id."""
     place = {name: index for index, name in enumerate(line)}
-    placed = sorted(sequences, key=lambda one: (place[one.frames[0]], one.top, one.left))
     return [
         ZarrSample(
             key=sequence.key,
@@ -308,7 +323,7 @@ def _zarr_samples(
                 "weight": sequence.weight,
             },
         )
-        for index, sequence in enumerate(placed)
+        for index, sequence in enumerate(in_line(sequences, line))
     ]
 
 
@@ -319,13 +334,13 @@ def frame_line(sequences: Sequence[SequencePlan], records: Sequence[FrameRecord]
     a product, say, its even frames come before its odd ones.
 
     Raises:
-        ValueError: a frame is followed by different frames in different sequences.
+        NoLineError: a frame is followed by different frames in different sequences.
     """
     after: dict[int, int] = {}
     for sequence in sequences:
         for frame, following in zip(sequence.frames, sequence.frames[1:]):
             if after.setdefault(frame, following) != following:
-                raise ValueError(
+                raise NoLineError(
                     f"{records[frame].file} is followed by different frames in different "
                     "sequences, so the sequences are no stretches of one array: write them as "
                     "webdataset."

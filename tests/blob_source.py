@@ -36,6 +36,8 @@ class BlobSource:
     skipped: tuple[int, ...] = ()
     """Numbers of files that are left out by design."""
     stride: int = 1
+    step: int = 1
+    """Files from one frame of a sequence to the next."""
     speed: int = 1
 
     def settings(self) -> dict[str, Any]:
@@ -43,7 +45,7 @@ class BlobSource:
             "kind": "blobs",
             "speed": self.speed,
             "size": (12, 10),
-            "plan": {"stride": self.stride},
+            "plan": {"stride": self.stride, "step": self.step},
         }
 
     def jobs(self) -> list[Job]:
@@ -74,10 +76,11 @@ class BlobSource:
     def plan(self, records: Sequence[FrameRecord]) -> Plan:
         places = {int(record.order // 5): i for i, record in enumerate(records)}
         sequences = []
-        for first in range(0, self.num_files - 3, self.stride):
-            numbers = range(first, first + 4)
+        length = 3 * self.step
+        for first in range(0, self.num_files - length, self.stride):
+            numbers = range(first, first + length + 1, self.step)
             if all(n in places for n in numbers):
-                split = "train" if first + 3 < self.num_files // 2 else "test"
+                split = "train" if first + length < self.num_files // 2 else "test"
                 if split == "test" and first < self.num_files // 2:
                     continue
                 for left in (0, 2):

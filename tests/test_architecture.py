@@ -31,6 +31,7 @@ ROWS = {
     "tmu_dist.data.manifest": 0,
     # 1: islands
     "tmu_dist.colours": 1,
+    "tmu_dist.html_page": 1,
     "tmu_dist.models": 1,
     "tmu_dist.data": 1,
     "tmu_dist.collectives": 1,
@@ -65,6 +66,7 @@ DATA_PREP_MAY_IMPORT = {
     "tmu_dist.data.storage",  # where they are written to: folders and object stores, without torch
     "tmu_dist.data.archive",  # finished archives, to look at them; not for `verify`
     "tmu_dist.colours",  # how radar is drawn, the same for data and forecasts
+    "tmu_dist.html_page",  # what all pages share
 }
 
 EXTRAS = ("h5py", "netCDF4", "xarray", "eccodes", "rasterio", "av", "pysteps", "cv2", "zarr")
@@ -75,6 +77,7 @@ WITHOUT_TORCH = (
     "tmu_dist.data.archive",
     "tmu_dist.data.order",
     "tmu_dist.data.storage",
+    "tmu_dist.html_page",
 )
 """Modules above row 0 that promise it all the same; row 0 and data_prep do, too."""
 

@@ -28,7 +28,7 @@ from tmu_dist.data.loader import SequenceLoader, open_archive
 from tmu_dist.data.manifest import Units
 from tmu_dist.evaluation.baselines import FlowUnavailableError, OpticalFlow
 from tmu_dist.evaluation.comparison import RunEntry
-from tmu_dist.evaluation.examples import predict_example
+from tmu_dist.evaluation.examples import evenly_spaced, predict_example
 from tmu_dist.evaluation.metrics import SSIMMode
 from tmu_dist.evaluation.rain import radar_settings
 from tmu_dist.evaluation.report import (
@@ -239,7 +239,7 @@ def _write_radar_report(
         predict_example(
             {loaded.card.name: loaded}, archive, data.split, sample, device=device, flow=flow
         )
-        for sample in _spread(data.num_sequences, _NUM_EXAMPLES)
+        for sample in evenly_spaced(data.num_sequences, _NUM_EXAMPLES)
     ]
     settings = PageSettings(
         title=f"{result.model.name} on {archive.manifest.name}",
@@ -256,11 +256,6 @@ def _write_radar_report(
     entries = [RunEntry(label=result.model.name, result=result)]
     write_comparison_page(folder / "report.html", entries, settings, examples=examples)
     write_markdown_tables(folder / "tables.md", entries)
-
-
-def _spread(count: int, most: int) -> list[int]:
-    """At most so many of 0..count-1, evenly spaced with both ends."""
-    return sorted({round(i * (count - 1) / max(most - 1, 1)) for i in range(most)})
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from data_prep.readers.geotiff import GEO_TAGS, check_minutes, tiff_tags
-from data_prep.readers.radar import UNITS, BadFileError, Quantity, RadarFile, RadarFrame
+from data_prep.readers.radar import FOLDER, UNITS, BadFileError, Quantity, RadarFile, RadarFrame
 from data_prep.readers.raw import head_of, physical, reading, time_by, time_in
 from tmu_dist.data.manifest import Grid, SourceCard
 
@@ -215,12 +215,16 @@ class ImageReader:
                 "the images of a sequence",
             )
         start = datetime(1970, 1, 1, tzinfo=UTC)
+        # A number before the frame's is a sequence's own, as in sample_12_03.png.
+        before = path.stem[: number.start()].rstrip("-_. ")
         frame = RadarFrame(
-            time=start + timedelta(minutes=int(number[1]) * step), series=path.parent.name
+            time=start + timedelta(minutes=int(number[1]) * step),
+            series=f"{FOLDER}/{before}" if re.search(r"\d", before) else FOLDER,
         )
         return frame, (
-            "No time in the names: images of one folder are a sequence in the order of their "
-            f"numbers, with invented times from 1970 in steps of {step:g} min.",
+            "No time in the names: images of one folder are a sequence in the order of their last "
+            f"numbers, with invented times from 1970 in steps of {step:g} min. Give a time_pattern "
+            "if the path tells the time.",
         )
 
 

@@ -50,6 +50,9 @@ class BadFileError(ValueError):
         return BadFileError, (self.path, self.reason)  # it travels between processes
 
 
+FOLDER = "{folder}"
+
+
 class MissingExtraError(ValueError):
     """A library that this format needs is not installed; names the extra."""
 
@@ -63,7 +66,8 @@ class RadarFrame:
     key: str = ""
     """Where the file has it (data set, index, member); "" where there is only one."""
     series: str = ""
-    """Fields of one series show one place; others never follow each other in a sequence."""
+    """Fields of one series show one place; others never follow each other in a sequence. In it,
+    FOLDER stands for the file's folder below the source, which a reader does not know."""
     lead_minutes: float = 0.0
     """Above 0 the field is a forecast, not an observation."""
 

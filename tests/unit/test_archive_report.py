@@ -17,11 +17,11 @@ from data_prep.moving_mnist import MovingMNISTConfig, write_moving_mnist
 from data_prep.radar_plan import RadarPlanSettings, plan_radar
 from data_prep.report import compose_report, write_report
 from data_prep.report_charts import Lane, Stretch, event_chart, overview_chart
-from data_prep.report_html import Html, element
 from data_prep.source import ArchiveFacts, BadFile, FrameRecord, Plan
 from data_prep.statistics import CodeHistogram, statistics_record
 from tests.radar_archive import CARD, UNITS, rain, write_radar_archive
 from tmu_dist.colours import colour_scale
+from tmu_dist.html_page import Html, element
 
 FACTS = ArchiveFacts(
     name="rain",

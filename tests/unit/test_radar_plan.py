@@ -229,6 +229,18 @@ def check_report(made: Plan, records) -> None:
 # Windows
 
 
+def test_facts_do_not_depend_on_the_kind_of_number():
+    """Numbers from a record are Python's; numpy rounds 0.5479175 to another sixth digit."""
+    facts = []
+    for kind in (float, np.float64):
+        records = [
+            dataclasses.replace(f, wet_fraction=kind(0.5479175), observed_fraction=kind(0.5479175))
+            for f in stretch(0, 5)
+        ]
+        facts.append([sequence.meta for sequence in plan(records).sequences])
+    assert facts[0] == facts[1]
+
+
 def test_keys_times_and_facts_of_a_sequence():
     records = stretch(5, 5, observed_fraction=0.5, wet_fraction=0.25)
     made = plan(records)
@@ -557,6 +569,12 @@ def test_too_few_frames_for_three_splits_all_train():
     made = plan(stretch(0, 35), proportions=None)
     assert {s.split for s in made.sequences} == {"train"}
     assert made.report["splits"]["train"]["frames"] == 35
+
+
+def test_the_step_of_a_slow_product_is_no_pause():
+    records = [frame(1440 * day) for day in range(60) if day != 30]
+    made = plan(records, declared=1440, proportions=None, event_gap_hours=6)
+    assert [row["frames"] for row in made.report["events"]["list"]] == [30, 29]
 
 
 def test_days_are_utc_days_and_keep_their_distance():

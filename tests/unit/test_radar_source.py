@@ -87,6 +87,28 @@ def test_crop_takes_the_named_pixels_and_the_grid_follows(images: Path):
     assert frame.record.observed_fraction == 5 / 6
 
 
+def test_images_without_times_are_sequences_by_folder_and_first_number(tmp_path: Path):
+    for name in ("a/radar/0", "b/radar/0", "c/sample_1_07", "c/sample_2_07", "0"):
+        path = tmp_path / "images" / f"{name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.zeros((6, 8), np.uint8)).save(path)
+    series = {f.record.file: f.record.series for f in frames_of(source_of(tmp_path / "images"))}
+    assert series == {
+        "0.png": "images",
+        "a/radar/0.png": "a/radar",
+        "b/radar/0.png": "b/radar",
+        "c/sample_1_07.png": "c/sample_1",
+        "c/sample_2_07.png": "c/sample_2",
+    }
+
+
+def test_files_of_unusual_names_are_an_error_that_says_so(images: Path):
+    for path in sorted(images.iterdir()):
+        path.rename(path.with_suffix(".nc"))
+    with pytest.raises(ValueError, match=r"of the format images, but have other names"):
+        source_of(images, reader="auto")
+
+
 def test_files_that_differ_are_named(images: Path):
     Image.fromarray(np.zeros((5, 5), np.uint8)).save(images / "202001010200.png")
     (images / "202001010210.png").write_bytes(b"\x89PNG\r\n\x1a\n")

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -64,6 +69,40 @@ def test_an_error_that_cannot_travel_is_described() -> None:
 def test_a_killed_process_is_noticed() -> None:
     with pytest.raises(WorkerDiedError, match="fewer --workers"):
         list(run_pieces(die, range(10), workers=2))
+
+
+def begin_and_wait(folder: str) -> None:
+    Path(folder, str(os.getpid())).touch()
+    time.sleep(60)
+
+
+def test_workers_end_with_the_process_that_started_them(tmp_path: Path) -> None:
+    code = (
+        "from data_prep.workers import run_pieces\n"
+        "from tests.unit.test_workers import begin_and_wait\n"
+        f"list(run_pieces(begin_and_wait, [{str(tmp_path)!r}] * 2, workers=2))\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parents[2])
+    _wait_until(lambda: len(list(tmp_path.iterdir())) == 2)
+    process.kill()
+    process.wait()
+    workers = [int(path.name) for path in tmp_path.iterdir()]
+    _wait_until(lambda: not any(map(_is_alive, workers)))
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def _wait_until(condition: Callable[[], bool], seconds: float = 30) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it takes too long"
+        time.sleep(0.05)
 
 
 def test_a_piece_that_cannot_travel_is_an_error_and_no_hang() -> None:

@@ -254,11 +254,7 @@ class Manifest:
                     "manifest.frame_interval_minutes must be positive and finite or null, "
                     f"got {self.frame_interval_minutes}."
                 )
-        if self.schema_version != SCHEMA_VERSION:
-            raise ManifestError(
-                f"manifest.schema_version is {self.schema_version!r}; this version reads only "
-                f"{SCHEMA_VERSION}. Rewrite the archive or use the version that wrote it."
-            )
+        _check_schema(self.schema_version)
         if self.dtype not in _LARGEST:
             raise ManifestError(
                 f"manifest.dtype must be one of {list(_LARGEST)}, got {self.dtype!r}."
@@ -340,12 +336,9 @@ class Manifest:
             record = json.loads(text)
         except json.JSONDecodeError as error:
             raise ManifestError(f"The manifest is not valid JSON: {error}.") from error
-        if isinstance(record, dict) and record.get("schema_version") != SCHEMA_VERSION:
+        if isinstance(record, dict):
             # Before the field names are looked at: another version may have other fields.
-            raise ManifestError(
-                f"manifest.schema_version is {record.get('schema_version')!r}; this version reads "
-                f"only {SCHEMA_VERSION}. Rewrite the archive or use the version that wrote it."
-            )
+            _check_schema(record.get("schema_version"))
         fields = _take_fields(cls, record, "manifest")
         fields["units"] = Units(**_take_fields(Units, fields["units"], "manifest.units"))
         for name, record_type in (("grid", Grid), ("source", SourceCard)):
@@ -366,6 +359,15 @@ class Manifest:
 
 _LARGEST = {"uint8": 255, "uint16": 65_535}
 _SHARD_TYPES: dict[str, Any] = {"webdataset": Shard, "zarr": ZarrShard}
+
+
+def _check_schema(version: Any) -> None:
+    if version != SCHEMA_VERSION:
+        raise ManifestError(
+            f"manifest.schema_version is {version!r}; this version reads only {SCHEMA_VERSION}. "
+            "Write the archive again (with --overwrite in the same place), or use the version that "
+            "wrote it."
+        )
 
 
 def _check_format(name: Any) -> None:

@@ -167,7 +167,9 @@ def unfinished_files(url: str) -> list[str]:
 def delete_unfinished(url: str, paths: Sequence[str]) -> None:
     """Delete some of the `unfinished_files`, and folders left empty."""
     folder = local_path(url)
-    for path in paths if folder is not None else ():
+    if folder is None:
+        return
+    for path in paths:
         with _named_errors("delete", join_url(url, path)):
             file = folder / path
             file.unlink(missing_ok=True)

@@ -114,3 +114,8 @@ def predict_example(
         forecasts_TCHW=forecasts,
         units=units,
     )
+
+
+def evenly_spaced(count: int, most: int) -> list[int]:
+    """All of 0..count-1, or `most` of them evenly spaced with both ends."""
+    return sorted(set(np.linspace(0, count - 1, min(count, most)).round().astype(int).tolist()))

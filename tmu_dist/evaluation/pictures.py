@@ -26,7 +26,7 @@ from matplotlib.text import Text
 from numpy.typing import NDArray
 from PIL import Image
 
-from tmu_dist.evaluation.examples import Example, Frames
+from tmu_dist.evaluation.examples import Example, Frames, evenly_spaced
 from tmu_dist.evaluation.looks import ERROR_COLOURS, FieldLook, Look, look_of
 from tmu_dist.evaluation.plots import (
     FONT_POINTS,
@@ -69,8 +69,8 @@ def prediction_strip(example: Example, *, theme: Theme = LIGHT, max_columns: int
     """
     look = look_of(example)
     num_inputs = len(example.inputs_TCHW)
-    inputs = _spread(num_inputs, max_columns)
-    targets = _spread(example.num_target_frames, max_columns)
+    inputs = evenly_spaced(num_inputs, max_columns)
+    targets = evenly_spaced(example.num_target_frames, max_columns)
     target_times = [num_inputs + 1 + t for t in targets]
 
     def pick(frames_TCHW: Frames, times: Sequence[int]) -> list[NDArray[Any] | None]:
@@ -254,8 +254,3 @@ def _draw_row(axes: Axes, row: _Row, top: float, aspect: float, look: Look, them
         if row.times is not None:
             text = f"t = {row.times[column]}" if column == 0 else str(row.times[column])
             axes.text(x + 0.5, top - 0.08, text, fontsize=FONT_POINTS - 1, **time)
-
-
-def _spread(count: int, most: int) -> list[int]:
-    """All of 0..count-1, or `most` of them evenly spaced with both ends."""
-    return sorted(set(np.linspace(0, count - 1, min(count, most)).round().astype(int).tolist()))

@@ -14,7 +14,7 @@ from typing import NamedTuple
 from matplotlib.figure import Figure
 
 from tmu_dist.evaluation.comparison import Contender, RunEntry, contenders
-from tmu_dist.evaluation.page import Html, element, picture, table
+from tmu_dist.evaluation.page import picture, table
 from tmu_dist.evaluation.plots import Curve, Theme, lead_time_curves, scale_curves
 from tmu_dist.evaluation.rain import RadarSettings
 from tmu_dist.evaluation.result import FLOW, EvaluationResult
@@ -25,6 +25,7 @@ from tmu_dist.evaluation.tables import (
     score_table,
     undefined_scores,
 )
+from tmu_dist.html_page import Html, element
 
 
 class Chart(NamedTuple):

@@ -25,15 +25,7 @@ from tmu_dist.evaluation.comparison import (
     read_learning_curve,
 )
 from tmu_dist.evaluation.examples import Example
-from tmu_dist.evaluation.page import (
-    Html,
-    bullet_list,
-    definition_list,
-    document,
-    element,
-    picture,
-    table,
-)
+from tmu_dist.evaluation.page import STYLE, picture, table
 from tmu_dist.evaluation.pictures import prediction_strip
 from tmu_dist.evaluation.plots import (
     LIGHT,
@@ -66,6 +58,7 @@ from tmu_dist.evaluation.tables import (
     score_table,
 )
 from tmu_dist.files import atomic_write_text
+from tmu_dist.html_page import Html, bullet_list, definition_list, document, element
 
 _CHART_METRICS = ("mse_per_frame", "ssim", "mae_per_frame")
 
@@ -130,7 +123,7 @@ def write_comparison_page(
         parts += _paired_differences(entries, settings.reference_label)
     parts += [*_curves(entries), *_gates(entries), *_examples(examples)]
     parts += [*_notes(entries, settings), *_definitions(entries), *_repeat(settings)]
-    atomic_write_text(path, document(settings.title, parts))
+    atomic_write_text(path, document(settings.title, parts, style=STYLE))
 
 
 def _header(entries: Sequence[RunEntry], settings: PageSettings) -> list[Html]:

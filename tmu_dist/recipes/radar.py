@@ -38,7 +38,6 @@ class Region:
     left: int
     splits: tuple[str, ...]
     """Arguments that say which times validate and test."""
-    include: tuple[str, ...] = ()
 
 
 REGIONS = {
