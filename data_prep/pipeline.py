@@ -267,7 +267,7 @@ def _bad_files_message(bad: Sequence[BadFile], total: int) -> str:
     shown = "; ".join(f"{file.file}: {file.reason}" for file in bad[:5])
     more = f" (and {len(bad) - 5} more)" if len(bad) > 5 else ""
     return (
-        f"{len(bad)} of {total} files cannot be converted: {shown}{more}. Repair or remove them "
+        f"{len(bad)} of {total} files, so far, cannot be converted: {shown}{more}. Repair or remove them "
         "and run the same command again (what is done stays done), or leave them out with "
         "--on-bad-file skip."
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import gzip
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from data_prep.inspection import inspect_file
 from data_prep.readers import RADAR_READERS, detect_reader, radar_reader
 from data_prep.readers.geotiff import GeoTIFFReader
 from data_prep.readers.images import ImageReader
@@ -64,6 +66,27 @@ def test_exactly_one_reader_claims_each_real_file(source, pattern):
     for path in paths[:: max(1, len(paths) // 6)]:
         assert [reader.name for reader in readers if reader.recognises(path)] == [wanted], path
     assert detect_reader(paths).name == wanted
+
+
+@pytest.mark.parametrize(
+    ("name", "reader"),
+    [
+        ("T_PAAH21_C_EUOC_20210704100000.hdf", "odim"),
+        ("composite_hx_20230914_1230-hd5", "odim"),
+        ("66_20210704_100000.prcp-cscn.nc", "netcdf"),
+        ("3B-HHR.MS.MRG.3IMERG.20210704-S000000-E002959.0000.V07B.HDF5", "netcdf"),
+        ("3B-HHR-L.MS.MRG.3IMERG.20210704-S000000-E002959.0000.V07B.RT-H5", "netcdf"),
+    ],
+)
+def test_a_reader_expects_the_names_that_services_give(name: str, reader: str):
+    patterns = radar_reader(reader, {}).patterns
+    assert any(fnmatch.fnmatch(name.lower(), pattern) for pattern in patterns)
+
+
+def test_looking_at_a_folder_says_which_files_there_are(tmp_path: Path):
+    (tmp_path / "one.h5").touch()
+    with pytest.raises(ValueError, match=r"is a folder: name files in it, such as .*one\.h5"):
+        inspect_file(tmp_path, "auto", {})
 
 
 def test_coordinates_of_meteonet_are_no_radar_file():
