@@ -59,7 +59,9 @@ def radar(
     """
     from data_prep.radar_source import radar_source
 
-    _build(radar_source(settings, plan), out, output, work)
+    source = radar_source(settings, plan)
+    console.print(source.summary(), markup=False)
+    _build(source, out, output, work)
 
 
 @app.command

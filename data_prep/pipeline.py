@@ -165,6 +165,15 @@ class _Builder:
                 raise BadFilesError(_bad_files_message(bad, self.num_files))
         for file in bad:
             logger.warning("Left out %s: %s", file.file, file.reason)
+        by_design = [file for job in done.values() for file in job.bad if file.by_design]
+        if by_design:
+            first = min(by_design)
+            logger.info(
+                "Left out on purpose, in whole or in part: %d files, such as %s: %s",
+                len(by_design),
+                first.file,
+                first.reason,
+            )
         return [done[number] for number in range(len(pieces))]
 
     def write(self, plan: Plan, jobs: Sequence[StagedJob]) -> Written:
@@ -267,9 +276,9 @@ def _bad_files_message(bad: Sequence[BadFile], total: int) -> str:
     shown = "; ".join(f"{file.file}: {file.reason}" for file in bad[:5])
     more = f" (and {len(bad) - 5} more)" if len(bad) > 5 else ""
     return (
-        f"{len(bad)} of {total} files, so far, cannot be converted: {shown}{more}. Repair or remove them "
-        "and run the same command again (what is done stays done), or leave them out with "
-        "--on-bad-file skip."
+        f"{len(bad)} of {total} files, so far, cannot be converted: {shown}{more}. Repair or "
+        "remove them and run the same command again (what is done stays done), or leave them out "
+        "with --on-bad-file skip."
     )
 
 

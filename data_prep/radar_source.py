@@ -194,6 +194,20 @@ class RadarSource:
                 f"{self._stored_size[0]} x {self._stored_size[1]} pixels."
             )
 
+    def summary(self) -> str:
+        """What was found and will be stored, in a line for people."""
+        found, settings = self.example, self.settings_
+        height, width = self._stored_size
+        over = f" over {found.accumulation_minutes:g} min" if found.accumulation_minutes else ""
+        ignored = f" ({self.ignored} other files ignored)" if self.ignored else ""
+        return (
+            f"{len(self.files)} files of {settings.source}{ignored}, reader {self.reader.name}: "
+            f"{found.quantity} [{UNITS[found.quantity]}]{over}, "
+            f"{found.grid.height} x {found.grid.width} pixels. To be stored: {self._stored} of "
+            f"{self._scale.low:g} to {self._scale.high:g} {UNITS[self._stored]}, "
+            f"{height} x {width} pixels, {self._dtype}."
+        )
+
     def settings(self) -> dict[str, Any]:
         record = dataclasses.asdict(self.settings_)
         del record["source"], record["reader"], record["option"]
@@ -297,7 +311,8 @@ class RadarSource:
         if not self.settings_.include_forecasts:
             frames = tuple(frame for frame in frames if frame.lead_minutes <= 0)
             if left_out := len(info.frames[fields]) - len(frames):
-                yield BadFile(file, f"{left_out} forecast fields left out", by_design=True)
+                reason = f"{left_out} forecast fields left out (--include-forecasts takes them)"
+                yield BadFile(file, reason, by_design=True)
         # As the file stores them, where the reader can tell: that saves most of the arithmetic.
         read = getattr(self.reader, "stored_fields", self.reader.fields)
         folder = file.rpartition("/")[0] or path.parent.name

@@ -162,8 +162,12 @@ def test_skipped_bad_files_are_in_the_report_and_in_no_sequence(tmp_path: Path):
     assert "f007" in json.dumps(report) and "is truncated" in json.dumps(report)
 
 
-def test_what_is_left_out_by_design_stops_nothing_but_is_reported(tmp_path: Path):
+def test_what_is_left_out_by_design_stops_nothing_but_is_reported(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    caplog.set_level("INFO")
     build(tmp_path, BlobSource(skipped=(7,)))
+    assert "Left out on purpose, in whole or in part: 1 files, such as" in caplog.text
     assert "is a forecast" in (tmp_path / "report.json").read_text()
 
 

@@ -119,6 +119,14 @@ def test_files_that_differ_are_named(images: Path):
     assert bad[1].file == "202001010210.png"
 
 
+def test_the_summary_says_what_was_found_and_what_will_be_stored(images: Path):
+    (images / "README.txt").write_text("not an image")
+    words = source_of(images, crop=(0, 0, 4, 8)).summary()
+    assert "12 files" in words and "(1 other files ignored)" in words
+    assert "reader images: reflectivity [dBZ], 6 x 8 pixels" in words
+    assert "reflectivity of 0 to 70 dBZ, 4 x 8 pixels, uint8" in words
+
+
 def test_settings_name_no_place_and_travel_to_processes(images: Path):
     source = source_of(images)
     text = json.dumps(source.settings())
