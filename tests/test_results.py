@@ -29,6 +29,13 @@ def test_table_is_made_from_its_record(record: Path) -> None:
     assert (record.parent / "table.md").read_text() == table
 
 
-def test_readme_shows_the_recorded_table() -> None:
-    table = (ROOT / "docs" / "results" / "digits-seeds" / "table.md").read_text()
-    assert table in (ROOT / "README.md").read_text()
+@pytest.mark.parametrize("name", ["digits-seeds", "radar-seeds"])
+@pytest.mark.parametrize("document", ["README.md", "docs/lab_log.md"])
+def test_documents_show_the_recorded_table(document: str, name: str) -> None:
+    table = (ROOT / "docs" / "results" / name / "table.md").read_text()
+    assert table in (ROOT / document).read_text()
+
+
+def test_the_lab_log_shows_the_speed_of_conversion() -> None:
+    table = (ROOT / "docs" / "results" / "radar-conversion" / "table.md").read_text()
+    assert table in (ROOT / "docs" / "lab_log.md").read_text()

@@ -12,7 +12,7 @@ from PIL import Image
 
 from data_prep.readers.geotiff import GeoTIFFReader
 from data_prep.readers.images import ImageReader
-from data_prep.readers.radar import BadFileError
+from data_prep.readers.radar import FOLDER, BadFileError
 from tests.radar_contract import check_radar_reader
 from tests.unit.test_radar_readers import only_field
 
@@ -203,7 +203,7 @@ def test_numbered_images_are_a_sequence_of_their_folder(tmp_path):
         path.relative_to(tmp_path).as_posix(): reader.scan(path).frames[0]
         for path in tmp_path.rglob("*.png")
     }
-    assert {frame.series for frame in frames.values()} == {"sample_1", "sample_2"}
+    assert {frame.series for frame in frames.values()} == {FOLDER}
     start = datetime(1970, 1, 1, tzinfo=UTC)
     minutes = {name: (frame.time - start).total_seconds() / 60 for name, frame in frames.items()}
     assert minutes["sample_1/img_1.png"] == 6 and minutes["sample_2/img_10.png"] == 60
