@@ -13,6 +13,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -136,9 +137,13 @@ def radar_source(settings: RadarSettings, plan: RadarPlanSettings) -> RadarSourc
         patterns = sorted({p for name in RADAR_READERS for p in radar_reader(name, {}).patterns})
     files, others = list_files(settings.source, patterns, settings.include)
     if not files:
+        named = f", such as {', '.join(others[:3])}" if others else ""
+        packed = any(re.search(r"\.(nc4?|cdf|h5|hdf5?)\.(gz|bz2|xz|zip)$", name) for name in others)
         raise ValueError(
-            f"{settings.source} holds no file that could be radar data ({len(others)} others). "
-            f"Expected names: {', '.join(patterns)}; check --source, --include and --reader."
+            f"{settings.source} holds no file that could be radar data ({len(others)} others"
+            + f"{named}). "
+            + ("Unpack NetCDF and HDF5 files first: they are not read packed. " if packed else "")
+            + f"Expected names: {', '.join(patterns)}; check --source, --include and --reader."
         )
     if reader is None:
         reader = _detect(settings, files)

@@ -154,6 +154,12 @@ def test_wrong_settings_say_what_is_wrong(images: Path, changes: dict, message: 
         source_of(images, **changes)
 
 
+def test_packed_files_that_are_not_read_packed_are_to_be_unpacked(tmp_path: Path):
+    (tmp_path / "rain.nc.gz").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"such as rain\.nc\.gz\)\. Unpack NetCDF and HDF5"):
+        radar_source(RadarSettings(source=str(tmp_path)), PLAN)
+
+
 def test_a_missing_folder_is_named(tmp_path: Path):
     with pytest.raises(ValueError, match="nowhere"):
         source_of(tmp_path / "nowhere")
