@@ -2,7 +2,8 @@
 
     python benchmarks/radar_conversion.py --data FOLDER [--rounds 3] [--out DIR]
 
-FOLDER holds `knmi`, `mch`, `fmi` and `rmi` with original files (docs/radar.md). Both sides read the
+FOLDER holds `knmi`, `mch`, `fmi` and `rmi` with original files (docs/radar.md). Needs the extras
+`radar` and `flow`, and `pip install pyproj`, which pysteps' importers use. Both sides read the
 same files and write every field once, whole, with one core: the loop an npz a file, as `np.savez`
 (float32, not compressed) and as `np.savez_compressed`; this project a Zarr archive, and tars of
 sequences that share no frame. The archive's side also checks grids, finds duplicates and gaps,
