@@ -13,15 +13,11 @@ split and its id alone: not on processes, shards or how many samples there are.
 Shape letters: D digits, T time, C channels, H height, W width, N images.
 """
 
-import concurrent.futures
 import dataclasses
 import functools
 import hashlib
 import logging
 import math
-import multiprocessing
-import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +26,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from data_prep.readers.mnist import IMAGE_SIZE, area_average, load_digits
+from data_prep.workers import check_workers, run_pieces
 from data_prep.writers.objects import prepare_archive, write_manifest
 from data_prep.writers.webdataset import Sample, shard_path, write_shard
 from tmu_dist.data.manifest import SPLITS, Manifest, Shard, Units
@@ -122,7 +119,13 @@ def write_moving_mnist(
         DigitFileError: digit files are missing or damaged.
         StorageError: the place cannot be written.
     """
-    num_workers = _num_workers(workers, out_url)
+    check_workers(workers)
+    if is_process_local(out_url):
+        if workers not in (None, 1):
+            raise ValueError(
+                f"{out_url} exists in this process only: use workers=1, not {workers}."
+            )
+        workers = 1
     created_by = _created_by(config)
     if finished := prepare_archive(out_url, created_by, overwrite=overwrite):
         logger.info("%s already holds exactly this archive; nothing to do.", out_url)
@@ -132,12 +135,12 @@ def write_moving_mnist(
         for split in SPLITS
         for number in range(math.ceil(config.num_samples(split) / config.samples_per_shard))
     ]
-    splits: dict[str, list[Shard]] = {split: [] for split in SPLITS}
+    shards: dict[tuple[str, int], Shard] = {}
     total = sum(map(config.num_samples, SPLITS))
+    write_one = functools.partial(_write_one_shard, config, out_url)
     with tqdm(total=total, unit=" sequences", disable=not show_progress) as progress:
-        shards = _write_shards(config, out_url, jobs, num_workers)
-        for (split, _), shard in zip(jobs, shards, strict=True):
-            splits[split].append(shard)
+        for index, shard in run_pieces(write_one, jobs, workers=workers):
+            shards[jobs[index]] = shard
             progress.update(shard.num_samples)
     manifest = Manifest(
         name=f"moving-mnist-{config.digits}",
@@ -147,7 +150,7 @@ def write_moving_mnist(
         width=config.frame_size,
         units=Units(quantity="intensity", unit="1", scale=1 / 255, offset=0.0, missing_code=None),
         frame_interval_minutes=None,
-        splits={split: tuple(shards) for split, shards in splits.items()},
+        splits={split: tuple(shards[job] for job in jobs if job[0] == split) for split in SPLITS},
         full_train_samples=config.full_train_samples,
         created_by=created_by,
     )
@@ -249,22 +252,6 @@ def _created_by(config: MovingMNISTConfig) -> dict[str, Any]:
     }
 
 
-def _write_shards(
-    config: MovingMNISTConfig, out_url: str, jobs: list[tuple[str, int]], num_workers: int
-) -> Iterator[Shard]:
-    """Write the shards of (split, number) jobs and yield their records in the jobs' order."""
-    write_one = functools.partial(_write_one_shard, config, out_url)
-    num_workers = min(num_workers, len(jobs))
-    if num_workers == 1:
-        yield from map(write_one, jobs)
-        return
-    # Not "fork": obstore has been used in this process and would hang. Not "forkserver": the
-    # server lives on, and a loader started later could not choose what it has imported.
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(num_workers, mp_context=context) as pool:
-        yield from pool.map(write_one, jobs)
-
-
 def _write_one_shard(config: MovingMNISTConfig, out_url: str, job: tuple[str, int]) -> Shard:
     split, number = job
     images_NHW = _digit_pool(config.mnist, split, config.digit_size)
@@ -277,18 +264,3 @@ def _write_one_shard(config: MovingMNISTConfig, out_url: str, job: tuple[str, in
 @functools.cache
 def _digit_pool(idx_dir: str | None, split: str, digit_size: int) -> NDArray[np.uint8]:
     return area_average(load_digits(idx_dir)[split], digit_size)
-
-
-def _num_workers(workers: int | None, out_url: str) -> int:
-    """Check the number of processes; None means one per core that this process may use."""
-    if workers is None:
-        if is_process_local(out_url):
-            return 1
-        # A job scheduler may have given us fewer cores than the machine has.
-        affinity = getattr(os, "sched_getaffinity", None)
-        return len(affinity(0)) if affinity else os.cpu_count() or 1
-    if workers < 1:
-        raise ValueError(f"workers must be at least 1, got {workers}.")
-    if workers > 1 and is_process_local(out_url):
-        raise ValueError(f"{out_url} exists in this process only: use workers=1, not {workers}.")
-    return workers

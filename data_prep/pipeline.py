@@ -29,7 +29,7 @@ from data_prep.shards import StagedFrames, Written, write_tars, write_zarr
 from data_prep.source import BadFile, Job, Plan, Source
 from data_prep.staging import StagedJob, Staging
 from data_prep.statistics import statistics_record
-from data_prep.workers import Launcher, run_pieces
+from data_prep.workers import Launcher, check_workers, run_pieces
 from data_prep.writers.objects import PARTS_PREFIX, prepare_archive, write_manifest, write_object
 from tmu_dist.data import storage
 from tmu_dist.data.manifest import REPORT_PATH, STATISTICS_PATH, Manifest
@@ -79,6 +79,9 @@ class WorkSettings:
     overwrite: bool = False
     """Replace whatever archive is there."""
     show_progress: bool = True
+
+    def __post_init__(self) -> None:
+        check_workers(self.workers)
 
 
 def build_archive(
@@ -265,9 +268,8 @@ class _Conversion(NamedTuple):
 def _convert(piece: _Conversion) -> StagedJob:
     """Read and stage the files of one job, unless its record says that it is done."""
     done = piece.staging.read_job(piece.name, piece.files)
-    if done is not None and all(
-        file.by_design for file in done.bad
-    ):  # a bad file may have been repaired meanwhile
+    # A bad file may have been repaired meanwhile.
+    if done is not None and all(file.by_design for file in done.bad):
         return done
     return piece.staging.write_job(piece.name, piece.files, piece.source.convert(piece.job))
 

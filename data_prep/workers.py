@@ -49,8 +49,7 @@ def run_pieces(
         WorkerDiedError: a process was killed (memory, most often).
         Exception: what `work` raises; pieces not begun are then given up.
     """
-    if workers is not None and workers < 1:
-        raise ValueError(f"workers must be at least 1, got {workers}.")
+    check_workers(workers)
     if not pieces:
         return iter(())
     if launcher == "ray":
@@ -61,8 +60,14 @@ def run_pieces(
     return _in_processes(work, pieces, workers)
 
 
+def check_workers(workers: int | None) -> None:
+    """Refuse a number of workers that cannot be, before anything is touched."""
+    if workers is not None and workers < 1:
+        raise ValueError(f"workers must be at least 1, got {workers}.")
+
+
 def available_cores() -> int:
-    """Cores that this process may use."""
+    """Cores that this process may use; a job scheduler may have given fewer than there are."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -71,9 +76,9 @@ def _in_processes(
 ) -> Iterator[tuple[int, Result]]:
     # One pipe a process: a process that dies is noticed by its pipe, and one that has lost this
     # process ends by itself.
-    # Never forked: an object store's runtime does not survive a fork (tmu_dist.data.storage).
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([work.__module__])
+    # Not "fork": obstore has been used in this process and would hang. Not "forkserver": the
+    # server lives on, and a loader started later could not choose what it has imported.
+    context = multiprocessing.get_context("spawn")
     waiting = iter(enumerate(pieces))
     processes = []
     running: dict[Connection, int] = {}

@@ -303,3 +303,11 @@ def test_area_average_is_the_rounded_mean_of_blocks():
     assert area_average(images, 2).tolist() == [[[1, 10], [1, 10]]]
     with pytest.raises(ValueError, match="whole factor"):
         area_average(images, 3)
+
+
+def test_a_wrong_number_of_workers_costs_no_archive(tmp_path):
+    write(SMALL, tmp_path)
+    before = (tmp_path / "manifest.json").read_bytes()
+    with pytest.raises(ValueError, match="at least 1, got 0"):
+        write(SMALL, tmp_path, workers=0, overwrite=True)
+    assert (tmp_path / "manifest.json").read_bytes() == before
