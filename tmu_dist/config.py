@@ -15,7 +15,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_type_hints
+from typing import Any, Literal, TypeAlias, TypeVar, get_type_hints
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
@@ -136,11 +136,14 @@ class TMUConfig:
         )
 
 
+Method: TypeAlias = Literal["scratch", "finetune", "tmu", "tmu_scratch"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class TransferConfig:
     """How knowledge of the teachers reaches the student."""
 
-    method: Literal["scratch", "finetune", "tmu", "tmu_scratch"] = "scratch"
+    method: Method = "scratch"
     """scratch: no transfer; finetune: start from the one teacher's weights; tmu: memory transfer
     (the paper's method); tmu_scratch: the TMU network with unused slots (Table 1, second row)."""
     teachers: tuple[str, ...] = ()

@@ -1,13 +1,27 @@
-"""What a recipe is, and where recipes put things."""
+"""What a recipe is, where recipes put things, and the runs that every transfer experiment has."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
+from typing import TypeAlias
 
-from tmu_dist.config import RunConfig
+from tmu_dist.config import (
+    DataConfig,
+    Method,
+    ModelConfig,
+    RunConfig,
+    ScheduleConfig,
+    TrainingConfig,
+    TransferConfig,
+    WindowConfig,
+)
+
+Archives: TypeAlias = Mapping[str, tuple[str, ...]]
+"""By archive URL: arguments of `python -m data_prep` that write it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,8 +29,7 @@ class Recipe:
     """A run, and how to make the archives and teachers that it names if they are not there."""
 
     config: RunConfig
-    archives: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """By archive URL: arguments of `python -m data_prep` that write it."""
+    archives: Archives = field(default_factory=dict)
     teachers: Mapping[str, str] = field(default_factory=dict)
     """By run folder: the recipe that trains this teacher."""
 
@@ -32,3 +45,72 @@ def workspace() -> Path:
     if "runtime_resources" in Path.cwd().parts:
         return Path.home() / "tmu_dist"
     return Path()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExperimentSize:
+    """What the runs of one experiment have in common at one size; files of recipes add to it."""
+
+    prefix: str
+    """First part of the names of recipes, runs and archives."""
+    window: WindowConfig
+    model: ModelConfig
+    training: TrainingConfig
+    teacher_steps: int
+    schedule: ScheduleConfig
+    max_validation_samples: int | None = None
+
+
+def transfer_recipes(
+    size: ExperimentSize,
+    archive_of: Callable[[str], Archives],
+    *,
+    sources: Sequence[str],
+    target: str,
+) -> dict[str, Callable[[], Recipe]]:
+    """Every recipe of a transfer experiment, by name: teachers and students (after Table 1).
+
+    Args:
+        size: of all runs.
+        archive_of: the one archive of a source or of the target; asked when a recipe is called.
+        sources: what a teacher each learns from, in the order of the transfer gates.
+        target: what all students learn.
+    """
+
+    def recipe(
+        name: str, data: str, transfer: TransferConfig, teachers: Mapping[str, str]
+    ) -> Recipe:
+        archives = archive_of(data)
+        (url,) = archives
+        config = RunConfig(
+            output=str(workspace() / "runs" / f"{size.prefix}-{name}"),
+            window=size.window,
+            data=DataConfig(url=url, max_validation_samples=size.max_validation_samples),
+            model=size.model,
+            transfer=transfer,
+            training=size.training,
+            schedule=size.schedule,
+        )
+        return Recipe(config=config, archives=archives, teachers=teachers)
+
+    def teacher(source: str) -> Recipe:
+        made = recipe(f"teacher-{source}", source, TransferConfig(method="scratch"), {})
+        training = replace(made.config.training, num_steps=size.teacher_steps)
+        return replace(made, config=replace(made.config, training=training))
+
+    def student(
+        name: str, method: Method, taught_by: Sequence[str] = (), num_slots: int = 0
+    ) -> Recipe:
+        names = [f"{size.prefix}-teacher-{source}" for source in taught_by]
+        teachers = {str(workspace() / "runs" / each): each for each in names}
+        transfer = TransferConfig(method=method, teachers=tuple(teachers), num_slots=num_slots)
+        return recipe(name, target, transfer, teachers)
+
+    found: dict[str, Callable[[], Recipe]] = {}
+    for source in sources:
+        found[f"teacher-{source}"] = partial(teacher, source)
+        found[f"finetune-{source}"] = partial(student, f"finetune-{source}", "finetune", [source])
+    found["scratch"] = partial(student, "scratch", "scratch")
+    found["tmu-scratch"] = partial(student, "tmu-scratch", "tmu_scratch", num_slots=len(sources))
+    found["tmu"] = partial(student, "tmu", "tmu", sources)
+    return {f"{size.prefix}-{name}": make for name, make in found.items()}

@@ -7,36 +7,25 @@ Each recipe exists in two sizes: `digits-*` finishes in minutes on two cores, an
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
-from tmu_dist.config import (
-    DataConfig,
-    ModelConfig,
-    RunConfig,
-    ScheduleConfig,
-    TMUConfig,
-    TrainingConfig,
-    TransferConfig,
-    WindowConfig,
-)
-from tmu_dist.recipes.base import Recipe, workspace
+from tmu_dist.config import ModelConfig, ScheduleConfig, TrainingConfig, WindowConfig
+from tmu_dist.recipes.base import Archives, ExperimentSize, Recipe, transfer_recipes, workspace
+
+SOURCES = ("1", "2")
+TARGET = "3"
+"""Digits in a sequence."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Size:
+class Size(ExperimentSize):
     """Everything in which the small and the paper's experiment differ."""
 
-    prefix: str
     source_sequences: tuple[int, int, int]
     """Training, validation and test sequences of the 1- and 2-digit archives."""
     target_sequences: tuple[int, int, int]
     archive_arguments: tuple[str, ...]
-    window: WindowConfig
-    model: ModelConfig
-    training: TrainingConfig
-    teacher_steps: int
-    schedule: ScheduleConfig
 
 
 SMALL = Size(
@@ -74,74 +63,17 @@ def recipes() -> dict[str, Callable[[], Recipe]]:
     """Every recipe of this file, by name."""
     found: dict[str, Callable[[], Recipe]] = {}
     for size in (SMALL, PAPER):
-        for digits in (1, 2):
-            found[f"{size.prefix}-teacher-{digits}"] = partial(_teacher, size, digits)
-            found[f"{size.prefix}-finetune-{digits}"] = partial(_finetune, size, digits)
-        found[f"{size.prefix}-scratch"] = partial(
-            _student, size, "scratch", TransferConfig(method="scratch")
-        )
-        found[f"{size.prefix}-tmu-scratch"] = partial(
-            _student, size, "tmu-scratch", TransferConfig(method="tmu_scratch", num_slots=2)
-        )
-        found[f"{size.prefix}-tmu"] = partial(_tmu, size)
+        found |= transfer_recipes(size, partial(_archive, size), sources=SOURCES, target=TARGET)
     return found
 
 
-def _archive(
-    size: Size, digits: int, sequences: tuple[int, int, int]
-) -> dict[str, tuple[str, ...]]:
+def _archive(size: Size, digits: str) -> Archives:
     url = str(workspace() / "archives" / f"{size.prefix}-{digits}")
+    sequences = size.target_sequences if digits == TARGET else size.source_sequences
     counts = zip(("--train", "--val", "--test"), map(str, sequences), strict=True)
     arguments = (
-        *("moving-mnist", "--digits", str(digits), "--out", url),
+        *("moving-mnist", "--digits", digits, "--out", url),
         *(word for pair in counts for word in pair),
         *size.archive_arguments,
     )
     return {url: arguments}
-
-
-def _run(size: Size, name: str, url: str, transfer: TransferConfig) -> RunConfig:
-    return RunConfig(
-        output=str(workspace() / "runs" / f"{size.prefix}-{name}"),
-        window=size.window,
-        data=DataConfig(url=url),
-        model=size.model,
-        transfer=transfer,
-        training=size.training,
-        schedule=size.schedule,
-    )
-
-
-def _teacher(size: Size, digits: int) -> Recipe:
-    archives = _archive(size, digits, size.source_sequences)
-    (url,) = archives
-    config = _run(size, f"teacher-{digits}", url, TransferConfig(method="scratch"))
-    training = replace(config.training, num_steps=size.teacher_steps)
-    config = replace(config, training=training)
-    return Recipe(config=config, archives=archives)
-
-
-def _student(
-    size: Size, name: str, transfer: TransferConfig, teachers: dict[str, str] | None = None
-) -> Recipe:
-    archives = _archive(size, 3, size.target_sequences)
-    (url,) = archives
-    config = _run(size, name, url, transfer)
-    return Recipe(config=config, archives=archives, teachers=teachers or {})
-
-
-def _teachers(size: Size, *digits: int) -> dict[str, str]:
-    names = [f"{size.prefix}-teacher-{number}" for number in digits]
-    return {str(workspace() / "runs" / name): name for name in names}
-
-
-def _finetune(size: Size, digits: int) -> Recipe:
-    teachers = _teachers(size, digits)
-    transfer = TransferConfig(method="finetune", teachers=tuple(teachers))
-    return _student(size, f"finetune-{digits}", transfer, teachers)
-
-
-def _tmu(size: Size) -> Recipe:
-    teachers = _teachers(size, 1, 2)
-    transfer = TransferConfig(method="tmu", teachers=tuple(teachers), tmu=TMUConfig())
-    return _student(size, "tmu", transfer, teachers)

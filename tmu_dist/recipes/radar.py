@@ -13,19 +13,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
-from tmu_dist.config import (
-    DataConfig,
-    ModelConfig,
-    RunConfig,
-    ScheduleConfig,
-    TrainingConfig,
-    TransferConfig,
-    WindowConfig,
-)
-from tmu_dist.recipes.base import Recipe, workspace
+from tmu_dist.config import ModelConfig, ScheduleConfig, TrainingConfig, WindowConfig
+from tmu_dist.recipes.base import Archives, ExperimentSize, Recipe, transfer_recipes, workspace
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,22 +51,15 @@ TARGET = "knmi"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Size:
+class Size(ExperimentSize):
     """Everything in which the small and the paper's experiment differ."""
 
-    prefix: str
     shrink: int
     """Original pixels on the side of a stored one."""
     tile: int
     """Side of a sequence's frames, in stored pixels."""
     tiles_per_side: int
     """Overlapping tiles that are cut from the square of each region, in each direction."""
-    window: WindowConfig
-    model: ModelConfig
-    training: TrainingConfig
-    teacher_steps: int
-    schedule: ScheduleConfig
-    max_validation_samples: int | None
 
 
 SMALL = Size(
@@ -103,7 +88,6 @@ PAPER = Size(
     training=TrainingConfig(),
     teacher_steps=80_000,
     schedule=ScheduleConfig(),
-    max_validation_samples=None,
 )
 
 
@@ -111,20 +95,11 @@ def recipes() -> dict[str, Callable[[], Recipe]]:
     """Every recipe of this file, by name."""
     found: dict[str, Callable[[], Recipe]] = {}
     for size in (SMALL, PAPER):
-        for region in SOURCES:
-            found[f"{size.prefix}-teacher-{region}"] = partial(_teacher, size, region)
-            found[f"{size.prefix}-finetune-{region}"] = partial(_finetune, size, region)
-        found[f"{size.prefix}-scratch"] = partial(
-            _student, size, "scratch", TransferConfig(method="scratch")
-        )
-        found[f"{size.prefix}-tmu-scratch"] = partial(
-            _student, size, "tmu-scratch", TransferConfig(method="tmu_scratch", num_slots=2)
-        )
-        found[f"{size.prefix}-tmu"] = partial(_tmu, size)
+        found |= transfer_recipes(size, partial(_archive, size), sources=SOURCES, target=TARGET)
     return found
 
 
-def archive(size: Size, name: str) -> dict[str, tuple[str, ...]]:
+def _archive(size: Size, name: str) -> Archives:
     """The archive of one region by URL, with the arguments of `python -m data_prep`."""
     url = str(workspace() / "archives" / f"{size.prefix}-{name}")
     raw = os.environ.get("TMU_DIST_RADAR", str(workspace() / "radar"))
@@ -140,50 +115,3 @@ def archive(size: Size, name: str) -> dict[str, tuple[str, ...]]:
         *region.splits,
     )
     return {url: arguments}
-
-
-def _run(size: Size, name: str, url: str, transfer: TransferConfig) -> RunConfig:
-    return RunConfig(
-        output=str(workspace() / "runs" / f"{size.prefix}-{name}"),
-        window=size.window,
-        data=DataConfig(url=url, max_validation_samples=size.max_validation_samples),
-        model=size.model,
-        transfer=transfer,
-        training=size.training,
-        schedule=size.schedule,
-    )
-
-
-def _teacher(size: Size, region: str) -> Recipe:
-    archives = archive(size, region)
-    (url,) = archives
-    config = _run(size, f"teacher-{region}", url, TransferConfig(method="scratch"))
-    training = replace(config.training, num_steps=size.teacher_steps)
-    return Recipe(config=replace(config, training=training), archives=archives)
-
-
-def _student(
-    size: Size, name: str, transfer: TransferConfig, teachers: dict[str, str] | None = None
-) -> Recipe:
-    archives = archive(size, TARGET)
-    (url,) = archives
-    return Recipe(
-        config=_run(size, name, url, transfer), archives=archives, teachers=teachers or {}
-    )
-
-
-def _teachers(size: Size, *regions: str) -> dict[str, str]:
-    names = [f"{size.prefix}-teacher-{region}" for region in regions]
-    return {str(workspace() / "runs" / name): name for name in names}
-
-
-def _finetune(size: Size, region: str) -> Recipe:
-    teachers = _teachers(size, region)
-    transfer = TransferConfig(method="finetune", teachers=tuple(teachers))
-    return _student(size, f"finetune-{region}", transfer, teachers)
-
-
-def _tmu(size: Size) -> Recipe:
-    teachers = _teachers(size, *SOURCES)
-    transfer = TransferConfig(method="tmu", teachers=tuple(teachers))
-    return _student(size, "tmu", transfer, teachers)
