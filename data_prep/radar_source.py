@@ -45,7 +45,7 @@ from data_prep.readers.radar import (
     RadarFrame,
     RadarReader,
 )
-from data_prep.readers.raw import look_up
+from data_prep.readers.raw import look_up, values_of
 from data_prep.resample import Crop, area_average, crop, resampled_grid
 from data_prep.source import ArchiveFacts, BadFile, Codes, Frame, FrameRecord, Job, Plan
 from data_prep.statistics import CodeHistogram, wet_codes
@@ -330,8 +330,7 @@ class RadarSource:
         if isinstance(field, Coded) and self._stored_size == (self._crop.height, self._crop.width):
             codes_HW, above = self._look_up(field)
         else:
-            values_HW = look_up(*field) if isinstance(field, Coded) else field
-            codes_HW, above = self._quantise(crop(values_HW, self._crop))
+            codes_HW, above = self._quantise(crop(values_of(field), self._crop))
         histogram = CodeHistogram.empty(self._dtype)
         histogram.update(codes_HW)
         observed = int(histogram.counts[: self._scale.max_code + 1].sum())

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from data_prep.readers.cf_model import CFDataset, CFVariable
 from data_prep.readers.hdf5 import number
-from data_prep.readers.projection import is_geographic, metric, placed_grid
+from data_prep.readers.projection import is_geographic, metric, placed_grid, unit_of
 from data_prep.readers.radar import BadFileError
 from tmu_dist.data.manifest import Grid
 
@@ -328,7 +328,7 @@ def _by_geotransform(dataset: CFDataset, mapping: CFVariable | None, unplaced: G
         unplaced.height,
         unplaced.width,
         unplaced.projection,
-        unit="degree" if is_geographic(unplaced.projection) else "m",
+        unit=unit_of(unplaced.projection),
         left=left,
         top=top,
         pixel_width=width,

@@ -130,11 +130,14 @@ class CFDataset:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CFOptions:
-    """What a user says beyond the file."""
+    """What a user says beyond the file; a CF reader is its options."""
 
     variable: str | None = None
+    """Name of the field, where the file holds several or one of an unusual name."""
     unit: str | None = None
+    """Unit of the values, where the file does not say or is wrong, such as "mm h-1"."""
     accumulation_minutes: float | None = None
+    """Of a sum: over how long, where the file does not say so."""
 
 
 def minutes_in(text: str) -> float | None:

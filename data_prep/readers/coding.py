@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_prep.readers.radar import NO_ECHO_DBZ, Coded, Quantity
-from data_prep.readers.raw import look_up
+from data_prep.readers.raw import values_of
 
 _FLAG_BELOW = -1.0
 """Rain at or below this is an undeclared flag (-9, -99, -9999); above it, noise around 0."""
@@ -47,8 +47,7 @@ class Coding:
 
         Of everything but reflectivity, values below 0 become 0, and those at or below -1 missing.
         """
-        coded = self.coded(stored_HW)
-        return look_up(*coded) if isinstance(coded, Coded) else coded
+        return values_of(self.coded(stored_HW))
 
     def coded(self, stored_HW: NDArray[Any]) -> Coded | NDArray[np.float32]:
         """Return numbers of 8 and 16 bits with the table of their values; of others the values."""

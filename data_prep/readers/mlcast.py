@@ -19,6 +19,7 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from data_prep.files import is_store
 from data_prep.readers.cf import read_cf, scan_cf
 from data_prep.readers.cf_fields import candidates, find_field
 from data_prep.readers.cf_model import CFDataset, CFOptions, CFVariable
@@ -28,22 +29,13 @@ from data_prep.readers.radar import BadFileError, RadarFile, import_extra
 from data_prep.readers.raw import reading
 from tmu_dist.data.manifest import SourceCard
 
-_METADATA = ("zarr.json", ".zmetadata", ".zgroup")
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class MLCastReader:
+class MLCastReader(CFOptions):
     """Reads a folder that is a Zarr group; one time step in memory at a time.
 
     Times after the attribute last_valid_timestep are left out: a store may run into the future.
     """
-
-    variable: str | None = None
-    """Name of the field, where the store holds several or one of an unusual name."""
-    unit: str | None = None
-    """Unit of the values, where the store does not say or is wrong, such as "mm h-1"."""
-    accumulation_minutes: float | None = None
-    """Of a sum: over how long, where the store does not say so."""
 
     name: ClassVar[str] = "mlcast"
     extra: ClassVar[str | None] = None
@@ -55,7 +47,7 @@ class MLCastReader:
     )
 
     def recognises(self, path: Path) -> bool:
-        if not _is_store(path):
+        if not is_store(path):
             return False
         try:
             with _open(path) as dataset:
@@ -68,34 +60,23 @@ class MLCastReader:
 
     def scan(self, path: Path) -> RadarFile:
         with _open(path) as dataset:
-            field, _ = find_field(dataset, self._options())
+            field, _ = find_field(dataset, self)
             if time_dim_of(dataset, field) is None:
                 raise BadFileError(path, f"has no dimension time of {field.name}: {field.dims}")
             last = parse_time(dataset.text("last_valid_timestep"))
-            return scan_cf(dataset, self._options(), last_time=last)
+            return scan_cf(dataset, self, last_time=last)
 
     def fields(self, path: Path, keys: Sequence[str]) -> Iterator[NDArray[np.float32]]:
         if keys:
             with _open(path) as dataset:
-                yield from read_cf(dataset, self._options(), keys)
-
-    def _options(self) -> CFOptions:
-        return CFOptions(
-            variable=self.variable,
-            unit=self.unit,
-            accumulation_minutes=self.accumulation_minutes,
-        )
-
-
-def _is_store(path: Path) -> bool:
-    return path.is_dir() and any((path / name).is_file() for name in _METADATA)
+                yield from read_cf(dataset, self, keys)
 
 
 @contextmanager
 def _open(path: Path) -> Iterator[CFDataset]:
     """Open a store; whatever goes wrong inside names it."""
     zarr = import_extra("zarr", "radar", "Reading Zarr stores")
-    if not _is_store(path):
+    if not is_store(path):
         raise BadFileError(path, "is no folder of a Zarr group (no zarr.json, .zgroup)")
     with reading(path):
         try:

@@ -29,20 +29,13 @@ _FILL_TYPES = ("i2", "u2", "i4", "u4", "f4", "f8")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class NetCDFReader:
+class NetCDFReader(CFOptions):
     """Reads rain rate, accumulation or reflectivity on a grid from NetCDF files.
 
     `recognises` is True for a file that holds a variable known to be such a field (those of KNMI,
     ODIM and SEVIR, which are HDF5 too, have no names or units for it); False for a truncated one
     that cannot be opened.
     """
-
-    variable: str | None = None
-    """Name of the field, where the file holds several or one of an unusual name."""
-    unit: str | None = None
-    """Unit of the values, where the file does not say or is wrong, such as "mm h-1"."""
-    accumulation_minutes: float | None = None
-    """Of a sum: over how long, where the file does not say so."""
 
     name: ClassVar[str] = "netcdf"
     extra: ClassVar[str | None] = "radar"
@@ -66,19 +59,12 @@ class NetCDFReader:
 
     def scan(self, path: Path) -> RadarFile:
         with _open(path) as dataset:
-            return scan_cf(dataset, self._options())
+            return scan_cf(dataset, self)
 
     def fields(self, path: Path, keys: Sequence[str]) -> Iterator[NDArray[np.float32]]:
         if keys:
             with _open(path) as dataset:
-                yield from read_cf(dataset, self._options(), keys)
-
-    def _options(self) -> CFOptions:
-        return CFOptions(
-            variable=self.variable,
-            unit=self.unit,
-            accumulation_minutes=self.accumulation_minutes,
-        )
+                yield from read_cf(dataset, self, keys)
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from data_prep.readers.hdf5 import number
-from data_prep.readers.projection import is_geographic, metric, placed_grid, project
+from data_prep.readers.projection import metric, placed_grid, project, unit_of
 from tmu_dist.data.manifest import Grid
 
 _CORNERS = ("LL", "UR", "UL", "LR")
@@ -49,7 +49,7 @@ def odim_grid(shape: tuple[int, ...], where: dict[str, Any]) -> tuple[Grid, list
         height,
         width,
         projection,
-        unit="degree" if is_geographic(projection) else "m",
+        unit=unit_of(projection),
         left=left,
         top=top,
         pixel_width=pixels[0],
@@ -108,7 +108,7 @@ def _from_upper_left(
         unplaced.height,
         unplaced.width,
         unplaced.projection,
-        unit="degree" if is_geographic(unplaced.projection) else "m",
+        unit=unit_of(unplaced.projection),
         left=left,
         top=top,
         pixel_width=width,

@@ -46,6 +46,11 @@ def is_geographic(projection: str) -> bool:
     return projection.startswith("GEOG") or projection in ("EPSG:4326", "OGC:CRS84")
 
 
+def unit_of(projection: str) -> str:
+    """The unit of a projection's coordinates, as a `Grid` has it."""
+    return "degree" if is_geographic(projection) else "m"
+
+
 @lru_cache(maxsize=64)
 def project(
     projection: str, points: tuple[tuple[float, float], ...]

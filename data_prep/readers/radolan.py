@@ -13,6 +13,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import cache
@@ -106,13 +107,11 @@ class RADOLANReader:
             raise ValueError(f"ascii_unit_mm must be positive, got {self.ascii_unit_mm}.")
 
     def recognises(self, path: Path) -> bool:
-        try:
+        with suppress(BadFileError):
             for _, name, stream in members(path):
                 head = read_up_to(stream, _MAX_HEADER_BYTES)
                 if _is_binary(head) or _is_ascii(name, head):
                     return True
-        except BadFileError:
-            pass
         return False
 
     def scan(self, path: Path) -> RadarFile:

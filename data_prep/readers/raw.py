@@ -15,8 +15,9 @@ import struct
 import tarfile
 import zipfile
 import zlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, TypeVar, cast
@@ -92,12 +93,9 @@ def opened(path: Path) -> Iterator[io.BufferedReader]:
 def head_of(path: Path, num_bytes: int) -> bytes:
     """Return the first bytes of a file, decompressed; what can be read of them, never an error."""
     head = b""
-    try:
-        with opened(path) as stream:
-            while len(head) < num_bytes and (more := stream.read1(num_bytes - len(head))):
-                head += more
-    except BadFileError:
-        pass
+    with suppress(BadFileError), opened(path) as stream:
+        while len(head) < num_bytes and (more := stream.read1(num_bytes - len(head))):
+            head += more
     return head
 
 
@@ -156,19 +154,23 @@ def _check_tar_end(path: Path) -> None:
                 raise BadFileError(path, "is truncated: the tar has no end mark")
 
 
-class StoredFields:
+class StoredFields(ABC):
     """`fields` of a reader that has `stored_fields`."""
 
+    @abstractmethod
     def stored_fields(
         self, path: Path, keys: Sequence[str]
     ) -> Iterator[NDArray[np.float32] | Coded]:
         """Yield the fields of the given keys, looked up or ready to be."""
-        raise NotImplementedError
 
     def fields(self, path: Path, keys: Sequence[str]) -> Iterator[NDArray[np.float32]]:
         """Yield the fields of the given keys as values."""
-        for field in self.stored_fields(path, keys):
-            yield look_up(*field) if isinstance(field, Coded) else field
+        return map(values_of, self.stored_fields(path, keys))
+
+
+def values_of(field: NDArray[np.float32] | Coded) -> NDArray[np.float32]:
+    """Return a field's values, looked up where that is still to be done."""
+    return look_up(*field) if isinstance(field, Coded) else field
 
 
 def look_up(table: NDArray[Any], codes_HW: NDArray[np.integer[Any]]) -> NDArray[Any]:
