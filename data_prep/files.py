@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import fnmatch
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 from tmu_dist.data import storage
@@ -42,7 +43,8 @@ def list_files(
     others: list[str] = []
     paths = storage.list_paths(root)
     if folder is not None:
-        paths = sorted({_store_of(folder, path) or path for path in paths})
+        is_known_store = cache(is_store)  # a folder of a million files is looked at once
+        paths = sorted({_store_of(folder, path, is_known_store) or path for path in paths})
     for path in paths:
         name = path.rpartition("/")[2].lower()
         wanted = any(fnmatch.fnmatch(name, pattern) for pattern in patterns) and (
@@ -90,7 +92,7 @@ def is_store(folder: Path) -> bool:
     return any((folder / name).is_file() for name in _STORE_METADATA)
 
 
-def _store_of(folder: Path, path: str) -> str | None:
+def _store_of(folder: Path, path: str, is_store: Callable[[Path], bool]) -> str | None:
     """The outermost Zarr store below a folder that a path lies in, or None."""
     parts = path.split("/")[:-1]
     for length in range(1, len(parts) + 1):

@@ -160,12 +160,7 @@ def _write_tar(piece: _TarPiece) -> tuple[Shard, CodeHistogram]:
                     to_count.remove(number)
                     histogram.update(frame_CHW)
                 tiles.append(_tile(frame_CHW, sequence, piece.tile))
-            meta = {
-                **sequence.meta,
-                "sample_id": piece.first_id + index,
-                "split": piece.split,
-                "weight": sequence.weight,
-            }
+            meta = _sample_meta(sequence, piece.first_id + index)
             yield Sample(sequence.key, _stacked(tiles), meta)
 
     shard = write_shard(piece.staging.url, shard_path(piece.split, piece.number), samples())
@@ -237,7 +232,7 @@ def write_zarr(
             dtype=frames.dtype,
             frames_per_shard=frames_per_shard,
         )
-        samples[split] = _zarr_samples(split, sequences, line)
+        samples[split] = _zarr_samples(sequences, line)
         records = [frames.records[name] for name in line]
         axis = FrameAxis(
             series=[record.series for record in records],
@@ -304,9 +299,17 @@ def in_line(sequences: Sequence[SequencePlan], line: Sequence[int]) -> list[Sequ
     return sorted(sequences, key=lambda one: (place[one.frames[0]], one.top, one.left))
 
 
-def _zarr_samples(
-    split: str, sequences: Sequence[SequencePlan], line: Sequence[int]
-) -> list[ZarrSample]:
+def _sample_meta(sequence: SequencePlan, sample_id: int) -> dict[str, Any]:
+    """The record of a sample, the same in both formats."""
+    return {
+        **sequence.meta,
+        "sample_id": sample_id,
+        "split": sequence.split,
+        "weight": sequence.weight,
+    }
+
+
+def _zarr_samples(sequences: Sequence[SequencePlan], line: Sequence[int]) -> list[ZarrSample]:
     """Sequences as places in the array, by id."""
     place = {name: index for index, name in enumerate(line)}
     return [
@@ -316,12 +319,7 @@ def _zarr_samples(
             row=sequence.top,
             column=sequence.left,
             weight=sequence.weight,
-            meta={
-                **sequence.meta,
-                "sample_id": index,
-                "split": split,
-                "weight": sequence.weight,
-            },
+            meta=_sample_meta(sequence, index),
         )
         for index, sequence in enumerate(in_line(sequences, line))
     ]

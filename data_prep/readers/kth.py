@@ -24,6 +24,7 @@ from data_prep.readers.video import (
     Clip,
     VideoDefaults,
     WindowRule,
+    check_actions,
     visible_files,
     without_twins,
 )
@@ -76,8 +77,7 @@ class KthReader:
     )
 
     def __post_init__(self) -> None:
-        if unknown := [action for action in self.actions if action not in ACTIONS]:
-            raise ValueError(f"KTH has no action {unknown[0]!r}: choose from {', '.join(ACTIONS)}.")
+        check_actions("KTH", self.actions, ACTIONS)
 
     @property
     def by_time(self) -> bool:

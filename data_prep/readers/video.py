@@ -75,6 +75,12 @@ class VideoDefaults(NamedTuple):
     """None: grey where the files are grey."""
 
 
+def check_actions(dataset: str, actions: Sequence[str], known: Sequence[str]) -> None:
+    """Refuse actions that a data set does not have."""
+    if unknown := [action for action in actions if action not in known]:
+        raise ValueError(f"{dataset} has no action {unknown[0]!r}: choose from {', '.join(known)}.")
+
+
 class VideoReader(Protocol):
     """How one data set is read; a frozen dataclass whose fields are its options."""
 

@@ -19,6 +19,7 @@ from data_prep.readers.video import (
     Clip,
     VideoDefaults,
     WindowRule,
+    check_actions,
     natural_key,
     visible_files,
     without_twins,
@@ -60,10 +61,7 @@ class WeizmannReader:
     known_groups: ClassVar[tuple[str, ...]] = PERSONS
 
     def __post_init__(self) -> None:
-        if unknown := [action for action in self.actions if action not in ACTIONS]:
-            raise ValueError(
-                f"Weizmann has no action {unknown[0]!r}: choose from {', '.join(ACTIONS)}."
-            )
+        check_actions("Weizmann", self.actions, ACTIONS)
 
     @property
     def by_time(self) -> bool:
