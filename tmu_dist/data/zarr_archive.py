@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import zarr
 from zarr.abc.store import ByteRequest
@@ -21,8 +21,11 @@ from zarr.core.buffer import Buffer, BufferPrototype
 from zarr.storage import ObjectStore
 
 from tmu_dist.data import storage
-from tmu_dist.data.archive import Codes, Place, ShardError, shard_error
+from tmu_dist.data.archive import Codes, SampleIndex, ShardError, shard_error
 from tmu_dist.data.manifest import Manifest, ZarrShard
+
+if TYPE_CHECKING:
+    from tmu_dist.data.cache import NodeCache
 
 
 class _AbsentError(Exception):
@@ -44,23 +47,30 @@ class _WholeStore(ObjectStore[Any]):
 class ZarrReader:
     """Reads samples of one archive; implements `tmu_dist.data.archive.ShardReader`."""
 
-    def __init__(self, url: str, manifest: Manifest) -> None:
+    def __init__(
+        self, url: str, manifest: Manifest, index: SampleIndex, cache: NodeCache | None
+    ) -> None:
+        self._index = index
         self._url = url
         self._manifest = manifest
         self._arrays: dict[str, zarr.Array[Any]] = {}
         self._sized: set[str] = set()  # shards whose size is known to be right
         self._records: tuple[str, int, list[str]] = ("", 0, [])  # the chunk read last
 
-    def read(self, split: str, places: Sequence[Place], frames_BTCHW: Codes) -> None:
+    def read(self, split: str, sample_ids: Sequence[int], frames_BTCHW: Codes) -> None:
         """As `ShardReader.read`."""
-        for row, place in enumerate(places):
-            self._read_sample(split, place, frames_BTCHW[row])
+        for row, sample_id in enumerate(sample_ids):
+            self._read_sample(split, sample_id, frames_BTCHW[row])
 
-    def read_meta(self, split: str, place: Place) -> Any:
+    def expect(self, split: str, sample_ids: Sequence[int]) -> None:
+        """As `ShardReader.expect`."""
+
+    def read_meta(self, split: str, sample_id: int) -> Any:
         """As `ShardReader.read_meta`: a row of the table of records."""
+        self._index.locate(split, sample_id)  # refuses what is not there
         path = f"{split}/samples/sample_meta"
         array = self._open(path)
-        chunk, row = divmod(place.sample_id, array.chunks[0])
+        chunk, row = divmod(sample_id, array.chunks[0])
         path, where = f"{path}/c/{chunk}", f"row {row}"
         if self._records[:2] != (split, chunk):
             first = chunk * array.chunks[0]
@@ -75,24 +85,25 @@ class ZarrReader:
             problem = f"is no JSON object: {error}"
             raise shard_error(self._url, path, where, problem) from error
 
-    def _read_sample(self, split: str, place: Place, frames_TCHW: Codes) -> None:
+    def _read_sample(self, split: str, sample_id: int, frames_TCHW: Codes) -> None:
         """Fill `frames_TCHW`, part by part as the sample lies in shards."""
         array = self._open(self._manifest.array_path(split))
         shards = self._shards(split)
         per_shard = (array.shards or array.chunks)[0]
-        first, row, column = shards[place.shard].origins[place.in_shard]
+        shard_number, in_shard = self._index.locate(split, sample_id)
+        first, row, column = shards[shard_number].origins[in_shard]
         num_frames, channels, height, width = self._manifest.sample_shape
         end = first + num_frames
         *_, array_height, array_width = array.shape
         if (
-            first // per_shard != place.shard
+            first // per_shard != shard_number
             or end > min(array.shape[0], per_shard * len(shards))
             or row + height > array_height
             or column + width > array_width
         ):
             raise self._error(
-                shards[place.shard],
-                place,
+                shards[shard_number],
+                in_shard,
                 f"the manifest puts it at frame {first}, row {row}, column {column}, which is not "
                 f"in this part of an array of {array.shape} in shards of {per_shard} frames",
             )
@@ -102,13 +113,13 @@ class ZarrReader:
         while done < end:
             number = done // per_shard
             stop = min(end, (number + 1) * per_shard)
-            self._check_size(shards[number], place)
+            self._check_size(shards[number], in_shard)
             try:
                 part = cast(Any, array[(slice(done, stop), *middle, *tile)])
             # zarr, obstore and the codecs raise what they like, from OSError to RuntimeError; what
             # they say of the object is in any case that it cannot be read.
             except Exception as error:
-                raise self._error(shards[number], place, _problem(error)) from error
+                raise self._error(shards[number], in_shard, _problem(error)) from error
             target = frames_TCHW[done - first : stop - first]
             target[...] = part[:, None] if channels == 1 else part
             done = stop
@@ -133,27 +144,27 @@ class ZarrReader:
     def _shards(self, split: str) -> tuple[ZarrShard, ...]:
         return cast(tuple[ZarrShard, ...], self._manifest.shards(split))
 
-    def _check_size(self, shard: ZarrShard, place: Place) -> None:
+    def _check_size(self, shard: ZarrShard, in_shard: int) -> None:
         """Compare a shard's size with the manifest's, once."""
         if shard.path in self._sized:
             return
         try:
             num_bytes = storage.object_size(self._url, shard.path)
         except storage.MissingObjectError as error:
-            raise self._error(shard, place, "the shard is missing") from error
+            raise self._error(shard, in_shard, "the shard is missing") from error
         except storage.StorageError as error:
-            raise self._error(shard, place, f"cannot be read: {error}") from error
+            raise self._error(shard, in_shard, f"cannot be read: {error}") from error
         if num_bytes != shard.num_bytes:
             raise self._error(
                 shard,
-                place,
+                in_shard,
                 f"the shard is truncated or replaced: it has {num_bytes} bytes, "
                 f"the manifest says {shard.num_bytes}",
             )
         self._sized.add(shard.path)
 
-    def _error(self, shard: ZarrShard, place: Place, problem: str) -> ShardError:
-        return shard_error(self._url, shard.path, f"sample {place.in_shard}", problem)
+    def _error(self, shard: ZarrShard, in_shard: int, problem: str) -> ShardError:
+        return shard_error(self._url, shard.path, f"sample {in_shard}", problem)
 
 
 def _problem(error: Exception) -> str:
