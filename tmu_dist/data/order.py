@@ -1,45 +1,94 @@
 """Which samples are read when, and by whom: pure functions of numbers.
 
-The order of an epoch depends on the shard sizes, seed, epoch and fraction alone. World size, worker
-count and restarts cannot change it, and a position in it is one number: samples consumed. Own keyed
-hashing (splitmix64) instead of a library's generator, so the order outlives library versions.
+The order of an epoch depends on the data sets (shard sizes, fractions, weights), seed and epoch
+alone. World size, worker count and restarts cannot change it, and a position in it is one number:
+samples consumed. Own keyed hashing (splitmix64) instead of a library's generator, so the order
+outlives library versions.
 
 Not here: reading (archive.py), batches as tensors and the run over epochs (loader.py).
 
-Shape letters: N samples of the epoch, G samples of a global batch, B samples of one rank's part.
+Shape letters: N samples of the epoch, S steps, G samples of a global batch, B samples of one rank's
+part.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-ORDER_VERSION = 2
+ORDER_VERSION = 3
 """Part of what a checkpoint records: raise it with any change to the order below."""
 
 # Uses of the hash. Different uses of one seed must be independent.
-_SUBSET, _SHARDS, _SAMPLES = 1, 2, 3
+_SUBSET, _SHARDS, _SAMPLES, _MIXTURE = 1, 2, 3, 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSet:
+    """One data set of an order, and how much of it is used."""
+
+    shard_sizes: tuple[int, ...]
+    """Samples per shard, in manifest order."""
+    fraction: float = 1.0
+    """Samples to use, as a multiple of `full`."""
+    full: int | None = None
+    """How many samples are 100 %; None: all of them."""
+
+    def __post_init__(self) -> None:
+        if not self.shard_sizes or min(self.shard_sizes) < 0 or not self.num_samples:
+            raise ValueError(
+                f"There must be a sample in the shards, got sizes {list(self.shard_sizes)}."
+            )
+
+    @property
+    def num_samples(self) -> int:
+        """All samples, also those that the fraction leaves out."""
+        return sum(self.shard_sizes)
+
+    @property
+    def num_used(self) -> int:
+        """Samples that the fraction keeps.
+
+        Raises:
+            ValueError: as in `count_of_fraction`.
+        """
+        return count_of_fraction(self.num_samples, self.fraction, self.full)
 
 
 class EpochOrder(NamedTuple):
     """The samples of one epoch in the order of consumption."""
 
     ids: NDArray[np.int64]
-    """Sample ids [N]: positions in the split, counted through its shards."""
+    """Sample ids [N]: positions in the split, counted through its shards; of several data sets,
+    counted on from one to the next."""
     lanes: NDArray[np.int32]
     """Lane of each sample [N]: samples of one lane come from neighbouring shards."""
 
 
-class GlobalBatch(NamedTuple):
-    """The samples of one step over all ranks, or one rank's part of them."""
+class GlobalBatches(NamedTuple):
+    """The samples of consecutive steps over all ranks, or one rank's part of them."""
 
     ids: NDArray[np.int64]
+    """[S, G], of one rank [S, B]."""
     weights: NDArray[np.float32]
     """1 for a sample, 0 for a repeat that only fills up the epoch's last batch."""
-    global_count: int
-    """Real samples in the whole global batch, also in one rank's part."""
+    counts: NDArray[np.int64]
+    """Real samples in each whole global batch [S], also in one rank's part."""
+
+
+class ShardUses(NamedTuple):
+    """When some ranks use which shards in one epoch, as positions in it."""
+
+    shards: NDArray[np.int64]
+    """Numbers of shards, counted on from one data set to the next, by rising first use."""
+    first: NDArray[np.int64]
+    """Where the first step that needs the shard starts."""
+    last: NDArray[np.int64]
+    """Where the last step that needs it starts."""
 
 
 def keyed_hash(values: NDArray[np.integer], *key: int) -> NDArray[np.uint64]:
@@ -87,95 +136,250 @@ def count_of_fraction(num_samples: int, fraction: float, full: int | None = None
     return count
 
 
+def counts_of_epoch(data_sets: Sequence[DataSet], weights: Sequence[float] = ()) -> list[int]:
+    """Return how many samples of each data set an epoch consumes.
+
+    Args:
+        data_sets: what is mixed.
+        weights: of each data set, its share of the epoch; an epoch is as long as all used samples
+            together. Empty: every used sample exactly once.
+
+    Raises:
+        ValueError: not one positive weight for each data set, or one so small that an epoch has no
+            sample of its data set.
+    """
+    used = [data_set.num_used for data_set in data_sets]
+    if not weights:
+        return used
+    if len(weights) != len(used) or not all(0 < weight < math.inf for weight in weights):
+        raise ValueError(
+            f"A mixture needs one positive, finite weight for each of its {len(used)} data sets, "
+            f"got {list(weights)}."
+        )
+    shares = [sum(used) * weight / math.fsum(weights) for weight in weights]
+    counts = [math.floor(share) for share in shares]
+    # The largest remainders get what is missing; of equal ones the first data set's.
+    by_remainder = sorted(range(len(used)), key=lambda k: counts[k] - shares[k])
+    for k in by_remainder[: sum(used) - sum(counts)]:
+        counts[k] += 1
+    if min(counts) < 1:
+        raise ValueError(
+            f"With weights {list(weights)}, an epoch of {sum(used):,} samples has none of data set "
+            f"{counts.index(min(counts))}: give it more weight, or leave it out."
+        )
+    return counts
+
+
 def epoch_order(
-    shard_sizes: Sequence[int],
+    data_sets: Sequence[DataSet],
     *,
     seed: int,
     epoch: int,
-    fraction: float = 1.0,
-    full: int | None = None,
+    weights: Sequence[float] = (),
     shuffle: bool = True,
     window: int = 4096,
     lanes: int = 16,
 ) -> EpochOrder:
     """Return the order in which one epoch consumes the samples of a split.
 
-    The shards are shuffled and laid end to end; that line is cut into `lanes` equal lanes, each
-    lane is shuffled within windows, and the lanes are read in turn. Neighbours in the order come
-    from different shards, yet a reader of one lane touches only few shards at a time.
+    The shards of all data sets are shuffled and laid end to end; that line is cut into `lanes`
+    equal lanes, each lane is shuffled within windows, and the lanes are read in turn. Neighbours in
+    the order come from different shards, yet a reader of one lane touches only few shards at a
+    time.
 
-    Whether a sample belongs to a fraction depends on its id alone: samples are ranked by a hash of
-    their ids, and the first so many are kept. So a smaller fraction's subset lies in a larger one's
-    and is spread over the whole split, and it is the same for every seed and epoch.
+    With weights each data set has a line and passes of its own: an epoch takes the next so many of
+    its samples, and begins another pass where one ends. The data sets alternate evenly: of n
+    samples of an epoch, one lies in each n-th part of it.
+
+    Whether a sample belongs to a fraction depends on its place in its data set alone: samples are
+    ranked by a hash, and the first so many are kept. So a smaller fraction's subset lies in a
+    larger one's and is spread over the whole split, the same for every seed, epoch and mixture.
 
     Args:
-        shard_sizes: samples per shard, in manifest order.
+        data_sets: what is consumed.
         seed: of the shuffling.
         epoch: which epoch, from 0.
-        fraction: samples to use, as a multiple of `full`.
-        full: how many samples are 100 %; None: all of them.
-        shuffle: False gives the samples in natural (id) order, all in lane 0.
+        weights: as in `counts_of_epoch`.
+        shuffle: False gives the samples in natural (id) order, all in lane 0; without weights.
         window: samples per shuffle window in a lane.
-        lanes: how many shard neighbourhoods are interleaved.
+        lanes: how many shard neighbourhoods are interleaved (with weights: of each data set).
 
     Raises:
-        ValueError: no samples, or an argument out of range.
+        ValueError: an argument out of range.
     """
-    sizes = np.asarray(shard_sizes, np.int64)
-    if sizes.size == 0 or sizes.min() < 0 or sizes.sum() < 1:
-        raise ValueError(f"There must be a sample in the shards, got sizes {list(shard_sizes)}.")
     if window < 1 or lanes < 1 or epoch < 0:
         raise ValueError(
             "window and lanes must be at least 1 and epoch at least 0, "
             f"got window={window}, lanes={lanes}, epoch={epoch}."
         )
-    num_samples = int(sizes.sum())
-    keep = count_of_fraction(num_samples, fraction, full)
-    shards = np.arange(len(sizes))
-    if shuffle:
-        shards = shards[np.argsort(keyed_hash(shards, seed, epoch, _SHARDS), kind="stable")]
-    first_ids = np.cumsum(sizes) - sizes
-    ids = _concatenated_ranges(first_ids[shards], sizes[shards])
-    if keep < num_samples:
-        ids = ids[_is_kept(num_samples, keep)[ids]]
-    if not shuffle:
-        return EpochOrder(ids, np.zeros(len(ids), np.int32))
-    return _shuffle_in_lanes(ids, keyed_hash(ids, seed, epoch, _SAMPLES), window, lanes)
+    if weights and not shuffle:
+        raise ValueError(
+            "Samples that are mixed by weight have no natural order: use shuffle=True."
+        )
+    line = _Line(seed, window, lanes)
+    if not weights:
+        return line.one_pass(data_sets, 0, 0, epoch if shuffle else None)
+    counts = counts_of_epoch(data_sets, weights)
+    first_ids = _starts([data_set.num_samples for data_set in data_sets])
+    first_shards = _starts([len(data_set.shard_sizes) for data_set in data_sets])
+    parts, times = [], []
+    for k, (data_set, count) in enumerate(zip(data_sets, counts, strict=True)):
+        start, used = epoch * count, data_set.num_used
+        passes = [
+            line.one_pass([data_set], first_ids[k], first_shards[k], number)
+            for number in range(start // used, (start + count - 1) // used + 1)
+        ]
+        skipped = start % used
+        ids = np.concatenate([each.ids for each in passes])[skipped : skipped + count]
+        lane = np.concatenate([each.lanes for each in passes])[skipped : skipped + count]
+        parts.append(EpochOrder(ids, lane + np.int32(k * lanes)))
+        # When each is consumed, in [0, 1); products and quotients are exact on every machine.
+        jitter = keyed_hash(np.arange(count), seed, epoch, _MIXTURE, k) >> np.uint64(11)
+        times.append((np.arange(count) + jitter * 2.0**-53) / count)
+    mixed = np.argsort(np.concatenate(times), kind="stable")
+    return EpochOrder(
+        np.concatenate([part.ids for part in parts])[mixed],
+        np.concatenate([part.lanes for part in parts])[mixed],
+    )
 
 
-def global_batch(order: EpochOrder, start: int, global_batch_size: int) -> GlobalBatch:
-    """Return the samples of the step that starts at a position of the epoch.
+def global_batches(
+    order: EpochOrder, start: int, num_steps: int, global_batch_size: int
+) -> GlobalBatches:
+    """Return the samples of up to `num_steps` steps from a position of the epoch on.
 
     The last batch of an epoch is filled up with repeats of its own samples of weight 0, so that
-    all ranks take equally many steps. Samples are sorted by lane: with `rank_slice`, a rank stays
-    on its own lanes, and so on its own shards, as far as the sizes allow.
+    all ranks take equally many steps. Samples of a step are sorted by lane: with `rank_slice`, a
+    rank stays on its own lanes, and so on its own shards, as far as the sizes allow.
     """
-    if not 0 <= start < len(order.ids):
-        raise ValueError(f"A batch must start in [0, {len(order.ids)}), got {start}.")
-    real = slice(start, start + global_batch_size)
-    count = len(order.ids[real])
-    ids = np.resize(order.ids[real], global_batch_size)
-    weights = (np.arange(global_batch_size) < count).astype(np.float32)
-    by_lane = np.argsort(np.resize(order.lanes[real], global_batch_size), kind="stable")
-    return GlobalBatch(ids[by_lane], weights[by_lane], count)
+    total = len(order.ids)
+    if not 0 <= start < total:
+        raise ValueError(f"A batch must start in [0, {total}), got {start}.")
+    num_steps = min(num_steps, -(-(total - start) // global_batch_size))
+    starts = start + global_batch_size * np.arange(num_steps)
+    counts = np.minimum(total - starts, global_batch_size)
+    in_batch = np.arange(global_batch_size)
+    places = starts[:, None] + in_batch
+    places[-1] = starts[-1] + in_batch % counts[-1]
+    weights = (in_batch < counts[:, None]).astype(np.float32)
+    by_lane = np.argsort(order.lanes[places], axis=1, kind="stable")
+    return GlobalBatches(
+        np.take_along_axis(order.ids[places], by_lane, axis=1),
+        np.take_along_axis(weights, by_lane, axis=1),
+        counts,
+    )
 
 
-def rank_slice(batch: GlobalBatch, rank: int, world_size: int) -> GlobalBatch:
-    """Return one rank's part [B] of a global batch [G], G = B * world_size."""
-    per_rank, rest = divmod(len(batch.ids), world_size)
+def rank_slice(batches: GlobalBatches, ranks: range, world_size: int) -> GlobalBatches:
+    """Return the part [S, B] of some neighbouring ranks in global batches [S, G]."""
+    per_rank, rest = divmod(batches.ids.shape[1], world_size)
     if rest:
         raise ValueError(
-            f"A global batch of {len(batch.ids)} cannot be dealt evenly to {world_size} ranks: "
-            f"choose a multiple of {world_size}."
+            f"A global batch of {batches.ids.shape[1]} cannot be dealt evenly to {world_size} "
+            f"ranks: choose a multiple of {world_size}."
         )
-    part = slice(rank * per_rank, (rank + 1) * per_rank)
-    return batch._replace(ids=batch.ids[part], weights=batch.weights[part])
+    part = slice(ranks.start * per_rank, ranks.stop * per_rank)
+    return batches._replace(ids=batches.ids[:, part], weights=batches.weights[:, part])
 
 
-def _is_kept(num_samples: int, keep: int) -> NDArray[np.bool_]:
-    """Say of each sample id whether it is among the `keep` that a fraction has."""
-    rank = keyed_hash(np.arange(num_samples), _SUBSET)  # one to one, so there are no ties
-    return rank <= np.partition(rank, keep - 1)[keep - 1]
+def shard_uses(
+    order: EpochOrder,
+    shard_sizes: Sequence[int],
+    *,
+    start: int,
+    global_batch_size: int,
+    ranks: range,
+    world_size: int,
+) -> ShardUses:
+    """Return which shards some ranks need, and from when to when, from a position on.
+
+    Args:
+        order: of the epoch.
+        shard_sizes: of all data sets, one after the other.
+        start: a position in the epoch.
+        global_batch_size: samples per step over all ranks.
+        ranks: neighbouring ranks, such as those of one node.
+        world_size: number of all ranks.
+    """
+    ends = np.cumsum(shard_sizes)
+    first = np.full(len(ends), -1, np.int64)
+    last = np.full(len(ends), -1, np.int64)
+    steps_at_once = max(1, 2**20 // global_batch_size)  # so that little memory is needed
+    for block in range(start, len(order.ids), steps_at_once * global_batch_size):
+        batches = global_batches(order, block, steps_at_once, global_batch_size)
+        ids = rank_slice(batches, ranks, world_size).ids
+        shards = np.searchsorted(ends, ids, side="right")
+        positions = block + global_batch_size * np.arange(len(ids))
+        positions = np.broadcast_to(positions[:, None], ids.shape)
+        # Of several values for one place, numpy keeps the last.
+        last[shards.ravel()] = positions.ravel()
+        earliest = np.full(len(ends), -1, np.int64)
+        earliest[shards.ravel()[::-1]] = positions.ravel()[::-1]
+        first = np.where((first < 0) & (earliest >= 0), earliest, first)
+    used = np.flatnonzero(first >= 0)
+    used = used[np.argsort(first[used], kind="stable")]
+    return ShardUses(used, first[used], last[used])
+
+
+class _Line(NamedTuple):
+    """How samples are laid out and shuffled."""
+
+    seed: int
+    window: int
+    lanes: int
+
+    def one_pass(
+        self, data_sets: Sequence[DataSet], first_id: int, first_shard: int, number: int | None
+    ) -> EpochOrder:
+        """Return every used sample of some data sets once.
+
+        Args:
+            data_sets: neighbours in the mixture.
+            first_id: id of their first sample.
+            first_shard: number of their first shard.
+            number: of the pass; None: in natural order.
+        """
+        sizes = np.concatenate([np.asarray(each.shard_sizes, np.int64) for each in data_sets])
+        shards = np.arange(len(sizes))
+        if number is not None:
+            hashes = keyed_hash(first_shard + shards, self.seed, number, _SHARDS)
+            shards = shards[np.argsort(hashes, kind="stable")]
+        ids = _concatenated_ranges((np.cumsum(sizes) - sizes)[shards], sizes[shards])
+        if any(each.num_used < each.num_samples for each in data_sets):
+            ids = ids[np.concatenate([_is_used(each) for each in data_sets])[ids]]
+        ids += first_id
+        if number is None:
+            return EpochOrder(ids, np.zeros(len(ids), np.int32))
+        return self._shuffle(ids, keyed_hash(ids, self.seed, number, _SAMPLES))
+
+    def _shuffle(self, ids: NDArray[np.int64], hashes: NDArray[np.uint64]) -> EpochOrder:
+        """Cut into lanes, sort each window of a lane by hash, and read the lanes in turn."""
+        num_samples, lanes = len(ids), self.lanes
+        base, longer = divmod(num_samples, lanes)  # the first `longer` lanes hold one sample more
+        lane_sizes = base + (np.arange(lanes) < longer)
+        lane = np.repeat(np.arange(lanes), lane_sizes)
+        index_in_lane = np.arange(num_samples) - (np.cumsum(lane_sizes) - lane_sizes)[lane]
+        windows_per_lane = base // self.window + 1
+        block = lane * windows_per_lane + index_in_lane // self.window
+        # One sort key: the block in the high bits, as many bits of the hash as fit below. Blocks
+        # are already in order, so this sorts inside each only; ties keep the order of the line.
+        bits = (lanes * windows_per_lane).bit_length()
+        key = (block.astype(np.uint64) << np.uint64(64 - bits)) | (hashes >> np.uint64(bits))
+        shuffled = ids[np.argsort(key, kind="stable")]
+        # Longer lanes come first, so the sample at index j of lane l is number j * lanes + l.
+        in_turn = np.empty_like(shuffled)
+        in_turn[index_in_lane * lanes + lane] = shuffled
+        return EpochOrder(in_turn, (np.arange(num_samples) % lanes).astype(np.int32))
+
+
+def _is_used(data_set: DataSet) -> NDArray[np.bool_]:
+    """Say of each sample whether it is among those that the fraction keeps."""
+    rank = keyed_hash(np.arange(data_set.num_samples), _SUBSET)  # one to one, so there are no ties
+    return rank <= np.partition(rank, data_set.num_used - 1)[data_set.num_used - 1]
+
+
+def _starts(lengths: Sequence[int]) -> list[int]:
+    return list(itertools.accumulate(lengths, initial=0))[:-1]
 
 
 def _concatenated_ranges(
@@ -184,25 +388,3 @@ def _concatenated_ranges(
     """Return start, start + 1, ... of every range, end to end."""
     offsets = starts - (np.cumsum(lengths) - lengths)
     return np.repeat(offsets, lengths) + np.arange(lengths.sum())
-
-
-def _shuffle_in_lanes(
-    ids: NDArray[np.int64], hashes: NDArray[np.uint64], window: int, lanes: int
-) -> EpochOrder:
-    """Cut into lanes, sort each window of a lane by hash, and read the lanes in turn."""
-    num_samples = len(ids)
-    base, longer = divmod(num_samples, lanes)  # the first `longer` lanes hold one sample more
-    lane_sizes = base + (np.arange(lanes) < longer)
-    lane = np.repeat(np.arange(lanes), lane_sizes)
-    index_in_lane = np.arange(num_samples) - (np.cumsum(lane_sizes) - lane_sizes)[lane]
-    windows_per_lane = base // window + 1
-    block = lane * windows_per_lane + index_in_lane // window
-    # One sort key: the block in the high bits, as many bits of the hash as fit below. Blocks are
-    # already in order, so this sorts inside each block only; ties keep the order of the line.
-    bits = (lanes * windows_per_lane).bit_length()
-    key = (block.astype(np.uint64) << np.uint64(64 - bits)) | (hashes >> np.uint64(bits))
-    shuffled = ids[np.argsort(key, kind="stable")]
-    # Longer lanes come first, so the sample at index j of lane l is number j * lanes + l.
-    in_turn = np.empty_like(shuffled)
-    in_turn[index_in_lane * lanes + lane] = shuffled
-    return EpochOrder(in_turn, (np.arange(num_samples) % lanes).astype(np.int32))
