@@ -29,6 +29,12 @@ torch.set_num_threads(1)
 TINY_MODEL = ModelConfig(num_layers=2, hidden_channels=4, kernel_size=3, patch_size=4)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def node_cache_of_the_session(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Shards of remote archives are not copied to the user's own cache."""
+    os.environ["TMU_DIST_CACHE"] = str(tmp_path_factory.mktemp("node-cache"))
+
+
 @pytest.fixture(scope="session")
 def archive_url(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Sequences of 6 frames of 16x16 pixels: 22 for training, 5 each to validate and test."""

@@ -20,6 +20,8 @@ from tmu_dist.config import ConfigError
 
 Item = TypeVar("Item")
 
+_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Ranks:
@@ -28,6 +30,14 @@ class Ranks:
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
+    local_world_size: int = 1
+    """Ranks on this node; they are numbered one after the other."""
+
+    @property
+    def on_node(self) -> range:
+        """The ranks on this rank's node."""
+        first = self.rank - self.local_rank
+        return range(first, first + self.local_world_size)
 
     @property
     def is_main(self) -> bool:
@@ -115,7 +125,7 @@ def joined_ranks(launcher: str) -> Iterator[Collectives]:
     if launcher != "torchrun":
         yield Collectives()
         return
-    missing = [name for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK") if name not in os.environ]
+    missing = [name for name in _TORCHRUN if name not in os.environ]
     if missing:
         raise ConfigError(
             f"The launcher is torchrun, but {', '.join(missing)} not set: start with "
@@ -125,6 +135,7 @@ def joined_ranks(launcher: str) -> Iterator[Collectives]:
         rank=int(os.environ["RANK"]),
         world_size=int(os.environ["WORLD_SIZE"]),
         local_rank=int(os.environ["LOCAL_RANK"]),
+        local_world_size=int(os.environ["LOCAL_WORLD_SIZE"]),
     )
     dist.init_process_group(process_group_backend(torch.cuda.is_available()))
     try:

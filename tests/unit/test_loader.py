@@ -257,7 +257,7 @@ def test_state_is_checked_and_differences_are_named(url, tmp_path):
     with pytest.raises(ValueError, match="order_version was None"):
         loader.check_state({k: v for k, v in loader.state().items() if k != "order_version"})
     other = write_archive(str(tmp_path), shape=SHAPE[::-1])
-    with pytest.raises(ValueError, match="manifest_hash was"):
+    with pytest.raises(ValueError, match="manifest_hashes was"):
         train_loader(other).check_state(loader.state())
 
 

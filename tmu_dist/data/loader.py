@@ -1,124 +1,129 @@
-"""Batches of an archive for training and evaluation, the same for any number of readers.
+"""Batches of one or several archives for training and evaluation, the same for any number of
+readers.
 
-A stock torch `DataLoader` asks an `Archive` for one rank's part of each global batch; which samples
-those are is decided in order.py. Batches arrive in order whatever the worker count, and each one
-carries the position after it, so a checkpoint needs no state of the loader but that number.
+Which samples make up each global batch is decided in order.py; reading.py asks the archives for one
+rank's part. Batches arrive in order whatever the number of reading processes, and each one carries
+the position after it, so a checkpoint needs no state of the loader but that number.
 
-Not here: reading and its checks (archive.py), scaling and augmentation (transforms.py, training).
-
-Shape letters: B samples of this rank, T time, C channels, H height, W width.
+Not here: checks of what is read (archive.py), copies on the node (cache.py), scaling and
+augmentation (transforms.py, training).
 """
 
-import multiprocessing
-from collections.abc import Iterable, Iterator, Mapping
-from multiprocessing.context import BaseContext
-from typing import Any, NamedTuple
+from __future__ import annotations
 
-import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+import itertools
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
+from typing import Any, Literal, NamedTuple, cast
+
+import numpy as np
 
 from tmu_dist.data.archive import Archive, ShardError, open_archive
+from tmu_dist.data.cache import NodeCache, node_cache
+from tmu_dist.data.manifest import Manifest, Shard, ZarrShard
 from tmu_dist.data.order import (
     ORDER_VERSION,
+    DataSet,
     EpochOrder,
-    GlobalBatch,
-    count_of_fraction,
+    ShardUses,
+    counts_of_epoch,
     epoch_order,
-    global_batch,
+    global_batches,
     rank_slice,
+    shard_uses,
 )
-from tmu_dist.data.storage import is_process_local
+from tmu_dist.data.prefetch import ShardPrefetcher, Use, working_set
+from tmu_dist.data.reading import (
+    Batch,
+    ReadingProcesses,
+    Request,
+    SplitReader,
+    read_here,
+    with_lookahead,
+)
+from tmu_dist.data.storage import is_process_local, join_url, local_path
 
-__all__ = ["Archive", "Batch", "SequenceLoader", "ShardError", "open_archive"]
+__all__ = ["Archive", "Batch", "SequenceLoader", "ShardError", "open_archive", "open_archives"]
 
-
-class Batch(NamedTuple):
-    """One rank's part of one step."""
-
-    frames_BTCHW: Tensor
-    """uint8 or uint16, as stored."""
-    sample_ids_B: Tensor
-    """int64, positions in the split."""
-    weights_B: Tensor
-    """float32: 1 for a sample, 0 for a repeat that only fills up the epoch's last batch."""
-    global_count: int
-    """Real samples of the step over all ranks; the same number on every rank."""
-    consumed: int
-    """Position after this batch: samples consumed by all ranks since position 0."""
-
-
-class _Request(NamedTuple):
-    """What the main process asks a reading process for."""
-
-    part: GlobalBatch
-    consumed: int
+_STEPS_AT_ONCE = 512
+"""Steps whose samples are worked out together: one by one, this would cost more than reading."""
 
 
 class SequenceLoader:
     """This rank's batches of one split.
 
     Args:
-        archive: from `open_archive`.
+        archives: from `open_archive`: one, or several of the same kind of frames that are mixed.
         split: "train", "val" or "test".
         global_batch_size: samples per step over all ranks, a multiple of `world_size`.
         rank: this process, in [0, world_size).
         world_size: number of processes that share each global batch.
+        node_ranks: the ranks on this rank's node, which share its cache; None: all ranks.
         seed: of the order; which samples a fraction has does not depend on it.
-        fraction: samples to use, as a multiple of the manifest's `full_train_samples` in the
-            training split (None: of all), of all elsewhere; smaller subsets lie in larger ones.
+        fraction: samples of the first archive to use, as a multiple of the manifest's
+            `full_train_samples` in the training split (None: of all), of all elsewhere; smaller
+            subsets lie in larger ones. The other archives are used whole.
+        mix_weights: each archive's share of an epoch; empty: every sample exactly once.
         shuffle: whether `stream` shuffles each epoch; without, it follows the sample ids.
+        shuffle_window, shuffle_lanes: `window` and `lanes` of `order.epoch_order`: larger ones
+            shuffle better, smaller ones need fewer shards at a time.
         num_workers: reading processes of this rank; 0 reads in this process. Started with
             "forkserver", so a script that uses them needs its `if __name__ == "__main__"`.
-        pin_memory: page-lock batches for faster copies to a GPU.
+        pin_memory: page-lock batches, so that copies to a GPU can run beside computation.
 
     Raises:
-        ValueError: an argument out of range, or one that does not fit the archive.
+        ValueError: an argument out of range, or one that does not fit the archives; archives that
+            differ in what their numbers mean; a cache too small for this order.
     """
 
     def __init__(
         self,
-        archive: Archive,
+        archives: Archive | Sequence[Archive],
         split: str,
         *,
         global_batch_size: int,
         rank: int = 0,
         world_size: int = 1,
+        node_ranks: range | None = None,
         seed: int = 0,
         fraction: float = 1.0,
+        mix_weights: Sequence[float] = (),
         shuffle: bool = True,
+        shuffle_window: int = 4096,
+        shuffle_lanes: int = 16,
         num_workers: int = 0,
         pin_memory: bool = False,
     ) -> None:
-        if not 0 <= rank < world_size:
-            raise ValueError(f"rank must be in [0, world_size={world_size}), got {rank}.")
-        if global_batch_size < 1 or global_batch_size % world_size:
-            raise ValueError(
-                f"global_batch_size={global_batch_size} cannot be dealt evenly to "
-                f"{world_size} ranks: choose a positive multiple of {world_size}."
+        self._archives = [archives] if isinstance(archives, Archive) else list(archives)
+        _check_shares(global_batch_size, rank, world_size)
+        _check_same_frames(self._archives)
+        _check_workers(num_workers, self._archives)
+        self._data_sets = [
+            DataSet(
+                shard_sizes=tuple(shard.num_samples for shard in archive.manifest.shards(split)),
+                fraction=1.0 if number else fraction,
+                full=archive.manifest.full_train_samples if split == "train" else None,
             )
-        if num_workers < 0:
-            raise ValueError(f"num_workers must be at least 0, got {num_workers}.")
-        if num_workers and is_process_local(archive.url):
-            raise ValueError(
-                f"{archive.url} exists in this process only: use num_workers=0, not {num_workers}."
-            )
-        self._full = archive.manifest.full_train_samples if split == "train" else None
-        self.num_samples = count_of_fraction(
-            archive.manifest.num_samples(split), fraction, self._full
-        )
+            for number, archive in enumerate(self._archives)
+        ]
+        self.num_samples = sum(counts_of_epoch(self._data_sets, mix_weights))
         """Samples per epoch, after the fraction."""
         self.steps_per_epoch = -(-self.num_samples // global_batch_size)
         self.global_batch_size = global_batch_size
-        self._archive = archive
         self._split = split
         self._rank = rank
         self._world_size = world_size
+        self._node_ranks = range(world_size) if node_ranks is None else node_ranks
         self._seed = seed
-        self._fraction = fraction
+        self._mix_weights = tuple(mix_weights)
         self._shuffle = shuffle
+        self._window, self._lanes = shuffle_window, shuffle_lanes
         self._num_workers = num_workers
         self._pin_memory = pin_memory
+        self._order = lru_cache(maxsize=2)(self._compute_order)
+        self._reader = SplitReader(self._archives, split)
+        self._processes: ReadingProcesses | None = None
+        self._ahead_bytes = self._checked_room_ahead()
 
     def stream(self, start: int) -> Iterator[Batch]:
         """Return the endless batches of a run from a position on, epoch after epoch.
@@ -129,21 +134,24 @@ class SequenceLoader:
         """
         if start < 0:
             raise ValueError(f"A run starts at position 0 or later, got {start}.")
-        return self._read(self._stream_requests(start))
+        return self._read(start, itertools.count(start // self.num_samples), shuffle=self._shuffle)
 
     def one_pass(self) -> Iterator[Batch]:
         """Return the split once in the order of its ids; all ranks take equally many steps."""
-        return self._read(self._epoch_requests(self._order(0, shuffle=False), 0, 0))
+        return self._read(0, [0], shuffle=False)
 
     def state(self) -> dict[str, Any]:
         """Return what a position depends on, as JSON values: keep it beside the position."""
         return {
-            "manifest_hash": self._archive.manifest.content_hash,
+            "manifest_hashes": [archive.manifest.content_hash for archive in self._archives],
             "split": self._split,
             "seed": self._seed,
-            "fraction": self._fraction,
-            "full_samples": self._full,
+            "fraction": self._data_sets[0].fraction,
+            "full_samples": self._data_sets[0].full,
+            "mix_weights": list(self._mix_weights),
             "shuffle": self._shuffle,
+            "shuffle_window": self._window,
+            "shuffle_lanes": self._lanes,
             "order_version": ORDER_VERSION,
         }
 
@@ -165,82 +173,227 @@ class SequenceLoader:
                 "and settings as the checkpoint, or start a new run."
             )
 
-    def _order(self, epoch: int, *, shuffle: bool) -> EpochOrder:
+    def epoch(self, number: int) -> EpochOrder:
+        """Return the order of one epoch of `stream`, over all ranks."""
+        return self._order(number, self._shuffle)
+
+    def uses(self, number: int, ranks: range, start: int = 0) -> ShardUses:
+        """Return which shards some ranks use when in one epoch of `stream`."""
+        return self._uses(self.epoch(number), ranks, start)
+
+    def shard(self, number: int) -> tuple[Archive, Shard | ZarrShard]:
+        """Return one of the shards that `uses` counts, and the archive that it belongs to."""
+        for archive in self._archives:
+            shards = archive.manifest.shards(self._split)
+            if number < len(shards):
+                return archive, shards[number]
+            number -= len(shards)
+        raise ValueError("There are not so many shards.")
+
+    def _compute_order(self, epoch: int, shuffle: bool) -> EpochOrder:
         return epoch_order(
-            [shard.num_samples for shard in self._archive.manifest.shards(self._split)],
+            self._data_sets,
             seed=self._seed,
             epoch=epoch,
-            fraction=self._fraction,
-            full=self._full,
+            weights=self._mix_weights if shuffle else (),
             shuffle=shuffle,
+            window=self._window,
+            lanes=self._lanes,
         )
 
-    def _stream_requests(self, start: int) -> Iterator[_Request]:
-        epoch, position = divmod(start, self.num_samples)
-        while True:
-            order = self._order(epoch, shuffle=self._shuffle)
-            yield from self._epoch_requests(order, position, epoch * self.num_samples)
-            epoch, position = epoch + 1, 0
-
-    def _epoch_requests(
-        self, order: EpochOrder, position: int, consumed_before: int
-    ) -> Iterator[_Request]:
-        for step_start in range(position, self.num_samples, self.global_batch_size):
-            step = global_batch(order, step_start, self.global_batch_size)
-            part = rank_slice(step, self._rank, self._world_size)
-            yield _Request(part, consumed_before + step_start + step.global_count)
-
-    def _read(self, requests: Iterable[_Request]) -> Iterator[Batch]:
-        loader: DataLoader[Batch | ShardError] = DataLoader(
-            _Reader(self._archive, self._split),
-            sampler=requests,  # with batch_size=None, one "index" is one request
-            batch_size=None,
-            collate_fn=_unchanged,
-            num_workers=self._num_workers,
-            multiprocessing_context=_worker_context() if self._num_workers else None,
-            pin_memory=self._pin_memory,
-            # Its own: without, starting a loader would draw from the model's global generator.
-            generator=torch.Generator(),
+    def _uses(self, order: EpochOrder, ranks: range, start: int) -> ShardUses:
+        return shard_uses(
+            order,
+            [size for data_set in self._data_sets for size in data_set.shard_sizes],
+            start=start,
+            global_batch_size=self.global_batch_size,
+            ranks=ranks,
+            world_size=self._world_size,
         )
-        for answer in loader:
-            if isinstance(answer, ShardError):
-                raise answer
-            yield answer
 
-
-class _Reader(Dataset[Batch | ShardError]):
-    """Answers requests; lives in the reading processes.
-
-    A damaged shard is an answer, not an exception: torch would bury the message under a worker's
-    traceback, and keep the failed iterator in a reference cycle that takes seconds to clean up.
-    """
-
-    def __init__(self, archive: Archive, split: str) -> None:
-        self._archive = archive
-        self._split = split
-
-    def __getitem__(self, request: _Request) -> Batch | ShardError:
-        ids, weights, global_count = request.part
+    def _read(self, start: int, epochs: Iterable[int], *, shuffle: bool) -> Iterator[Batch]:
+        """Yield this rank's batches of some epochs, the first one from `start` on."""
+        wanted, planned = itertools.tee(epochs)
+        requests = self._requests_of(start, wanted, shuffle)
+        if any(_is_read_by_ranges(archive) for archive in self._archives):
+            requests = with_lookahead(requests, max(1, self._num_workers))
+        prefetcher = self._prefetcher(start, planned, shuffle)
         try:
-            frames_BTCHW = self._archive.read(self._split, ids.tolist())
-        except ShardError as error:
-            return error
-        return Batch(
-            frames_BTCHW=torch.from_numpy(frames_BTCHW),
-            sample_ids_B=torch.from_numpy(ids),
-            weights_B=torch.from_numpy(weights),
-            global_count=global_count,
-            consumed=request.consumed,
+            position = start
+            for batch in self._batches(requests):
+                position += batch.global_count
+                if batch.consumed != position:
+                    raise RuntimeError(
+                        f"The batches up to position {batch.consumed} hold {position} samples. "
+                        "This is an error of the loader; please report it."
+                    )
+                if prefetcher is not None:
+                    prefetcher.advance(position)
+                yield batch
+        finally:
+            if prefetcher is not None:
+                prefetcher.close()
+
+    def _batches(self, requests: Iterator[Request]) -> Iterator[Batch]:
+        if not self._num_workers:
+            return read_here(self._reader, requests, pin_memory=self._pin_memory)
+        if self._processes is None:
+            self._processes = ReadingProcesses(
+                self._reader,
+                self._num_workers,
+                batch_size=self.global_batch_size // self._world_size,
+                pin_memory=self._pin_memory,
+            )
+        return self._processes.read(requests)
+
+    def _requests_of(self, start: int, epochs: Iterable[int], shuffle: bool) -> Iterator[Request]:
+        ranks = range(self._rank, self._rank + 1)
+        for epoch in epochs:
+            order = self._order(epoch, shuffle)
+            before = epoch * len(order.ids)
+            block = max(0, start - before)
+            while block < len(order.ids):
+                steps = global_batches(order, block, _STEPS_AT_ONCE, self.global_batch_size)
+                part = rank_slice(steps, ranks, self._world_size)
+                for ids, weights, count in zip(
+                    part.ids.tolist(), part.weights, part.counts.tolist(), strict=True
+                ):
+                    block += count
+                    yield Request(ids, weights, count, before + block)
+
+    @property
+    def _cache(self) -> NodeCache | None:
+        """The node's cache, if any of the archives is read through it."""
+        return next((each.cache for each in self._archives if each.cache is not None), None)
+
+    def _prefetcher(
+        self, start: int, epochs: Iterable[int], shuffle: bool
+    ) -> ShardPrefetcher | None:
+        """Begin to copy the shards that this rank needs next; None without a cache."""
+        cache = self._cache
+        if cache is None:
+            return None
+
+        def uses() -> Iterator[Use]:
+            for epoch in epochs:
+                order = self._order(epoch, shuffle)
+                before = epoch * len(order.ids)
+                ranks = range(self._rank, self._rank + 1)
+                found = self._uses(order, ranks, max(0, start - before))
+                for number, first, last in zip(*(values.tolist() for values in found), strict=True):
+                    archive, shard = self.shard(number)
+                    if archive.cache is not None:
+                        object_ = _Object(archive.url, shard.path, shard.num_bytes, shard.sha256)
+                        yield Use(object_, shard.num_bytes, before + first, before + last)
+
+        def fetch(key: Hashable) -> bool:
+            return cache.fetch(*cast(_Object, key))
+
+        def keep(key: Hashable) -> bool:
+            return cache.touch(cast(_Object, key).sha256)
+
+        return ShardPrefetcher(fetch, keep, uses(), ahead_bytes=self._ahead_bytes)
+
+    def _checked_room_ahead(self) -> int:
+        """Return how many bytes this rank may copy ahead; refuse a cache that is too small."""
+        cache = self._cache
+        if cache is None:
+            return 0
+        uses = self._uses(self._order(0, self._shuffle), self._node_ranks, 0)
+        shards = [self.shard(number) for number in uses.shards.tolist()]
+        sizes = np.array([shard.num_bytes if each.cache else 0 for each, shard in shards])
+        needed = working_set(sizes, uses.first, uses.last)
+        cache.check_working_set(needed)
+        return (cache.limit_bytes - needed) // len(self._node_ranks)
+
+
+class _Object(NamedTuple):
+    """A shard to fetch ahead."""
+
+    url: str
+    path: str
+    num_bytes: int
+    sha256: str
+
+    def __str__(self) -> str:
+        return join_url(self.url, self.path)
+
+
+def open_archives(
+    urls: Sequence[str],
+    *,
+    reading: Literal["auto", "cache", "range"] = "auto",
+    cache_folder: str | None = None,
+    cache_gib: float | None = None,
+) -> list[Archive]:
+    """Open archives for training or evaluation.
+
+    Args:
+        urls: their folders.
+        reading: "cache" copies shards to this node's disk before they are read, "range" fetches
+            samples by byte ranges; "auto" reads local archives in place and others by the cache.
+        cache_folder, cache_gib: as in `cache.node_cache`.
+
+    Raises:
+        StorageError, ManifestError: as `open_archive`.
+        ValueError: a local archive that is to be read by ranges.
+    """
+    cache = None if reading == "range" else node_cache(cache_folder, cache_gib)
+    archives = []
+    for url in urls:
+        is_local = local_path(url) is not None
+        if reading == "range" and is_local:
+            raise ValueError(
+                f"{url} is a local folder, which is read in place: data.reading=range is for "
+                "object stores. Use auto."
+            )
+        in_place = is_process_local(url) or (is_local and reading == "auto")
+        archives.append(open_archive(url, cache=None if in_place else cache))
+    return archives
+
+
+def _is_read_by_ranges(archive: Archive) -> bool:
+    return archive.cache is None and local_path(archive.url) is None
+
+
+def _check_shares(global_batch_size: int, rank: int, world_size: int) -> None:
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank must be in [0, world_size={world_size}), got {rank}.")
+    if global_batch_size < 1 or global_batch_size % world_size:
+        raise ValueError(
+            f"global_batch_size={global_batch_size} cannot be dealt evenly to "
+            f"{world_size} ranks: choose a positive multiple of {world_size}."
         )
 
 
-def _worker_context() -> BaseContext:
-    """Return how reading processes start: never forked from this one (see storage.py)."""
-    context = multiprocessing.get_context("forkserver")
-    # Imported once in the server, not seconds long in every worker of every pass.
-    context.set_forkserver_preload([__name__])
-    return context
+def _check_workers(num_workers: int, archives: Sequence[Archive]) -> None:
+    if num_workers < 0:
+        raise ValueError(f"num_workers must be at least 0, got {num_workers}.")
+    for archive in archives:
+        if num_workers and is_process_local(archive.url):
+            raise ValueError(
+                f"{archive.url} exists in this process only: use num_workers=0, not {num_workers}."
+            )
 
 
-def _unchanged(batch: Any) -> Any:
-    return batch
+def _check_same_frames(archives: Sequence[Archive]) -> None:
+    """Refuse archives whose frames cannot stand in one batch."""
+    if not archives:
+        raise ValueError("There must be an archive to load from.")
+
+    def facts(manifest: Manifest) -> dict[str, Any]:
+        return {
+            "sample shape": manifest.sample_shape,
+            "dtype": manifest.dtype,
+            "units": manifest.units,
+            "frame interval in minutes": manifest.frame_interval_minutes,
+        }
+
+    wanted = facts(archives[0].manifest)
+    for archive in archives[1:]:
+        for name, value in facts(archive.manifest).items():
+            if value != wanted[name]:
+                raise ValueError(
+                    f"{archive.url} cannot be mixed with {archives[0].url}: its {name} is {value}, "
+                    f"not {wanted[name]}. Prepare both with the same settings of data_prep."
+                )
