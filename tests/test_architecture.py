@@ -27,7 +27,6 @@ ROWS = {
     "tmu_dist.config": 0,
     "tmu_dist.files": 0,
     "tmu_dist.recipes": 0,
-    "tmu_dist.run_folder": 0,
     "tmu_dist.data.manifest": 0,
     # 1: islands
     "tmu_dist.colours": 1,
@@ -35,6 +34,8 @@ ROWS = {
     "tmu_dist.models": 1,
     "tmu_dist.data": 1,
     "tmu_dist.collectives": 1,
+    "tmu_dist.folders": 2,
+    "tmu_dist.run_folder": 2,
     "tmu_dist.teachers": 2,
     "tmu_dist.transfer": 2,
     "tmu_dist.evaluation": 3,
@@ -45,6 +46,7 @@ ROWS = {
     # 5: the commands, and what they share
     "tmu_dist.__main__": 5,
     "tmu_dist.commands": 5,
+    "tmu_dist.data.__main__": 5,
     "tmu_dist.demo": 5,
     "tmu_dist.evaluate": 5,
     "tmu_dist.predict": 5,
@@ -55,6 +57,8 @@ ROWS = {
 
 SIDEWAYS = {
     ("tmu_dist.recipes", "tmu_dist.config"),
+    ("tmu_dist.teachers", "tmu_dist.folders"),
+    ("tmu_dist.teachers", "tmu_dist.run_folder"),
     ("tmu_dist.transfer", "tmu_dist.teachers"),
     ("tmu_dist.training", "tmu_dist.evaluation"),  # validation is an evaluation
     ("tmu_dist.training.launch", "tmu_dist.training.ray_worker"),  # when Ray is asked for
@@ -77,7 +81,9 @@ WITHOUT_TORCH = (
     "tmu_dist.data.archive",
     "tmu_dist.data.order",
     "tmu_dist.data.storage",
+    "tmu_dist.folders",
     "tmu_dist.html_page",
+    "tmu_dist.run_folder",
 )
 """Modules above row 0 that promise it all the same; row 0 and data_prep do, too."""
 

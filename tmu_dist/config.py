@@ -330,7 +330,8 @@ class RunConfig:
     """One training run, whole."""
 
     output: str = "runs/default"
-    """Run folder. Starting again with the same folder continues the run."""
+    """Run folder: a path on a disk that all workers see, or a URL (s3://, gs://, az://). Starting
+    again with the same folder continues the run."""
     window: WindowConfig = field(default_factory=WindowConfig)
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)

@@ -24,13 +24,15 @@ from tmu_dist.collectives import Collectives
 from tmu_dist.commands import command_errors
 from tmu_dist.config import with_overrides
 from tmu_dist.data.loader import open_archive
+from tmu_dist.data.storage import join_url, local_path
 from tmu_dist.evaluate import evaluate_model
 from tmu_dist.evaluation.comparison import RunEntry
 from tmu_dist.evaluation.examples import predict_example
 from tmu_dist.evaluation.report import PageSettings, write_comparison_page
 from tmu_dist.evaluation.terminal import comparison_table
+from tmu_dist.folders import local_folder
 from tmu_dist.recipes import get_recipe
-from tmu_dist.recipes.base import workspace
+from tmu_dist.recipes.base import in_workspace
 from tmu_dist.run_folder import CONFIG_FILE, RESULT_FILE, read_json
 from tmu_dist.teachers.store import load_model
 from tmu_dist.train import run_recipe
@@ -101,21 +103,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
         run_demo(chosen.experiment, chosen.launcher)
 
 
-def run_demo(name: str, launcher: str) -> Path:
-    """Run all students of an experiment, evaluate, write the page; returns its path."""
+def run_demo(name: str, launcher: str) -> str:
+    """Run all students of an experiment, evaluate, write the page; returns its path or URL."""
     started = time.monotonic()
     experiment = EXPERIMENTS[name]
     runs = {label: _train(recipe, launcher) for label, recipe in experiment.students.items()}
     entries = [_evaluate(label, run) for label, run in runs.items()]
     folder = "demo" if name == "digits" else f"demo-{name}"
-    page = workspace() / "runs" / folder / "report.html"
-    page.parent.mkdir(parents=True, exist_ok=True)
     command = f"python -m tmu_dist.demo --experiment {name} --launcher {launcher}"
-    _write_page(page, experiment, entries, runs, command)
+    with local_folder(in_workspace(f"runs/{folder}")) as place:
+        _write_page(place / "report.html", experiment, entries, runs, command)
     console = Console()
     console.print(comparison_table(entries))
     minutes = (time.monotonic() - started) / 60
-    console.print(f"\n{minutes:.1f} minutes. Open {page.absolute()}", soft_wrap=True)
+    page = in_workspace(f"runs/{folder}/report.html")
+    console.print(f"\n{minutes:.1f} minutes. Open {local_path(page) or page}", soft_wrap=True)
     return page
 
 
@@ -127,11 +129,12 @@ def _train(name: str, launcher: str) -> str:
 
 def _evaluate(label: str, run: str) -> RunEntry:
     log.info("evaluating %s on the test split", label)
-    url = read_json(Path(run), CONFIG_FILE)["data"]["url"]
+    url = read_json(run, CONFIG_FILE)["data"]["url"]
     result = evaluate_model(run, url)
-    result.save(Path(run) / "evaluation-test")
-    seconds = read_json(Path(run), RESULT_FILE)["seconds_per_batch"]
-    return RunEntry(label=label, result=result, run_directory=Path(run), seconds_per_batch=seconds)
+    with local_folder(join_url(run, "evaluation-test")) as folder:
+        result.save(folder)
+    seconds = read_json(run, RESULT_FILE)["seconds_per_batch"]
+    return RunEntry(label=label, result=result, run_directory=run, seconds_per_batch=seconds)
 
 
 def _write_page(

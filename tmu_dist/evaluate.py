@@ -1,6 +1,6 @@
 """Evaluate a trained model on one split of an archive, beside persistence.
 
-    python -m tmu_dist.evaluate RUN_OR_CHECKPOINT --data URL [--split test] [--out DIR]
+    python -m tmu_dist.evaluate RUN_OR_CHECKPOINT --data URL [--split test] [--out FOLDER]
     torchrun --nproc-per-node N -m tmu_dist.evaluate ... --launcher torchrun
 
 Prints every score with its definition and writes evaluation.json, per_sequence.npz and figures. Of
@@ -24,8 +24,9 @@ from tqdm import tqdm
 from tmu_dist.collectives import Collectives, joined_ranks
 from tmu_dist.commands import command_errors
 from tmu_dist.config import WindowConfig
-from tmu_dist.data.loader import SequenceLoader, open_archive
+from tmu_dist.data.loader import SequenceLoader, open_archive, open_archives
 from tmu_dist.data.manifest import Units
+from tmu_dist.data.storage import join_url
 from tmu_dist.evaluation.baselines import FlowUnavailableError, OpticalFlow
 from tmu_dist.evaluation.comparison import RunEntry
 from tmu_dist.evaluation.examples import evenly_spaced, predict_example
@@ -40,6 +41,7 @@ from tmu_dist.evaluation.report import (
 from tmu_dist.evaluation.result import FLOW, EvaluatedData, EvaluationResult
 from tmu_dist.evaluation.runner import check_archive_fits, evaluate
 from tmu_dist.evaluation.terminal import terminal_summary
+from tmu_dist.folders import local_folder
 from tmu_dist.teachers.store import load_model
 from tmu_dist.training.launch import pick_device
 from tmu_dist.training.run_log import git_revision
@@ -60,7 +62,7 @@ def run(
     data: str,
     split: Literal["train", "val", "test"] = "test",
     batch_size: int = 16,
-    out: Path | None = None,
+    out: str | None = None,
     ssim_mode: SSIMMode = "uint8_7x7",
     flow: Literal["auto", "off"] = "auto",
     thresholds: tuple[float, ...] | None = None,
@@ -75,7 +77,7 @@ def run(
         data: folder or URL of the archive.
         split: which part of the archive.
         batch_size: sequences of a batch over all ranks; the scores do not depend on it.
-        out: folder for the results; by default evaluation-SPLIT in the model's folder.
+        out: folder or URL for the results; by default evaluation-SPLIT in the model's folder.
         ssim_mode: form of SSIM; values of different forms cannot be compared.
         flow: of radar, score optical-flow extrapolation too, where pysteps is installed.
         thresholds: of radar scores, in the archive's unit; by default 20, 30, 40 dBZ, or 0.5, 2,
@@ -84,7 +86,7 @@ def run(
         device: where to predict.
         launcher: this process alone, or one of the ranks of a torchrun job.
     """
-    folder = beside_model(model, f"evaluation-{split}") if out is None else out
+    address = beside_model(model, f"evaluation-{split}") if out is None else out
     with joined_ranks(launcher) as collectives:
         chosen_device = pick_device(device, local_rank=collectives.ranks.local_rank)
         result = evaluate_model(
@@ -100,25 +102,28 @@ def run(
             collectives=collectives,
         )
         if collectives.ranks.is_main:
-            result.save(folder)
-            write_figures(result, folder)
-            if result.radar is not None:
-                command = _command(model, data, split, flow, thresholds, fss_scales)
-                _write_radar_report(result, model, folder, chosen_device, command)
+            with local_folder(address) as folder:
+                result.save(folder)
+                write_figures(result, folder)
+                if result.radar is not None:
+                    command = _command(model, data, split, flow, thresholds, fss_scales)
+                    _write_radar_report(result, model, folder, chosen_device, command)
             console = Console()
             console.print(terminal_summary(result))
-            console.print(f"\nWritten to {folder}", markup=False, soft_wrap=True)
+            console.print(f"\nWritten to {address}", markup=False, soft_wrap=True)
 
 
-def beside_model(model: str, name: str) -> Path:
+def beside_model(model: str, name: str) -> str:
     """Where results go when the user does not say: a folder of that name in the model's own.
 
     Raises:
-        ValueError: the model is a URL.
+        ValueError: the model is at a URL that can only be read.
     """
-    if "://" in model:
-        raise ValueError(f"{model} is a URL: say with --out where the results are to be written.")
-    return Path(model) / name
+    if model.startswith(("http://", "https://")):
+        raise ValueError(
+            f"{model} can only be read: say with --out where the results are to be written."
+        )
+    return join_url(model, name)
 
 
 def evaluate_model(
@@ -152,7 +157,7 @@ def evaluate_model(
     """
     device, collectives = device or torch.device("cpu"), collectives or Collectives()
     loaded = load_model(source, device=device)
-    archive = open_archive(data_url)
+    (archive,) = open_archives([data_url])
     manifest = archive.manifest
     check_archive_fits(loaded.card, manifest)
     radar = radar_settings(manifest, thresholds, fss_scales)

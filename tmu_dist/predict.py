@@ -1,6 +1,6 @@
 """Draw what a trained model predicts for chosen sequences.
 
-    python -m tmu_dist.predict RUN_OR_CHECKPOINT --data URL --samples 0 5 7 [--out DIR]
+    python -m tmu_dist.predict RUN_OR_CHECKPOINT --data URL --samples 0 5 7 [--out FOLDER]
 
 Writes per sample a strip (PNG) and an animation (GIF) of truth, prediction and error; radar in the
 colours of its quantity, hatched where nothing was observed.
@@ -19,6 +19,7 @@ from rich.console import Console
 from tmu_dist.commands import command_errors
 from tmu_dist.data.loader import open_archive
 from tmu_dist.data.manifest import Units
+from tmu_dist.data.storage import join_url
 from tmu_dist.data.transforms import to_physical
 from tmu_dist.evaluate import beside_model
 from tmu_dist.evaluation.examples import Example, Frames, predict_example
@@ -26,6 +27,7 @@ from tmu_dist.evaluation.pictures import prediction_strip, write_gif
 from tmu_dist.evaluation.plots import write_figure
 from tmu_dist.evaluation.runner import check_archive_fits
 from tmu_dist.files import atomic_file
+from tmu_dist.folders import local_folder
 from tmu_dist.teachers.store import load_model
 from tmu_dist.training.launch import pick_device
 
@@ -41,7 +43,7 @@ def run(
     *,
     data: str,
     samples: tuple[int, ...],
-    out: Path | None = None,
+    out: str | None = None,
     split: Literal["train", "val", "test"] = "test",
     num_frames: int | None = None,
     arrays: tyro.conf.FlagCreatePairsOff[bool] = False,
@@ -53,7 +55,7 @@ def run(
         model: run folder, checkpoint, teacher folder or URL.
         data: folder or URL of the archive.
         samples: positions of the sequences in the split.
-        out: folder for the pictures; by default pictures-SPLIT beside the model.
+        out: folder or URL for the pictures; by default pictures-SPLIT in the model's folder.
         split: which part of the archive.
         num_frames: inputs and predictions together, of any length; by default the model's window.
         arrays: also write inputs, truth and prediction as npz, float32 in the archive's physical
@@ -68,18 +70,19 @@ def run(
     archive = open_archive(data)
     check_archive_fits(loaded.card, archive.manifest)
     label = loaded.card.name
-    folder = beside_model(model, f"pictures-{split}") if out is None else out
+    address = beside_model(model, f"pictures-{split}") if out is None else out
     console = Console()
     for sample_id in samples:
         example = predict_example(
             {label: loaded}, archive, split, sample_id, device=chosen_device, num_frames=num_frames
         )
         stem = f"{split}-{sample_id:06d}"
-        write_figure(prediction_strip(example), folder / f"{stem}.png")
-        write_gif(folder / f"{stem}.gif", example, label)
-        if arrays:
-            _write_arrays(folder / f"{stem}.npz", example, label, archive.manifest.units)
-        console.print(str(folder / stem) + ".*", markup=False, soft_wrap=True)
+        with local_folder(address) as folder:
+            write_figure(prediction_strip(example), folder / f"{stem}.png")
+            write_gif(folder / f"{stem}.gif", example, label)
+            if arrays:
+                _write_arrays(folder / f"{stem}.npz", example, label, archive.manifest.units)
+        console.print(join_url(address, f"{stem}.*"), markup=False, soft_wrap=True)
 
 
 def _write_arrays(path: Path, example: Example, label: str, units: Units) -> None:

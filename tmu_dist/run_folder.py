@@ -7,6 +7,8 @@ RUN/tensorboard/      the same numbers
 RUN/checkpoints/      model folders with the training state beside them
 RUN/models/           model folders that the run offers; selected.json points to one
 RUN/result.json       written when the run is finished
+
+RUN is a local path or the URL of a folder in an object store.
 """
 
 from __future__ import annotations
@@ -14,6 +16,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from typing import Any
+
+from tmu_dist.data.storage import MissingObjectError, join_url, read_bytes
 
 CONFIG_FILE = "config.json"
 PROVENANCE_FILE = "run.json"
@@ -25,31 +29,39 @@ Event = dict[str, Any]
 """A line of the log: at least `event` and `step`."""
 
 
-def read_log(run: Path) -> list[Event]:
+def read_log(run: str | Path) -> list[Event]:
     """All events of a run so far, oldest first; a line that a crash cut short is left out.
 
     Raises:
         ValueError: a whole line is not JSON; names it.
+        StorageError: the store cannot be reached.
     """
-    path = run / LOG_FILE
-    if not path.is_file():
-        return []
     events = []
-    for number, line in enumerate(path.read_text().split("\n")[:-1], start=1):
+    for number, line in enumerate(read_log_lines(run), start=1):
         try:
             events.append(json.loads(line))
         except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number} is not JSON: {error}.") from None
+            where = join_url(str(run), LOG_FILE)
+            raise ValueError(f"{where}, line {number} is not JSON: {error}.") from None
     return events
 
 
-def read_json(run: Path, file: str) -> Any:
+def read_log_lines(run: str | Path) -> list[str]:
+    """The whole lines of a run's log so far, without their ends; none if there is no log."""
+    try:
+        return read_bytes(str(run), LOG_FILE).decode().split("\n")[:-1]
+    except MissingObjectError:
+        return []
+
+
+def read_json(run: str | Path, file: str) -> Any:
     """One of the run's JSON files.
 
     Raises:
         ValueError: it is not there; says what that means.
+        StorageError: the store cannot be reached.
     """
-    path = run / file
-    if not path.is_file():
-        raise ValueError(f"{run} has no {file}: it is not the folder of a finished run.")
-    return json.loads(path.read_text())
+    try:
+        return json.loads(read_bytes(str(run), file))
+    except MissingObjectError:
+        raise ValueError(f"{run} has no {file}: it is not the folder of a finished run.") from None

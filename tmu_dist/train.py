@@ -15,6 +15,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,6 +24,7 @@ import tyro
 from tmu_dist.commands import command_errors
 from tmu_dist.config import ConfigError, RunConfig, load_overrides, with_overrides
 from tmu_dist.data.manifest import MANIFEST_PATH
+from tmu_dist.data.storage import exists
 from tmu_dist.recipes import DEFAULT_RECIPE, RECIPES, get_recipe
 from tmu_dist.recipes.base import Recipe
 from tmu_dist.run_folder import RESULT_FILE
@@ -77,9 +79,8 @@ def run_recipe(recipe: Recipe, collectives: Collectives) -> str:
     config = recipe.config
     collectives.on_main(lambda: make_archive(recipe, config.data.url))
     for teacher in config.transfer.teachers:
-        finished = Path(teacher) / RESULT_FILE
-        if teacher in recipe.teachers and not collectives.on_main(finished.is_file):
-            name = recipe.teachers[teacher]
+        name = recipe.teachers.get(teacher)
+        if name is not None and not collectives.on_main(partial(exists, teacher, RESULT_FILE)):
             _say(collectives, f"{Path(config.output).name} needs a teacher: training {name}")
             run_recipe(_teacher_for(config, get_recipe(name)), collectives)
     result = launch(config, collectives)
@@ -100,7 +101,7 @@ def make_archive(recipe: Recipe, url: str) -> None:
     Raises:
         ConfigError: it could not be written; data_prep has said why.
     """
-    if url not in recipe.archives or (Path(url) / MANIFEST_PATH).is_file():
+    if url not in recipe.archives or exists(url, MANIFEST_PATH):
         return
     from data_prep.__main__ import main as data_prep
 

@@ -1,5 +1,7 @@
 """The zoo: `python -m tmu_dist.zoo list|show|add`. A folder of teachers, each a folder with a card.
 
+The zoo, like everything that is added to it, may lie on a disk or in a store.
+
 python -m tmu_dist.zoo add runs/digits-teacher-1 --name digits-1
 python -m tmu_dist.zoo list
 python -m tmu_dist.zoo show digits-1
@@ -16,7 +18,8 @@ from rich.console import Console
 from rich.table import Table
 
 from tmu_dist.commands import command_errors
-from tmu_dist.files import atomic_directory
+from tmu_dist.data.storage import join_url, list_objects
+from tmu_dist.folders import list_folders
 from tmu_dist.teachers.card import TeacherCard, TeacherError
 from tmu_dist.teachers.store import CARD_FILE, load_card, load_model, write_model
 
@@ -25,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of `python -m tmu_dist.zoo`."""
     parser = argparse.ArgumentParser(prog="python -m tmu_dist.zoo", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--zoo", type=Path, default=Path("zoo"), help="folder of teachers")
+    parser.add_argument("--zoo", default="zoo", help="folder of teachers, or its URL")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("list", help="a table of all teachers")
     show = commands.add_parser("show", help="one teacher's card")
@@ -39,36 +42,37 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if chosen.command == "list":
             console.print(_table(list_cards(chosen.zoo), chosen.zoo))
         elif chosen.command == "show":
-            in_zoo = chosen.zoo / chosen.teacher
-            found = in_zoo if (in_zoo / CARD_FILE).is_file() else chosen.teacher
-            console.print_json(load_card(str(found)).to_json())
+            is_in_zoo = chosen.teacher in list_folders(chosen.zoo, "", CARD_FILE)
+            found = join_url(chosen.zoo, chosen.teacher) if is_in_zoo else chosen.teacher
+            console.print_json(load_card(found).to_json())
         else:
             folder = add_teacher(chosen.source, chosen.zoo, name=chosen.name)
             console.print(f"added {folder}: use it as --transfer.teachers {folder}")
 
 
-def list_cards(zoo: Path) -> list[TeacherCard]:
+def list_cards(zoo: str | Path) -> list[TeacherCard]:
     """The cards of all teachers of a zoo, by name."""
-    return [load_card(str(file.parent)) for file in sorted(zoo.glob(f"*/{CARD_FILE}"))]
+    names = list_folders(str(zoo), "", CARD_FILE)
+    return [load_card(join_url(str(zoo), name)) for name in names]
 
 
-def add_teacher(source: str, zoo: Path, *, name: str | None = None) -> Path:
+def add_teacher(source: str, zoo: str | Path, *, name: str | None = None) -> str:
     """Copy a network into the zoo, after proving that it is whole; returns its folder.
 
     Raises:
         TeacherError: the source is missing or damaged, or the name is taken.
+        WriteError, StorageError: the zoo cannot be written.
     """
     loaded = load_model(source)
     card = replace(loaded.card, name=name or loaded.card.name)
-    folder = zoo / card.name
-    if folder.exists():
+    folder = join_url(str(zoo), card.name)
+    if list_objects(str(zoo), card.name):
         raise TeacherError(f"The zoo already has {folder}: choose another --name or remove it.")
-    with atomic_directory(folder) as staging:
-        write_model(staging, loaded.model, card)
+    write_model(folder, loaded.model, card)
     return folder
 
 
-def _table(cards: list[TeacherCard], zoo: Path) -> Table:
+def _table(cards: list[TeacherCard], zoo: str) -> Table:
     table = Table(title=f"{zoo}: {len(cards)} teacher(s)")
     for heading in ("name", "method", "network", "frames", "archive", "step", "validation MSE"):
         table.add_column(heading)

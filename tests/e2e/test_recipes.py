@@ -47,7 +47,7 @@ def miniature(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 
 def test_demo_ends_in_one_page_that_needs_nothing_else(miniature: Path) -> None:
-    page = run_demo("digits", "local").read_text()
+    page = Path(run_demo("digits", "local")).read_text()
     for label in EXPERIMENTS["digits"].students:
         assert label in page
     assert "persistence" in page

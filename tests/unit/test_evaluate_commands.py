@@ -105,7 +105,7 @@ def test_evaluate_explains_bad_input(
     assert "torchrun" in fails(
         capsys, evaluate, model, "--data", archive_url, "--launcher", "torchrun"
     )
-    assert "--out" in fails(capsys, evaluate, "s3://bucket/model", "--data", archive_url)
+    assert "--out" in fails(capsys, evaluate, "https://host/model", "--data", archive_url)
     assert not (model_folder / "evaluation-test").exists()
 
 

@@ -22,8 +22,9 @@ from tmu_dist.files import WriteError, atomic_directory, atomic_write_text
 from tmu_dist.run_folder import Event, read_log
 from tmu_dist.teachers.card import TeacherError
 from tmu_dist.teachers.store import load_card, load_model, load_weights
-from tmu_dist.training.checkpoint import ResumeError, lock_run
+from tmu_dist.training.checkpoint import ResumeError
 from tmu_dist.training.loop import NonFiniteLossError, RunResult, train
+from tmu_dist.training.run_lock import lock_run
 from tmu_dist.training.step import TrainingStep
 
 CPU = torch.device("cpu")

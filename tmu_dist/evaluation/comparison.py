@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from tmu_dist.data.storage import exists, join_url
 from tmu_dist.evaluation.rain import RadarSettings
 from tmu_dist.evaluation.result import (
     FLOW,
@@ -32,7 +33,7 @@ class RunEntry:
     label: str
     """Short name, unique in the comparison: "scratch", "TMU, 2 teachers"."""
     result: EvaluationResult
-    run_directory: Path | None = None
+    run_directory: str | Path | None = None
     """Where its log.jsonl lies; without one it has no learning curve."""
     seconds_per_batch: float | None = None
     """Of training, as the run's result.json has it; None where it is not known."""
@@ -118,17 +119,18 @@ def contenders(entries: Sequence[RunEntry]) -> list[Contender]:
     return found
 
 
-def read_learning_curve(run_directory: Path) -> LearningCurve:
+def read_learning_curve(run_directory: str | Path) -> LearningCurve:
     """Read the validations of a run from its log; a step logged again after a resume counts once.
 
     Raises:
         ValueError: there is no log, a line of it is broken, or it has no validation.
     """
-    if not (run_directory / LOG_FILE).is_file():
+    if not exists(str(run_directory), LOG_FILE):
         raise ValueError(f"{run_directory} is not a run folder: it has no {LOG_FILE}.")
     validations = {e["step"]: e for e in read_log(run_directory) if e["event"] == "validation"}
     if not validations:
-        raise ValueError(f"{run_directory / LOG_FILE} has no validation yet: train longer.")
+        where = join_url(str(run_directory), LOG_FILE)
+        raise ValueError(f"{where} has no validation yet: train longer.")
     steps = sorted(validations)
     return LearningCurve(
         steps=tuple(steps),

@@ -34,17 +34,17 @@ class Recipe:
     """By run folder: the recipe that trains this teacher."""
 
 
-def workspace() -> Path:
-    """Where recipes put archives and runs: $TMU_DIST_HOME, or this folder.
+def in_workspace(path: str) -> str:
+    """Where recipes put archives and runs: below $TMU_DIST_HOME, a path or URL, or this folder.
 
     A Ray job starts in a temporary copy of its working directory that the cluster deletes, so
     there it is ~/tmu_dist.
     """
     if home := os.environ.get("TMU_DIST_HOME"):
-        return Path(home)
+        return f"{home.rstrip('/')}/{path}"
     if "runtime_resources" in Path.cwd().parts:
-        return Path.home() / "tmu_dist"
-    return Path()
+        return str(Path.home() / "tmu_dist" / path)
+    return path
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +83,7 @@ def transfer_recipes(
         archives = archive_of(data)
         (url,) = archives
         config = RunConfig(
-            output=str(workspace() / "runs" / f"{size.prefix}-{name}"),
+            output=in_workspace(f"runs/{size.prefix}-{name}"),
             window=size.window,
             data=DataConfig(url=url, max_validation_samples=size.max_validation_samples),
             model=size.model,
@@ -102,7 +102,7 @@ def transfer_recipes(
         name: str, method: Method, taught_by: Sequence[str] = (), num_slots: int = 0
     ) -> Recipe:
         names = [f"{size.prefix}-teacher-{source}" for source in taught_by]
-        teachers = {str(workspace() / "runs" / each): each for each in names}
+        teachers = {in_workspace(f"runs/{each}"): each for each in names}
         transfer = TransferConfig(method=method, teachers=tuple(teachers), num_slots=num_slots)
         return recipe(name, target, transfer, teachers)
 

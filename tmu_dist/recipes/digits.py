@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from tmu_dist.config import ModelConfig, ScheduleConfig, TrainingConfig, WindowConfig
-from tmu_dist.recipes.base import Archives, ExperimentSize, Recipe, transfer_recipes, workspace
+from tmu_dist.recipes.base import Archives, ExperimentSize, Recipe, in_workspace, transfer_recipes
 
 SOURCES = ("1", "2")
 TARGET = "3"
@@ -68,7 +68,7 @@ def recipes() -> dict[str, Callable[[], Recipe]]:
 
 
 def _archive(size: Size, digits: str) -> Archives:
-    url = str(workspace() / "archives" / f"{size.prefix}-{digits}")
+    url = in_workspace(f"archives/{size.prefix}-{digits}")
     sequences = size.target_sequences if digits == TARGET else size.source_sequences
     counts = zip(("--train", "--val", "--test"), map(str, sequences), strict=True)
     arguments = (

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from tmu_dist.config import ModelConfig, ScheduleConfig, TrainingConfig, WindowConfig
-from tmu_dist.recipes.base import Archives, ExperimentSize, Recipe, transfer_recipes, workspace
+from tmu_dist.recipes.base import Archives, ExperimentSize, Recipe, in_workspace, transfer_recipes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,8 +101,8 @@ def recipes() -> dict[str, Callable[[], Recipe]]:
 
 def _archive(size: Size, name: str) -> Archives:
     """The archive of one region by URL, with the arguments of `python -m data_prep`."""
-    url = str(workspace() / "archives" / f"{size.prefix}-{name}")
-    raw = os.environ.get("TMU_DIST_RADAR", str(workspace() / "radar"))
+    url = in_workspace(f"archives/{size.prefix}-{name}")
+    raw = os.environ.get("TMU_DIST_RADAR", in_workspace("radar"))
     region = REGIONS[name]
     side = region.pixels // size.shrink
     step = (side - size.tile) // max(size.tiles_per_side - 1, 1) or 1

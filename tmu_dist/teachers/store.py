@@ -1,14 +1,14 @@
 """Model folders: save, load, find. A folder holds weights.safetensors and card.json.
 
 A checkpoint is such a folder with the training state beside it, and a run points to the one it
-selected, so "a teacher" may be named by a teacher folder, a checkpoint, a run, or a URL.
+selected, so "a teacher" may be named by a teacher folder, a checkpoint or a run, each on a disk or
+in a store.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,8 +18,8 @@ from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
-from tmu_dist.data.storage import read_bytes
-from tmu_dist.files import atomic_write_text
+from tmu_dist.data.storage import MissingObjectError, exists, join_url, local_path, read_bytes
+from tmu_dist.folders import write_folder, write_text
 from tmu_dist.models.build import build_predictor
 from tmu_dist.models.rollout import Predictor
 from tmu_dist.run_folder import SELECTED_FILE
@@ -37,21 +37,27 @@ class LoadedModel:
     card: TeacherCard
 
 
-def write_model(folder: Path, model: Predictor, card: TeacherCard) -> TeacherCard:
-    """Write weights and card into an existing folder; returns the card with the weights' hash."""
+def model_files(model: Predictor, card: TeacherCard) -> dict[str, bytes]:
+    """The files of a model folder, by name; the card, which holds the weights' hash, is last."""
     weights = save_safetensors(
         {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
     )
     card = replace(card, weights_sha256=hashlib.sha256(weights).hexdigest())
-    (folder / WEIGHTS_FILE).write_bytes(weights)
-    (folder / CARD_FILE).write_text(card.to_json())
-    return card
+    return {WEIGHTS_FILE: weights, CARD_FILE: card.to_json().encode()}
 
 
-def select_model(run: Path, folder: Path) -> None:
+def write_model(folder: str | Path, model: Predictor, card: TeacherCard) -> None:
+    """Write or replace a model folder, whole or not at all.
+
+    Raises:
+        WriteError, StorageError: it could not be written.
+    """
+    write_folder(str(folder), model_files(model, card))
+
+
+def select_model(run: str, path: str) -> None:
     """Make a run point to the model folder it offers."""
-    pointer = {"model": os.path.relpath(folder, run)}
-    atomic_write_text(run / SELECTED_FILE, json.dumps(pointer, indent=2) + "\n")
+    write_text(run, SELECTED_FILE, json.dumps({"model": path}, indent=2) + "\n")
 
 
 def locate(source: str) -> str:
@@ -59,16 +65,17 @@ def locate(source: str) -> str:
 
     Raises:
         TeacherError: there is no such folder, or it holds no model.
+        StorageError: the store cannot be reached.
     """
-    if "://" in source:
-        return source.rstrip("/")
-    folder = Path(source)
-    if (folder / SELECTED_FILE).is_file():
-        pointer = json.loads((folder / SELECTED_FILE).read_text())
-        return str(folder / pointer["model"])
-    if (folder / CARD_FILE).is_file():
-        return str(folder)
-    if not folder.exists():
+    source = source.rstrip("/")
+    # The card first: who may read a store but not list it is told "forbidden" of what is not
+    # there, and model folders at least should be found by them.
+    if exists(source, CARD_FILE):
+        return source
+    if exists(source, SELECTED_FILE):
+        return join_url(source, json.loads(read_bytes(source, SELECTED_FILE))["model"])
+    folder = local_path(source)
+    if folder is not None and not folder.exists():
         raise TeacherError(
             f"No model at {source!r}: the folder does not exist. Name a teacher folder, a "
             "checkpoint, a run folder or a URL; `python -m tmu_dist.zoo list` shows the zoo."
@@ -90,6 +97,7 @@ def load_weights(source: str) -> tuple[TeacherCard, dict[str, Tensor]]:
 
     Raises:
         TeacherError: a missing file, or weights that are not the ones the card describes.
+        StorageError: the store cannot be reached.
     """
     where = locate(source)
     card = TeacherCard.from_json(_read(where, CARD_FILE), where=where)
@@ -140,9 +148,7 @@ def load_state(model: Predictor, weights: dict[str, Tensor], *, where: str) -> N
 
 
 def _read(where: str, file: str) -> bytes:
-    if "://" in where:
-        return read_bytes(where, file)
     try:
-        return (Path(where) / file).read_bytes()
-    except FileNotFoundError:
+        return read_bytes(where, file)
+    except MissingObjectError:
         raise TeacherError(f"{where} holds no {file}: it is not a complete model folder.") from None

@@ -1,71 +1,56 @@
 """Checkpoints: everything that a run needs to continue as if it had never stopped.
 
 A checkpoint is a model folder (`tmu_dist.teachers.store`) with the training state beside it. It is
-written under another name and renamed when it is whole. The weights that the run offers lie in
-`models/`, and `selected.json` points to them.
+whole or cannot be seen (`tmu_dist.folders`): training.json, which is written last, is its mark. The
+weights that the run offers lie in `models/`, and `selected.json` points to them.
 
     RUN/checkpoints/step-00000400/   weights.safetensors  card.json
-                                     state.pt  training.json  config.json
+                                     state.pt  config.json  training.json
     RUN/models/step-00000200/        weights.safetensors  card.json
     RUN/selected.json
 """
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import io
 import json
+import logging
 import random
-import shutil
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from tmu_dist.config import RunConfig, from_dict, resume_conflicts, to_json
-from tmu_dist.files import atomic_directory
+from tmu_dist.data.storage import MissingObjectError, StorageError, join_url, read_bytes
+from tmu_dist.folders import keep_folders, list_folders, write_folder
 from tmu_dist.models.rollout import Predictor
 from tmu_dist.run_folder import CONFIG_FILE
 from tmu_dist.teachers.card import TeacherCard
-from tmu_dist.teachers.store import load_state, load_weights, select_model, write_model
+from tmu_dist.teachers.store import (
+    CARD_FILE,
+    WEIGHTS_FILE,
+    load_state,
+    load_weights,
+    model_files,
+    select_model,
+    write_model,
+)
+
+log = logging.getLogger(__name__)
 
 STATE_FILE = "state.pt"
 FACTS_FILE = "training.json"
+"""The mark of a checkpoint: written last, with the hashes of the state and of the weights."""
+_CHECKPOINTS, _MODELS = "checkpoints", "models"
 
 
 class ResumeError(ValueError):
     """A checkpoint does not belong to what the command asks for."""
-
-
-def lock_run(run: Path, *, patience_seconds: float = 10.0) -> IO[str]:
-    """Make this process the only one that trains in a run folder, until the file is closed.
-
-    A process that was just killed, or is about to end, gets a moment to let go.
-
-    Raises:
-        ResumeError: another process is training there.
-    """
-    run.mkdir(parents=True, exist_ok=True)
-    lock = (run / ".lock").open("w")
-    deadline = time.monotonic() + patience_seconds
-    while True:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return lock
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                lock.close()
-                raise ResumeError(
-                    f"Another process is training in {run}: wait for it, or use another `output` "
-                    "folder."
-                ) from None
-            time.sleep(0.2)
 
 
 @dataclass(kw_only=True)
@@ -126,23 +111,23 @@ class CheckpointStore:
     """The checkpoints and offered models of one run folder.
 
     Args:
-        run: the run folder, on a disk that every rank sees.
+        run: the run folder, on a disk that every rank sees or in a store.
         teacher_hashes: sha256 of the weights of every teacher, in order.
         keep: newest checkpoints to keep.
     """
 
     def __init__(
-        self, run: Path, config: RunConfig, teacher_hashes: Sequence[str], *, keep: int
+        self, run: str, config: RunConfig, teacher_hashes: Sequence[str], *, keep: int
     ) -> None:
         self.run = run
         self.config = config
         self.teacher_hashes = list(teacher_hashes)
         self.keep = keep
 
-    def newest(self) -> Path | None:
-        """The newest whole checkpoint; half-written ones have other names and are passed over."""
+    def newest(self) -> str | None:
+        """Address of the newest whole checkpoint, if there is one."""
         found = self._all()
-        return found[-1] if found else None
+        return join_url(self.run, found[-1]) if found else None
 
     def save(
         self,
@@ -166,35 +151,39 @@ class CheckpointStore:
 
         Raises:
             WriteError: the disk is full; older checkpoints are untouched.
+            StorageError: the store is out of reach; older checkpoints are untouched.
         """
         # Through memory: torch's own file writer does not report a full disk as an OSError.
         buffer = io.BytesIO()
         state = {"optimizer": optimizer.state_dict(), "rng_by_rank": rng_by_rank}
         torch.save(state, buffer)
+        network = model_files(model, card)
         facts = {
             "progress": asdict(progress),
             "data": data,
             "teachers": self.teacher_hashes,
             "state_sha256": hashlib.sha256(buffer.getbuffer()).hexdigest(),
+            "weights_sha256": json.loads(network[CARD_FILE])["weights_sha256"],
         }
-        with atomic_directory(self._folder("checkpoints", progress.step)) as staging:
-            write_model(staging, model, card)
-            (staging / STATE_FILE).write_bytes(buffer.getbuffer())
-            (staging / FACTS_FILE).write_text(json.dumps(facts, indent=2) + "\n")
-            (staging / CONFIG_FILE).write_text(to_json(self.config))
-        for old in self._all()[: -self.keep]:
-            shutil.rmtree(old)
-        self._prune_offers(progress)
+        files: dict[str, bytes | memoryview] = {
+            **network,
+            STATE_FILE: buffer.getbuffer(),
+            CONFIG_FILE: to_json(self.config).encode(),
+            FACTS_FILE: (json.dumps(facts, indent=2) + "\n").encode(),
+        }
+        write_folder(join_url(self.run, _step_folder(_CHECKPOINTS, progress.step)), files)
+        self._prune(progress)
 
-    def restore(self, folder: Path, model: Predictor) -> SavedState:
+    def restore(self, folder: str, model: Predictor) -> SavedState:
         """Load a checkpoint into the model, after checking that it belongs to this run.
 
         Raises:
             ResumeError: other settings or teachers than the checkpoint's, or a damaged one.
             TeacherError: its weights are damaged.
+            StorageError: the store cannot be reached.
         """
-        facts = self._read(folder, FACTS_FILE)
-        conflicts = resume_conflicts(from_dict(self._read(folder, CONFIG_FILE)), self.config)
+        facts = _read_json(folder, FACTS_FILE)
+        conflicts = resume_conflicts(from_dict(_read_json(folder, CONFIG_FILE)), self.config)
         if facts["teachers"] != self.teacher_hashes:
             conflicts.append(
                 f"teachers: the checkpoint has {facts['teachers']}, now {self.teacher_hashes}"
@@ -211,50 +200,66 @@ class CheckpointStore:
                 f"training.num_steps={self.config.training.num_steps} asked for: use another "
                 "`output` folder."
             )
-        content = (folder / STATE_FILE).read_bytes()
+        content = _read(folder, STATE_FILE)
         if hashlib.sha256(content).hexdigest() != facts["state_sha256"]:
             raise _damaged(folder, STATE_FILE)
         state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-        _, weights = load_weights(str(folder))
-        load_state(model, weights, where=str(folder))
+        saved_card, weights = load_weights(folder)
+        if facts.get("weights_sha256", saved_card.weights_sha256) != saved_card.weights_sha256:
+            raise _damaged(folder, WEIGHTS_FILE)  # whole, but of another checkpoint
+        load_state(model, weights, where=folder)
         return SavedState(progress, facts["data"], state["optimizer"], state["rng_by_rank"])
 
     def offer(self, model: Predictor, card: TeacherCard) -> None:
         """Make these weights the ones that the run offers to evaluation and as a teacher."""
-        folder = self._folder("models", card.step)
-        with atomic_directory(folder) as staging:
-            write_model(staging, model, card)
-        select_model(self.run, folder)
+        path = _step_folder(_MODELS, card.step)
+        write_model(join_url(self.run, path), model, card)
+        select_model(self.run, path)
 
     def offer_again(self, step: int) -> None:
         """Point back to an earlier offered model, as a resumed run's checkpoint knows it."""
-        select_model(self.run, self._folder("models", step))
+        select_model(self.run, _step_folder(_MODELS, step))
 
-    def _prune_offers(self, progress: Progress) -> None:
-        """Remove offered models that neither the run nor a kept checkpoint refers to."""
-        needed = {progress.offered_step}
-        for checkpoint in self._all():
-            needed.add(self._read(checkpoint, FACTS_FILE)["progress"]["offered_step"])
-        kept = {self._folder("models", step) for step in needed if step is not None}
-        for folder in (self.run / "models").glob("step-*"):
-            if folder not in kept:
-                shutil.rmtree(folder)
-
-    def _all(self) -> list[Path]:
-        return sorted((self.run / "checkpoints").glob("step-*"))
-
-    def _folder(self, kind: str, step: int) -> Path:
-        return self.run / kind / f"step-{step:08d}"
-
-    def _read(self, folder: Path, file: str) -> Any:
+    def _prune(self, progress: Progress) -> None:
+        """Remove old checkpoints, and offered models that neither they nor the run refer to."""
         try:
-            return json.loads((folder / file).read_text())
-        except (OSError, ValueError):
-            raise _damaged(folder, file) from None
+            kept = self._all()[-self.keep :]
+            keep_folders(self.run, _CHECKPOINTS, FACTS_FILE, kept)
+            needed = {progress.offered_step}
+            for path in kept:
+                facts = _read_json(join_url(self.run, path), FACTS_FILE)
+                needed.add(facts["progress"]["offered_step"])
+            models = [_step_folder(_MODELS, step) for step in needed if step is not None]
+            keep_folders(self.run, _MODELS, CARD_FILE, models)
+        except StorageError as error:  # the checkpoint is whole, and the next one sweeps again
+            log.warning("Old checkpoints and models stay for now: %s", error)
+
+    def _all(self) -> list[str]:
+        return list_folders(self.run, _CHECKPOINTS, FACTS_FILE)
 
 
-def _damaged(folder: Path, file: str) -> ResumeError:
+def _step_folder(kind: str, step: int) -> str:
+    return f"{kind}/step-{step:08d}"
+
+
+def _read(folder: str, file: str) -> bytes:
+    try:
+        return read_bytes(folder, file)
+    except MissingObjectError:
+        raise _damaged(folder, file) from None
+
+
+def _read_json(folder: str, file: str) -> Any:
+    try:
+        return json.loads(_read(folder, file))
+    except ResumeError:
+        raise
+    except ValueError:
+        raise _damaged(folder, file) from None
+
+
+def _damaged(folder: str, file: str) -> ResumeError:
     return ResumeError(
-        f"{folder / file} is damaged or missing. Remove {folder} to continue from the checkpoint "
-        "before it."
+        f"{join_url(folder, file)} is damaged or missing. Remove {folder} to continue from the "
+        "checkpoint before it."
     )

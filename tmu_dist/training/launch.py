@@ -12,6 +12,7 @@ import torch
 
 from tmu_dist.collectives import Collectives
 from tmu_dist.config import ConfigError, RunConfig
+from tmu_dist.data.storage import local_path
 from tmu_dist.training.loop import RunResult, train
 from tmu_dist.training.progress import ProgressDisplay
 
@@ -63,17 +64,23 @@ def pick_device(wanted: str, *, local_rank: int) -> torch.device:
 def _with_absolute_paths(config: RunConfig) -> RunConfig:
     """Workers start in other folders, so local paths are resolved once, here."""
 
-    def absolute(path: str) -> str:
-        return path if "://" in path else str(Path(path).expanduser().absolute())
+    def absolute(address: str) -> str:
+        folder = local_path(address)
+        return address.rstrip("/") if folder is None else str(folder)
 
-    if "://" in config.output:
+    if config.output.startswith(("http://", "https://", "memory://")):
         raise ConfigError(
-            f"output={config.output!r}: a run folder must be a path on a disk that all workers see."
+            f"output={config.output!r}: a run folder must be on a disk that all workers see, or in "
+            "a store that can be written, such as s3://bucket/runs/name."
         )
     return replace(
         config,
         output=absolute(config.output),
-        data=replace(config.data, url=absolute(config.data.url)),
+        data=replace(
+            config.data,
+            url=absolute(config.data.url),
+            mix_with=tuple(absolute(url) for url in config.data.mix_with),
+        ),
         transfer=replace(
             config.transfer, teachers=tuple(absolute(t) for t in config.transfer.teachers)
         ),

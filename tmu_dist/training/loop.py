@@ -14,29 +14,25 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from tmu_dist.collectives import Collectives
 from tmu_dist.config import RunConfig, to_json
-from tmu_dist.data.loader import Archive, Batch, SequenceLoader, open_archive
+from tmu_dist.data.loader import Archive, Batch, SequenceLoader, open_archives
+from tmu_dist.data.storage import StorageError
 from tmu_dist.data.transforms import check_long_enough, window_frames
 from tmu_dist.evaluation.metrics import ERROR_METRIC_NAMES
 from tmu_dist.evaluation.runner import score_predictor
-from tmu_dist.files import atomic_write_text
+from tmu_dist.folders import write_text
 from tmu_dist.models.build import FrameShape
 from tmu_dist.models.rollout import Predictor
 from tmu_dist.run_folder import CONFIG_FILE, RESULT_FILE, Event
 from tmu_dist.teachers.card import DataFacts, TeacherCard
-from tmu_dist.training.checkpoint import (
-    CheckpointStore,
-    Progress,
-    lock_run,
-    rng_state,
-    set_rng_state,
-)
+from tmu_dist.training.checkpoint import CheckpointStore, Progress, rng_state, set_rng_state
+from tmu_dist.training.run_lock import RunLock, lock_run
 from tmu_dist.training.run_log import RunLog, git_revision, write_provenance
 from tmu_dist.training.schedules import sampling_mask, sampling_probability
 from tmu_dist.training.step import TrainingStep
@@ -77,13 +73,13 @@ def train(
     Raises:
         ConfigError, ManifestError, TeacherError, ResumeError: nothing was trained; says why.
         ValueError: the data do not fit, or nothing of the validation split is observed.
-        DeadDistillationError, NonFiniteLossError, WriteError: training stopped; the newest
-            checkpoint is whole.
+        DeadDistillationError, NonFiniteLossError, WriteError, StorageError: training stopped; the
+            newest checkpoint is whole.
     """
     run = Run(config, collectives, device)
-    run.open_log(listener)
     settings = config.training
     try:
+        run.start(listener)
         for batch in run.loader.stream(start=run.progress.consumed):
             if run.progress.step >= settings.num_steps:
                 break
@@ -98,7 +94,7 @@ def train(
             run.save()
         return run.finish()
     finally:
-        run.close_log()
+        run.close()
 
 
 class Run:
@@ -108,13 +104,12 @@ class Run:
         self.config = config
         self.collectives = collectives
         self.device = device
-        self.folder = Path(config.output)
+        self.folder = config.output
         # Whatever goes wrong on one rank alone, such as an unreachable store, ends all of them.
         collectives.on_all(self._prepare_parts)
         self.progress = Progress()
-        newest = collectives.on_main(self.checkpoints.newest)
-        if newest is not None:
-            collectives.on_all(lambda: self._restore(newest))
+        self._log: RunLog | None = None
+        self._lock: RunLock | None = None
         self.training_step = TrainingStep(
             self.transfer.method,
             self._data_parallel(self.student),
@@ -124,15 +119,19 @@ class Run:
             grad_clip_norm=config.training.grad_clip_norm,
             precision=config.training.precision,
         )
-        self._log: RunLog | None = None
-        self._lock: IO[str] | None = None
         self._probe: TrainingBatch | None = None
         self._interval = _Interval()
 
     def _prepare_parts(self) -> None:
         """Open the data, load the teachers, build student and optimiser; no collectives."""
         config = self.config
-        archive = open_archive(config.data.url)
+        archives = open_archives(
+            [config.data.url, *config.data.mix_with],
+            reading=config.data.reading,
+            cache_folder=config.data.cache_folder,
+            cache_gib=config.data.cache_gib,
+        )
+        archive = archives[0]
         manifest = archive.manifest
         check_long_enough(manifest.num_frames, config.window)
         if missing := [split for split in ("train", "val") if split not in manifest.splits]:
@@ -142,7 +141,7 @@ class Run:
                 "both (of radar, --val or --split-by say how)."
             )
         self.units = manifest.units
-        self.loader, self.validation_loader = self._loaders(archive)
+        self.loader, self.validation_loader = self._loaders(archives)
         data = DataFacts.of(manifest)
         frame = FrameShape(channels=manifest.channels, height=manifest.height, width=manifest.width)
         self.transfer = prepare_transfer(config, frame, data, self.device)
@@ -220,9 +219,11 @@ class Run:
         self._interval.ready = time.perf_counter()
 
     def save(self) -> None:
-        """Write a checkpoint; returns when it is on disk.
+        """Write a checkpoint; returns when it is on disk, or in the store.
 
         Raises:
+            WriteError, StorageError: it could not be written; the one before it is whole.
+            ResumeError: another process has taken over the run; nothing is written.
             NonFiniteLossError: the last update ruined the weights; nothing is written.
         """
         rng_by_rank = self.collectives.all_gather_objects(rng_state())
@@ -230,15 +231,23 @@ class Run:
         def write() -> None:
             if not all(parameter.isfinite().all() for parameter in self.student.parameters()):
                 raise self._ruined("The weights are")
-            card = replace(self.card, step=self.progress.step)
-            self.checkpoints.save(
-                self.student,
-                card,
-                self.optimizer,
-                progress=self.progress,
-                data=self.loader.state(),
-                rng_by_rank=rng_by_rank,
-            )
+            assert self._lock is not None and self._log is not None
+            try:
+                self._lock.check()
+                self._log.flush()  # a run that continues from here needs the log up to here
+                self.checkpoints.save(
+                    self.student,
+                    replace(self.card, step=self.progress.step),
+                    self.optimizer,
+                    progress=self.progress,
+                    data=self.loader.state(),
+                    rng_by_rank=rng_by_rank,
+                )
+            except StorageError as error:
+                raise StorageError(
+                    f"{error} The checkpoint of step {self.progress.step} was not written; earlier "
+                    "ones are whole, and the same command continues from them."
+                ) from error
 
         self.collectives.on_main(write)
         self._interval.ready = time.perf_counter()
@@ -248,7 +257,7 @@ class Run:
         progress = self.progress
         assert progress.best_step is not None and progress.best_mse_per_frame is not None
         result = RunResult(
-            run=str(self.folder),
+            run=self.folder,
             steps=progress.step,
             seconds=progress.seconds,
             seconds_per_batch=progress.seconds / progress.step,
@@ -256,16 +265,25 @@ class Run:
             best_mse_per_frame=progress.best_mse_per_frame,
         )
         text = json.dumps(asdict(result), indent=2) + "\n"
-        self.collectives.on_main(lambda: atomic_write_text(self.folder / RESULT_FILE, text))
+
+        def write() -> None:
+            assert self._log is not None
+            self._log.flush()
+            write_text(self.folder, RESULT_FILE, text)
+
+        self.collectives.on_main(write)
         return result
 
-    def open_log(self, listener: Callable[[Event], None] | None) -> None:
-        """Start log.jsonl and TensorBoard on rank 0, and record who runs this."""
+    def start(self, listener: Callable[[Event], None] | None) -> None:
+        """Keep others out of the run folder, restore its newest checkpoint, and open the log."""
 
-        def open_on_main() -> None:
+        def take_folder() -> str | None:
             self._lock = lock_run(self.folder)
+            return self.checkpoints.newest()
+
+        def open_log() -> None:
             self._log = RunLog(self.folder, resume_step=self.progress.step, listener=listener)
-            atomic_write_text(self.folder / CONFIG_FILE, to_json(self.config))
+            write_text(self.folder, CONFIG_FILE, to_json(self.config))
             write_provenance(
                 self.folder,
                 from_step=self.progress.step,
@@ -276,33 +294,46 @@ class Run:
                 teachers={card.name: card.weights_sha256 for card in self.transfer.teachers},
             )
 
-        self.collectives.on_main(open_on_main)
+        newest = self.collectives.on_main(take_folder)
+        if newest is not None:
+            self.collectives.on_all(lambda: self._restore(newest))
+        self.collectives.on_main(open_log)
         if self.progress.step:
             self._write("resume")
         self._interval.ready = time.perf_counter()
 
-    def close_log(self) -> None:
+    def close(self) -> None:
         """Flush the log and let others continue the run."""
-        if self._log is not None:
-            self._log.close()
-        if self._lock is not None:
-            self._lock.close()
+        try:
+            if self._log is not None:
+                self._log.close()
+        finally:
+            if self._lock is not None:
+                self._lock.close()
 
-    def _loaders(self, archive: Archive) -> tuple[SequenceLoader, SequenceLoader]:
-        settings, ranks = self.config.training, self.collectives.ranks
+    def _loaders(self, archives: list[Archive]) -> tuple[SequenceLoader, SequenceLoader]:
+        settings, data, ranks = self.config.training, self.config.data, self.collectives.ranks
         common: dict[str, Any] = {
             "global_batch_size": settings.batch_size,
             "rank": ranks.rank,
             "world_size": ranks.world_size,
-            "num_workers": self.config.data.num_workers,
+            "node_ranks": ranks.on_node,
+            "num_workers": data.num_workers,
             "pin_memory": self.device.type == "cuda",
         }
         training = SequenceLoader(
-            archive, "train", seed=settings.seed, fraction=self.config.data.fraction, **common
+            archives,
+            "train",
+            seed=settings.seed,
+            fraction=data.fraction,
+            mix_weights=data.mix_weights,
+            shuffle_window=data.shuffle_window,
+            shuffle_lanes=data.shuffle_lanes,
+            **common,
         )
-        return training, SequenceLoader(archive, "val", shuffle=False, **common)
+        return training, SequenceLoader(archives[0], "val", shuffle=False, **common)
 
-    def _restore(self, checkpoint: Path) -> None:
+    def _restore(self, checkpoint: str) -> None:
         """Continue from a checkpoint; no collectives."""
         saved = self.checkpoints.restore(checkpoint, self.student)
         self.loader.check_state(saved.data)
@@ -341,8 +372,8 @@ class Run:
         return TrainingBatch(
             frames_BTCHW=frames_BTCHW,
             observed_BTCHW=observed_BTCHW,
-            sampling_mask_BT=mask.to(self.device),
-            weights_B=(batch.weights_B * scale).to(self.device),
+            sampling_mask_BT=mask.to(self.device, non_blocking=True),
+            weights_B=(batch.weights_B * scale).to(self.device, non_blocking=True),
         )
 
     def _check_liveness(self) -> None:
@@ -370,7 +401,7 @@ class Run:
     def _ruined(self, what: str) -> NonFiniteLossError:
         return NonFiniteLossError(
             f"{what} not finite at step {self.progress.step}. The newest checkpoint in "
-            f"{self.folder / 'checkpoints'} is from before. Start again in another `output` folder "
+            f"{self.folder}/checkpoints is from before. Start again in another `output` folder "
             "with training.grad_clip_norm=1.0, a smaller training.learning_rate, or "
             "transfer.tmu.combine=mean (with many teachers the memory of Eq. 5 can grow)."
         )

@@ -7,21 +7,21 @@ by following log.jsonl, in the driver of a Ray run.
 from __future__ import annotations
 
 import json
-import os
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import TextIO
 
 from tqdm import tqdm
 
-from tmu_dist.run_folder import LOG_FILE, Event
+from tmu_dist.data.storage import StorageError, local_path, object_size
+from tmu_dist.run_folder import LOG_FILE, Event, read_log_lines
 
 _SECONDS_BETWEEN_LINES = 10.0
 _POLL_SECONDS = 0.5
+_POLL_STORE_SECONDS = 3.0
 
 
 class ProgressDisplay:
@@ -113,17 +113,17 @@ class LogFollower:
     two have in common is not shown again.
     """
 
-    def __init__(self, run: Path, display: ProgressDisplay) -> None:
-        self._path = run / LOG_FILE
+    def __init__(self, run: str | Path, display: ProgressDisplay) -> None:
+        self._run = str(run)
+        self._pause = _POLL_SECONDS if local_path(self._run) is not None else _POLL_STORE_SECONDS
         self._display = display
         self._seen: list[str] = []
-        self._file: TextIO | None = None
+        self._size = -1
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._follow, daemon=True)
 
     def __enter__(self) -> LogFollower:
-        if self._path.is_file():  # what an earlier start logged was shown then
-            self._seen = self._path.read_text().splitlines(keepends=True)
+        self._seen = read_log_lines(self._run)  # what an earlier start logged was shown then
         self._thread.start()
         return self
 
@@ -136,44 +136,25 @@ class LogFollower:
         self._stop.set()
         self._thread.join()
         self._show_new()
-        if self._file is not None:
-            self._file.close()
         self._display.close()
 
     def _follow(self) -> None:
-        while not self._stop.wait(_POLL_SECONDS):
+        while not self._stop.wait(self._pause):
             self._show_new()
 
     def _show_new(self) -> None:
-        if not self._path.is_file():
+        """Show the lines that were not there before; one still being written waits."""
+        try:
+            size = object_size(self._run, LOG_FILE)
+            lines = read_log_lines(self._run) if size != self._size else self._seen
+        except StorageError:  # not there yet, or out of reach: the next look may see more
             return
-        if self._file is None or not os.path.samestat(
-            os.fstat(self._file.fileno()), self._path.stat()
-        ):
-            self._reopen()
-        for line in self._whole_lines():
-            self._seen.append(line)
+        self._size = size
+        common = 0
+        for old, new in zip(self._seen, lines):
+            if old != new:
+                break
+            common += 1
+        self._seen = lines
+        for line in lines[common:]:
             self._display(json.loads(line))
-
-    def _reopen(self) -> None:
-        if self._file is not None:
-            self._file.close()
-        self._file = self._path.open()
-        before, self._seen = self._seen, []
-        for old in before:
-            position = self._file.tell()
-            if self._file.readline() != old:
-                self._file.seek(position)
-                return
-            self._seen.append(old)
-
-    def _whole_lines(self) -> Iterator[str]:
-        """New lines; one that is still being written is left for the next time."""
-        assert self._file is not None
-        while True:
-            position = self._file.tell()
-            line = self._file.readline()
-            if not line.endswith("\n"):
-                self._file.seek(position)
-                return
-            yield line

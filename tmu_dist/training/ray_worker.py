@@ -10,16 +10,19 @@ import logging
 import os
 import socket
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict
-from pathlib import Path
+from pathlib import PurePosixPath
 from typing import Any
 
 # Read by Ray when it is imported: no usage statistics, no second copy of every printed line, and
-# a look at the workers twice a second, which is also how soon a lost one is noticed.
+# a look at the workers twice a second, which is also how soon a lost one is noticed. A variable
+# that a submitted job's environment has may be among those that `connect` passes on.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
 os.environ.setdefault("RAY_TRAIN_METRICS_ENABLED", "0")
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")
 
 import ray
 import ray.train
@@ -31,13 +34,26 @@ from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 from tmu_dist.collectives import Collectives, Ranks, process_group_backend
 from tmu_dist.config import ConfigError, RunConfig, from_dict
 from tmu_dist.data.loader import ShardError
+from tmu_dist.data.manifest import MANIFEST_PATH
+from tmu_dist.data.storage import (
+    MissingObjectError,
+    StorageError,
+    exists,
+    local_path,
+    read_bytes,
+)
 from tmu_dist.files import WriteError
+from tmu_dist.run_folder import CONFIG_FILE
+from tmu_dist.teachers.store import CARD_FILE
 from tmu_dist.training.loop import NonFiniteLossError, RunResult, train
 from tmu_dist.training.progress import LogFollower, ProgressDisplay
 from tmu_dist.transfer.base import DeadDistillationError
 
 _PERMANENT = (ValueError, WriteError, DeadDistillationError, NonFiniteLossError)
 """Errors that every rank raises and that starting again would only repeat."""
+
+_STORE_VARIABLES = ("AWS_", "AZURE_", "GOOGLE_")
+"""First parts of the names of variables that say how to reach a store, and who asks."""
 
 
 class WorkerLostError(RuntimeError):
@@ -51,12 +67,16 @@ def train_on_ray(config: RunConfig) -> RunResult:
     or starts one for this process.
 
     Raises:
-        ConfigError: the cluster has too few CPUs or GPUs for the workers.
+        ConfigError: the cluster has too few CPUs or GPUs for the workers, or Ray cannot use the
+            store of the run folder.
+        StorageError: a store that cannot be reached from here.
         WorkerLostError: workers failed more than `launch.max_failures` times.
         Everything that `loop.train` raises, under its own name.
     """
-    connect()
-    run = Path(config.output)
+    name = PurePosixPath(config.output).name
+    storage_path = _ray_storage(config.output)
+    variables = _reach_stores(config)
+    connect(variables)
     scaling = _scaling(config)
     trainer = TorchTrainer(
         train_worker,
@@ -64,15 +84,16 @@ def train_on_ray(config: RunConfig) -> RunResult:
         scaling_config=scaling,
         torch_config=TorchConfig(backend=process_group_backend(bool(scaling.use_gpu))),
         run_config=ray.train.RunConfig(
-            name=run.name,
-            storage_path=str(run / "ray"),
+            name=name,
+            storage_path=storage_path,
+            worker_runtime_env={"env_vars": variables},
             failure_config=FailureConfig(max_failures=config.launch.max_failures),
             logging_config=LoggingConfig(log_level="ERROR"),
         ),
     )
-    display = ProgressDisplay(run.name, config.training.num_steps)
+    display = ProgressDisplay(name, config.training.num_steps)
     try:
-        with LogFollower(run, display):
+        with LogFollower(config.output, display):
             outcome = trainer.fit().return_value
     except TrainingFailedError as error:
         raise WorkerLostError(_explain(error, config)) from error
@@ -81,8 +102,42 @@ def train_on_ray(config: RunConfig) -> RunResult:
     return outcome
 
 
-def connect() -> None:
+def _reach_stores(config: RunConfig) -> dict[str, str]:
+    """Variables with which workers reach the stores that a run uses; none if it uses disks only.
+
+    Each store is asked once from here, so that a wrong address or missing rights are not found by
+    workers that start again and again.
+    """
+    known_files = {config.output: CONFIG_FILE}
+    known_files |= dict.fromkeys((config.data.url, *config.data.mix_with), MANIFEST_PATH)
+    known_files |= dict.fromkeys(config.transfer.teachers, CARD_FILE)
+    remote = {url: file for url, file in known_files.items() if local_path(url) is None}
+    for url, file in remote.items():
+        if not exists(url, file):
+            with suppress(MissingObjectError):  # the workers know better what that means
+                read_bytes(url, file)  # says whether there is a bucket at all
+    return {k: v for k, v in os.environ.items() if remote and k.startswith(_STORE_VARIABLES)}
+
+
+def _ray_storage(output: str) -> str:
+    """Where Ray keeps its own files of a run.
+
+    Raises:
+        ConfigError: Ray reads its own way from stores, and not from this one.
+    """
+    if local_path(output) is None and not output.startswith(("s3://", "gs://")):
+        raise ConfigError(
+            f"output={output!r}: with Ray, a run folder is on a disk that all workers see, or at "
+            "s3:// or gs://. Use one of these, or launch.launcher=local or torchrun."
+        )
+    return f"{output}/ray"
+
+
+def connect(variables: dict[str, str]) -> None:
     """Join or start Ray, quietly; does nothing when this process already has.
+
+    Args:
+        variables: for the environment of everything that this process starts there.
 
     Raises:
         ConfigError: nothing answers at RAY_ADDRESS (Ray itself would try for minutes).
@@ -99,25 +154,33 @@ def connect() -> None:
                 f"No Ray cluster answers at RAY_ADDRESS={address} ({error}): start it, correct the "
                 "address, or unset RAY_ADDRESS to use or start one on this machine."
             ) from None
-    ray.init(log_to_driver=False, logging_level=logging.WARNING)
+    ray.init(
+        log_to_driver=False,
+        logging_level=logging.WARNING,
+        runtime_env={"env_vars": variables},
+    )
 
 
 def train_worker(settings: dict[str, Any]) -> RunResult | Exception:
     """What one Ray Train worker runs.
 
     An error that would only repeat is returned, not raised, so that Ray does not restart for it.
+    A store that was out of reach may be back, and a damaged copy of a shard is one rank's alone.
     """
     context = ray.train.get_context()
     ranks = Ranks(
         rank=context.get_world_rank(),
         world_size=context.get_world_size(),
         local_rank=context.get_local_rank(),
+        local_world_size=context.get_local_world_size(),
     )
     config = from_dict(settings)
     try:
         return train(config, Collectives(ranks), ray.train.torch.get_device())
-    except ShardError:
-        raise  # one rank's alone, and a copy in a cache or a network may heal
+    except MissingObjectError as error:
+        return error
+    except (ShardError, StorageError):
+        raise
     except _PERMANENT as error:
         return error
 

@@ -2,6 +2,9 @@
 
 `log.jsonl` holds one JSON object a line with at least `event` and `step`. A resumed run first
 cuts off whatever was logged after its checkpoint, so that every step stands there once.
+
+Objects of a store cannot grow, so the log of a run in a store is written to a local folder and
+copied whole: every few seconds, before every checkpoint, and at the end.
 """
 
 from __future__ import annotations
@@ -19,7 +22,8 @@ from typing import Any
 
 from torch.utils.tensorboard.writer import SummaryWriter
 
-from tmu_dist.files import atomic_write_text
+from tmu_dist.data.storage import MissingObjectError, local_path, read_bytes
+from tmu_dist.folders import PUBLISH_SECONDS, Mirror, write_text
 from tmu_dist.run_folder import LOG_FILE, PROVENANCE_FILE, Event, read_log
 
 
@@ -30,17 +34,35 @@ class RunLog:
         run: the run folder.
         resume_step: events after this step are cut off (0 starts an empty log).
         listener: called with every event, such as a progress display.
+
+    Raises:
+        WriteError, StorageError: the run folder cannot be written.
     """
 
     def __init__(
-        self, run: Path, *, resume_step: int, listener: Callable[[Event], None] | None = None
+        self,
+        run: str | Path,
+        *,
+        resume_step: int,
+        listener: Callable[[Event], None] | None = None,
     ) -> None:
-        path = run / LOG_FILE
         kept = [e for e in read_log(run) if e["step"] <= resume_step] if resume_step else []
-        atomic_write_text(path, "".join(json.dumps(event) + "\n" for event in kept))
-        self._file = path.open("a", buffering=1)
-        self._board = SummaryWriter(str(run / "tensorboard"), purge_step=resume_step + 1)
+        folder = local_path(str(run))
+        self._mirror = None
+        if folder is None:
+            self._mirror = Mirror(str(run))
+            folder = self._mirror.folder
+        write_text(str(folder), LOG_FILE, "".join(json.dumps(event) + "\n" for event in kept))
+        self._file = (folder / LOG_FILE).open("a", buffering=1)
+        self._board = SummaryWriter(
+            str(folder / "tensorboard"),
+            purge_step=resume_step + 1,
+            flush_secs=int(PUBLISH_SECONDS),
+        )
         self._listener = listener
+        if self._mirror is not None:
+            self._mirror.publish()
+            self._mirror.start()
 
     def write(self, event: str, step: int, **values: Any) -> None:
         """Log one event; numbers also go to TensorBoard as `event/name`."""
@@ -51,19 +73,33 @@ class RunLog:
         if self._listener is not None:
             self._listener(record)
 
+    def flush(self) -> None:
+        """Return when everything logged so far lies in the run folder.
+
+        Raises:
+            StorageError: the store does not take it.
+        """
+        self._board.flush()
+        if self._mirror is not None:
+            self._mirror.publish()
+
     def close(self) -> None:
-        """Flush and close."""
+        """Flush and close; a store that does not take the rest is only warned of."""
         self._file.close()
         self._board.close()
+        if self._mirror is not None:
+            self._mirror.close()
 
 
-def write_provenance(run: Path, **facts: Any) -> None:
+def write_provenance(run: str, **facts: Any) -> None:
     """Record who made this run: command, git revision, versions, hashes (run.json).
 
     Starting again adds an entry, so the file tells every command that worked on the run.
     """
-    path = run / PROVENANCE_FILE
-    history = json.loads(path.read_text())["starts"] if path.is_file() else []
+    try:
+        history = json.loads(read_bytes(run, PROVENANCE_FILE))["starts"]
+    except MissingObjectError:
+        history = []
     history.append(
         {
             "started": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -75,7 +111,7 @@ def write_provenance(run: Path, **facts: Any) -> None:
             **facts,
         }
     )
-    atomic_write_text(path, json.dumps({"starts": history}, indent=2) + "\n")
+    write_text(run, PROVENANCE_FILE, json.dumps({"starts": history}, indent=2) + "\n")
 
 
 def git_revision() -> str:
