@@ -10,6 +10,7 @@ COMMANDS = {
     "evaluate": "score a trained model on one split, beside persistence",
     "predict": "draw what a model predicts for chosen sequences",
     "zoo": "list, show and add teachers",
+    "data": "who reads what when; the loader beside the bare storage",
     "demo": "from raw digits to a transferred student, with a report",
 }
 
@@ -23,7 +24,8 @@ def main() -> None:
             "usage: tmu-dist COMMAND ... (each has --help)\n" + "\n".join(lines) + "\n"
         )
         raise SystemExit(0 if name in ("", "-h", "--help") else 2)
-    import_module(f"tmu_dist.{name}").main(sys.argv[2:])
+    module = f"tmu_dist.{name}" + (".__main__" if name == "data" else "")  # a package
+    import_module(module).main(sys.argv[2:])
 
 
 if __name__ == "__main__":
