@@ -1,10 +1,19 @@
 """Objects of a store, by URL: local folders, s3://, gs://, az://, http(s):// and memory://.
 
 The one place that talks to storage. Every function takes the URL of a folder and a path inside
-it; every failure is a `StorageError` with the full URL of the object. Transient failures (5xx,
-dropped connections, timeouts) are retried with back-off for a bounded time. Credentials, region
-and endpoint come from the environment, as obstore reads them (AWS_ENDPOINT_URL,
-AWS_SKIP_SIGNATURE, ...); plain http is used only where the URL or the endpoint says http://.
+it; every failure is a `StorageError` with the full URL of the object, what happened and what to
+change. Credentials, region, endpoint and proxy come from the environment: what obstore reads by
+itself, and profiles of the AWS command line through boto3 (object_store.py). Plain http is used
+only where the URL or the endpoint says http://.
+
+A store that fails (5xx, too many requests, refused, reset or silent connections, answers that break
+off) is asked again for about `PATIENCE_SECONDS`, with pauses that are drawn at random so that many
+processes do not come back at the same moment. What cannot become better (access denied, no such
+bucket) is reported at once.
+
+Any number of threads may call these functions at once; they share one store, and so one pool of
+connections, per URL and endpoint. Credentials are looked up when the store is first used; later
+changes of the environment are not seen, except another endpoint.
 
 Not here: caching, archives, checksums.
 
@@ -14,44 +23,36 @@ a fork and the child hangs. Start workers with "forkserver" or "spawn".
 
 from __future__ import annotations
 
-import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from datetime import timedelta
-from functools import cache, lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 from urllib.parse import unquote, urlsplit
 
 import obstore
-from obstore.exceptions import BaseError
-from obstore.store import LocalStore, MemoryStore, from_url
+from obstore.exceptions import BaseError, NotSupportedError
+from obstore.store import LocalStore, MemoryStore
+
+from tmu_dist.data.object_store import (
+    MissingObjectError,
+    Patience,
+    StorageError,
+    advice,
+    open_object_store,
+    reason,
+)
 
 if TYPE_CHECKING:
-    from obstore.store import ClientConfig, ObjectStore, RetryConfig
+    from obstore import GetResult
+    from obstore.store import ObjectStore
+
+T = TypeVar("T")
 
 REMOTE_SCHEMES = ("s3", "s3a", "gs", "az", "abfs", "abfss", "http", "https")
 
-# Each pause is drawn from [first, base * last pause], so base 2 would hardly grow. These settings
-# ride out about ten seconds of a store that refuses or fails, then say so.
-_RETRY: RetryConfig = {
-    "max_retries": 8,
-    "retry_timeout": timedelta(seconds=120),
-    "backoff": {
-        "init_backoff": timedelta(milliseconds=200),
-        "max_backoff": timedelta(seconds=5),
-        "base": 3,
-    },
-}
-
-
-class StorageError(ValueError):
-    """An object or store that cannot be reached, read or written."""
-
-
-class MissingObjectError(StorageError):
-    """An object that does not exist."""
+_STREAM_CHUNK_BYTES = 2**20  # small enough to stay in the processor cache until it is hashed
+_MEMORY_STORES: dict[str, MemoryStore] = {}
 
 
 def local_path(url: str) -> Path | None:
@@ -78,7 +79,8 @@ def open_store(url: str, *, create: bool = False) -> ObjectStore:
 
     Args:
         url: a local path, or a URL; memory://NAME is one folder per name and process.
-        create: make a local folder that does not exist yet (elsewhere folders need no making).
+        create: open it for writing, too; a local folder that does not exist yet is made (elsewhere
+            folders need no making).
 
     Raises:
         StorageError: unknown scheme, a local folder that does not exist, or bad settings.
@@ -90,24 +92,22 @@ def open_store(url: str, *, create: bool = False) -> ObjectStore:
         with _named_errors("open", str(folder)):
             return LocalStore(folder, mkdir=create)
     if is_process_local(url):
-        return _memory_store(url.rstrip("/"))
-    scheme = urlsplit(url).scheme
+        return _MEMORY_STORES.setdefault(url.rstrip("/"), MemoryStore())
+    scheme = url.partition("://")[0]
     if scheme not in REMOTE_SCHEMES:
         raise StorageError(
             f"Cannot open {url}: the scheme must be one of {', '.join(REMOTE_SCHEMES)}, file or "
             "memory, or give a local path."
         )
-    plain_http = url.startswith("http://") or (
-        scheme.startswith("s3") and os.environ.get("AWS_ENDPOINT_URL", "").startswith("http://")
-    )
     with _named_errors("open", url):
-        return _remote_store(url, plain_http)
+        return open_object_store(url, writing=create)
 
 
 def read_bytes(url: str, path: str) -> bytes:
     """Return the whole object."""
-    with _named_errors("read", join_url(url, path)):
-        return bytes(obstore.get(open_store(url), path).bytes())
+    return _ask(
+        "read", join_url(url, path), lambda: bytes(obstore.get(open_store(url), path).bytes())
+    )
 
 
 def read_text(url: str, path: str) -> str:
@@ -116,21 +116,80 @@ def read_text(url: str, path: str) -> str:
         return read_bytes(url, path).decode()
 
 
-def read_ranges(url: str, path: str, offsets: Sequence[int], sizes: Sequence[int]) -> list[bytes]:
-    """Return several byte ranges of one object, near ones in one request.
+def stream_bytes(url: str, path: str) -> Iterator[memoryview]:
+    """Yield a whole object in chunks of about 1 MB.
 
-    Know that the object is long enough (`object_size`) before asking: obstore 0.12 panics in Rust,
-    past every `except`, when one of several near ranges starts after the end.
+    A transfer that breaks off is continued where it was, as long as some of it comes again within
+    the usual time.
+
+    Raises:
+        StorageError: also where the object was replaced meanwhile, or ended too early.
     """
-    with _named_errors("read", join_url(url, path)):
-        ranges = obstore.get_ranges(open_store(url), path, starts=offsets, lengths=sizes)
-        return [bytes(data) for data in ranges]
+    full_url = join_url(url, path)
+    with _named_errors("read", full_url):
+        store, patience = open_store(url), Patience()
+        size, tag, done = None, None, 0
+        while size is None or done < size:
+            try:
+                answer = _get_from(store, path, done)
+                if size is None:
+                    size, tag = answer.meta["size"], answer.meta["e_tag"]
+                elif (size, tag) != (answer.meta["size"], answer.meta["e_tag"]):
+                    raise StorageError(f"{full_url} was replaced while it was read. Read it again.")
+                position = answer.range[0]
+                for chunk in answer.stream(_STREAM_CHUNK_BYTES):
+                    new = memoryview(chunk)[max(0, done - position) :]
+                    position += len(chunk)
+                    if new:
+                        done += len(new)
+                        yield new
+                        patience.renew()
+                if done < size:
+                    raise StorageError(f"{full_url} ended after {done:,} of {size:,} bytes.")
+            except BaseError as error:
+                patience.wait(error)
+
+
+def read_range(url: str, path: str, offset: int, size: int) -> memoryview:
+    """Return `size` bytes of an object, which must have them, without a copy of what came."""
+    data = memoryview(
+        _ask(
+            "read",
+            join_url(url, path),
+            lambda: obstore.get_range(open_store(url), path, start=offset, length=size),
+        )
+    )
+    _check_length(url, path, offset, size, len(data))
+    return data
+
+
+def read_ranges(url: str, path: str, offsets: Sequence[int], sizes: Sequence[int]) -> list[bytes]:
+    """Return several byte ranges of one object, which must have them; near ones in one request.
+
+    Know that the object is long enough (`object_size`) before asking: where a range starts after
+    its end, obstore 0.12 also prints a crash report.
+    """
+    ranges = _ask(
+        "read",
+        join_url(url, path),
+        lambda: obstore.get_ranges(open_store(url), path, starts=offsets, lengths=sizes),
+    )
+    for offset, size, data in zip(offsets, sizes, ranges, strict=True):
+        _check_length(url, path, offset, size, len(data))
+    return [bytes(data) for data in ranges]
 
 
 def write_bytes(url: str, path: str, data: bytes | memoryview) -> None:
-    """Write or replace an object. Readers see the old object or the whole new one."""
-    with _named_errors("write", join_url(url, path)):
-        obstore.put(open_store(url, create=True), path, data)
+    """Write or replace an object. Readers see the old object or the whole new one.
+
+    More than 5 MB go in parts, several at once. What a killed process had sent stays in an object
+    store, in no list, until a lifecycle rule of the bucket removes unfinished uploads.
+    """
+    _ask(
+        "write",
+        join_url(url, path),
+        lambda: obstore.put(open_store(url, create=True), path, data),
+    )
 
 
 def delete(url: str, path: str) -> None:
@@ -146,10 +205,13 @@ def delete_many(url: str, paths: Sequence[str]) -> None:
     if not paths:
         return
     what = paths[0] if len(paths) == 1 else f"{paths[0]} and {len(paths) - 1} more"
-    folder = local_path(url)
-    with _named_errors("delete", join_url(url, what)):
+
+    def request() -> None:
+        folder = local_path(url)
         store = open_store(url) if folder is None else LocalStore(folder, automatic_cleanup=True)
         obstore.delete(store, list(paths))
+
+    _ask("delete", join_url(url, what), request)
 
 
 def unfinished_files(url: str) -> list[str]:
@@ -180,8 +242,7 @@ def delete_unfinished(url: str, paths: Sequence[str]) -> None:
 
 def object_size(url: str, path: str) -> int:
     """Return the length of an object in bytes."""
-    with _named_errors("look up", join_url(url, path)):
-        return obstore.head(open_store(url), path)["size"]
+    return _ask("look up", join_url(url, path), lambda: obstore.head(open_store(url), path)["size"])
 
 
 def exists(url: str, path: str) -> bool:
@@ -200,13 +261,16 @@ def list_objects(url: str, prefix: str = "") -> dict[str, int]:
         url: the folder; one that does not exist has no objects.
         prefix: a folder in it, to list only what lies below.
     """
+
+    def request() -> dict[str, int]:
+        found = obstore.list(store, prefix=prefix or None)
+        return dict(sorted((entry["path"], entry["size"]) for part in found for entry in part))
+
     try:
         store = open_store(url)
     except MissingObjectError:
         return {}
-    with _named_errors("list", join_url(url, prefix)):
-        found = obstore.list(store, prefix=prefix or None)
-        return dict(sorted((entry["path"], entry["size"]) for part in found for entry in part))
+    return _ask("list", join_url(url, prefix), request)
 
 
 def list_paths(url: str, prefix: str = "") -> list[str]:
@@ -214,18 +278,31 @@ def list_paths(url: str, prefix: str = "") -> list[str]:
     return list(list_objects(url, prefix))
 
 
-@lru_cache(maxsize=64)
-def _remote_store(url: str, plain_http: bool) -> ObjectStore:
-    # Kept open: a store holds the connection pool.
-    options: ClientConfig = {"connect_timeout": "5s", "timeout": "120s"}
-    if plain_http:
-        options["allow_http"] = True
-    return from_url(url, client_options=options, retry_config=_RETRY)
+def _get_from(store: ObjectStore, path: str, offset: int) -> GetResult:
+    """Ask for an object from a byte on; from the start where the server answers no ranges."""
+    if offset:
+        with suppress(NotSupportedError):
+            return obstore.get(store, path, options={"range": {"offset": offset}})
+    return obstore.get(store, path)
 
 
-@cache
-def _memory_store(url: str) -> MemoryStore:
-    return MemoryStore()
+def _check_length(url: str, path: str, offset: int, size: int, came: int) -> None:
+    if came != size:
+        raise StorageError(
+            f"{join_url(url, path)} ends at byte {offset + came:,}: bytes {offset:,} to "
+            f"{offset + size:,} were asked for. It is truncated, or was replaced."
+        )
+
+
+def _ask(action: str, full_url: str, request: Callable[[], T]) -> T:
+    """Make a request, again where that may help."""
+    with _named_errors(action, full_url):
+        patience = Patience()
+        while True:
+            try:
+                return request()
+            except BaseError as error:
+                patience.wait(error)
 
 
 @contextmanager
@@ -235,9 +312,14 @@ def _named_errors(action: str, full_url: str) -> Iterator[None]:
         yield
     except StorageError:
         raise
-    except FileNotFoundError as error:
-        raise MissingObjectError(f"{full_url} does not exist.") from error
-    except (BaseError, OSError, ValueError) as error:
-        # obstore appends a dump of the Rust error, and servers' answers have pages of HTML.
-        reason = str(error).partition("\n")[0]
-        raise StorageError(f"Could not {action} {full_url}: {reason}") from error
+    except BaseException as error:
+        # A panic in Rust is no Exception, and its class has no public name.
+        panicked = type(error).__name__ == "PanicException"
+        if not panicked and not isinstance(error, (BaseError, OSError, ValueError)):
+            raise
+        message = str(error)
+        what_to_do = advice(full_url, message)
+        if isinstance(error, FileNotFoundError) and not what_to_do:
+            raise MissingObjectError(f"{full_url} does not exist.") from error
+        problem = f"Could not {action} {full_url}: {reason(message)}. {what_to_do}"
+        raise StorageError(problem.rstrip()) from error
