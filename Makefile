@@ -23,7 +23,7 @@ install: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit(f"Python 3.11 or newer is needed, this is {v[0]}.{v[1]}: make PYTHON=python3.11 ...")'
 	$(PYTHON) -m venv $(VENV)
-	$(RUN) pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,radar,video,zarrs]'
+	$(RUN) pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,radar,video]'
 	$(RUN) pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[flow]' \
 	    || echo "No optical flow: pysteps is built from source and needs a C compiler. Its tests are skipped."
 	touch $@

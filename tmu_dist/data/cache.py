@@ -112,19 +112,27 @@ class NodeCache:
         return fetched
 
     def touch(self, sha256: str) -> bool:
-        """Mark a copy as in use, so that others are removed first; say whether it is there.
+        """Mark a copy that is being read, so that others are removed first; say if it is there.
 
         Cheap enough to be called for every batch: it goes to the disk once a second at most, and
-        for so long takes it that the copy is still there.
+        for so long takes it that the copy is still there. What was released stays released.
         """
         now = time.monotonic()
         if now - self._touched.get(sha256, -math.inf) < _TOUCH_SECONDS:
             return True
         self._touched[sha256] = now
-        if self._copies.mark_used(sha256):
+        if self._copies.mark_used(sha256, unless_used_up=True):
             return True
         self._touched.pop(sha256, None)
         return False
+
+    def keep(self, sha256: str) -> bool:
+        """Mark a copy that will be needed, even if somebody released it; say if it is there."""
+        return self._copies.mark_used(sha256)
+
+    def release(self, sha256: str) -> None:
+        """Mark a copy as not needed in the near future: it is removed before others."""
+        self._copies.mark_used_up(sha256)
 
     def discard(self, sha256: str) -> None:
         """Remove a copy that was found damaged: the next `open` fetches the object again."""

@@ -6,8 +6,9 @@ There is no server and nothing is left behind but the files:
   by a rename when it is whole, so what has the name may be read.
 - Locks die with their process. A NAME.part that nobody has locked was left by a killed process; it
   is never read, and goes when somebody needs room or wants to write the same file.
-- Room is made and allocated, under a lock of the folder, before anything is written; the files
-  used longest ago go first. Removing a file does not disturb those who have it open.
+- Room is made and allocated, under a lock of the folder, before anything is written. Files that
+  were called used up go first, then those used longest ago; the time of a file's last change says
+  which. Removing a file does not disturb those who have it open.
 
 The folder must lie on a disk of the machine's own: over a network flock is slow, missing, or does
 not reach other machines. Nothing is flushed to the disk by force, so after a crash of the machine a
@@ -44,6 +45,10 @@ _POLL_SECONDS = 0.02
 _PATIENCE_SECONDS = 30.0
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
+# Used-up files are dated back to January 1970, by a factor that keeps their order.
+_DATED_BACK = 1000
+_USED_UP_BEFORE_NS = 10 * 365 * 86_400 * 10**9
+
 
 class CacheFolder:
     """Finished files by name; a name is a sha256, anything else in the folder is left alone.
@@ -72,13 +77,21 @@ class CacheFolder:
         _mark_used(file)
         return file
 
-    def mark_used(self, name: str) -> bool:
+    def mark_used(self, name: str, *, unless_used_up: bool = False) -> bool:
         """Make a file the one used last, if it is there; say whether it is."""
+        path = self.path / name
         try:
-            _mark_used(self._prefix + name)
+            if not unless_used_up or path.stat().st_mtime_ns > _USED_UP_BEFORE_NS:
+                _mark_used(path)
         except (FileNotFoundError, NotADirectoryError):
             return False
         return True
+
+    def mark_used_up(self, name: str) -> None:
+        """Make a file, if it is there, one of those to remove before all others."""
+        dated_back = time.time_ns() // _DATED_BACK
+        with suppress(FileNotFoundError, NotADirectoryError, PermissionError):  # as in _mark_used
+            os.utime(self.path / name, ns=(dated_back, dated_back))
 
     def remove(self, name: str) -> None:
         """Remove a file, if it is there."""
@@ -126,7 +139,7 @@ class CacheFolder:
         """Yield a descriptor of an empty partial file that nobody else writes; remove it after."""
         while True:
             self.path.mkdir(parents=True, exist_ok=True)
-            writing = _open_locked(part, os.O_RDWR | os.O_CREAT, f"another process with {what}")
+            writing = _open_locked(part, os.O_RDWR | os.O_CREAT, f"others to finish {what}")
             if _is_at(writing, part):
                 break
             _close_locked(writing)  # finished or swept while this one waited
@@ -139,34 +152,35 @@ class CacheFolder:
             _close_locked(writing)
 
     def _make_room(self, writing: int, part: Path, num_bytes: int, what: str) -> None:
-        """Give a partial file its size on disk, at the cost of the files that rested longest.
+        """Give a partial file its size on disk, at the cost of those files that should go first.
 
         Where others must finish first, they are waited for with the folder locked. They need no
         lock of it to finish, and nobody who comes later can take the room.
         """
-        folder = _open_locked(self.path, os.O_RDONLY, f"others who make room in {self.path}")
+        folder = _open_locked(self.path, os.O_RDONLY, f"others to make room in {self.path}")
         try:
-            with _told_when_slow(f"others to finish what they fetch, to have room for {what}"):
-                while not self._try_to_make_room(writing, part, num_bytes):
-                    time.sleep(_POLL_SECONDS)
+            if not self._try_to_make_room(writing, part, num_bytes):
+                with _told_when_slow(f"others to finish, for room for {what}"):
+                    while not self._try_to_make_room(writing, part, num_bytes):
+                        time.sleep(_POLL_SECONDS)
         finally:
             _close_locked(folder)
 
     def _try_to_make_room(self, writing: int, part: Path, num_bytes: int) -> bool:
-        # Partial files first: one that gets its name in between is counted twice, never missed.
-        others = [
-            file
-            for file in self._parts()
-            if file.path != part and file.num_bytes and not _sweep(file.path)
-        ]
+        # Partial files first: what gets its name in between is seen twice then, and never missed.
+        parts = [file for file in self._parts() if file.path != part and file.num_bytes]
+        others = {file.path.stem: file for file in parts if not _sweep(file.path)}
         finished = sorted(self._finished(), key=lambda file: file.used_ns, reverse=True)
-        held = sum(file.num_bytes for file in (*others, *finished))
-        while finished and held + num_bytes > self.limit_bytes:
+        for file in finished:
+            others.pop(file.path.name, None)
+        excess = sum(file.num_bytes for file in others.values()) + num_bytes - self.limit_bytes
+        if excess > 0:
+            return False
+        excess += sum(file.num_bytes for file in finished)
+        while excess > 0:
             oldest = finished.pop()
             oldest.path.unlink(missing_ok=True)
-            held -= oldest.num_bytes
-        if held + num_bytes > self.limit_bytes:
-            return False
+            excess -= oldest.num_bytes
         while True:
             try:
                 _allocate(writing, num_bytes)
@@ -214,7 +228,7 @@ class _File(NamedTuple):
     path: Path
     num_bytes: int
     used_ns: int
-    """When it was last used: the time of its last change."""
+    """Time of its last change: when it was last used, or long ago if it is used up."""
 
 
 def free_bytes(folder: Path) -> int:
@@ -281,7 +295,7 @@ def _sweep(part: Path) -> bool:
     return True
 
 
-def _mark_used(file: str | int) -> None:
+def _mark_used(file: Path | int) -> None:
     with suppress(PermissionError):  # another user's: readable, but only its owner may mark it
         os.utime(file)
 

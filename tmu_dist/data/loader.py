@@ -11,9 +11,9 @@ augmentation (transforms.py, training).
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
-from functools import lru_cache
+import sys
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from functools import lru_cache, partial
 from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
@@ -120,7 +120,11 @@ class SequenceLoader:
         self._window, self._lanes = shuffle_window, shuffle_lanes
         self._num_workers = num_workers
         self._pin_memory = pin_memory
-        self._order = lru_cache(maxsize=2)(self._compute_order)
+        # Of no method of this object, which would be a circle that keeps reading processes alive.
+        settings = {"seed": seed, "window": shuffle_window, "lanes": shuffle_lanes}
+        self._order = lru_cache(maxsize=2)(
+            partial(_order_of, self._data_sets, self._mix_weights, settings)
+        )
         self._reader = SplitReader(self._archives, split)
         self._processes: ReadingProcesses | None = None
         self._ahead_bytes = self._checked_room_ahead()
@@ -134,11 +138,12 @@ class SequenceLoader:
         """
         if start < 0:
             raise ValueError(f"A run starts at position 0 or later, got {start}.")
-        return self._read(start, itertools.count(start // self.num_samples), shuffle=self._shuffle)
+        epochs = range(start // self.num_samples, sys.maxsize)
+        return self._read(start, epochs, shuffle=self._shuffle)
 
     def one_pass(self) -> Iterator[Batch]:
         """Return the split once in the order of its ids; all ranks take equally many steps."""
-        return self._read(0, [0], shuffle=False)
+        return self._read(0, range(1), shuffle=False)
 
     def state(self) -> dict[str, Any]:
         """Return what a position depends on, as JSON values: keep it beside the position."""
@@ -190,17 +195,6 @@ class SequenceLoader:
             number -= len(shards)
         raise ValueError("There are not so many shards.")
 
-    def _compute_order(self, epoch: int, shuffle: bool) -> EpochOrder:
-        return epoch_order(
-            self._data_sets,
-            seed=self._seed,
-            epoch=epoch,
-            weights=self._mix_weights if shuffle else (),
-            shuffle=shuffle,
-            window=self._window,
-            lanes=self._lanes,
-        )
-
     def _uses(self, order: EpochOrder, ranks: range, start: int) -> ShardUses:
         return shard_uses(
             order,
@@ -211,13 +205,12 @@ class SequenceLoader:
             world_size=self._world_size,
         )
 
-    def _read(self, start: int, epochs: Iterable[int], *, shuffle: bool) -> Iterator[Batch]:
+    def _read(self, start: int, epochs: range, *, shuffle: bool) -> Iterator[Batch]:
         """Yield this rank's batches of some epochs, the first one from `start` on."""
-        wanted, planned = itertools.tee(epochs)
-        requests = self._requests_of(start, wanted, shuffle)
+        requests = self._requests_of(start, epochs, shuffle)
         if any(_is_read_by_ranges(archive) for archive in self._archives):
             requests = with_lookahead(requests, max(1, self._num_workers))
-        prefetcher = self._prefetcher(start, planned, shuffle)
+        prefetcher = self._prefetcher(start, epochs, shuffle)
         try:
             position = start
             for batch in self._batches(requests):
@@ -246,7 +239,7 @@ class SequenceLoader:
             )
         return self._processes.read(requests)
 
-    def _requests_of(self, start: int, epochs: Iterable[int], shuffle: bool) -> Iterator[Request]:
+    def _requests_of(self, start: int, epochs: range, shuffle: bool) -> Iterator[Request]:
         ranks = range(self._rank, self._rank + 1)
         for epoch in epochs:
             order = self._order(epoch, shuffle)
@@ -266,9 +259,7 @@ class SequenceLoader:
         """The node's cache, if any of the archives is read through it."""
         return next((each.cache for each in self._archives if each.cache is not None), None)
 
-    def _prefetcher(
-        self, start: int, epochs: Iterable[int], shuffle: bool
-    ) -> ShardPrefetcher | None:
+    def _prefetcher(self, start: int, epochs: range, shuffle: bool) -> ShardPrefetcher | None:
         """Begin to copy the shards that this rank needs next; None without a cache."""
         cache = self._cache
         if cache is None:
@@ -290,9 +281,16 @@ class SequenceLoader:
             return cache.fetch(*cast(_Object, key))
 
         def keep(key: Hashable) -> bool:
-            return cache.touch(cast(_Object, key).sha256)
+            return cache.keep(cast(_Object, key).sha256)
 
-        return ShardPrefetcher(fetch, keep, uses(), ahead_bytes=self._ahead_bytes)
+        def release(key: Hashable) -> None:
+            cache.release(cast(_Object, key).sha256)
+
+        prefetcher = ShardPrefetcher(
+            fetch, keep, uses(), release=release, ahead_bytes=self._ahead_bytes
+        )
+        prefetcher.advance(start)
+        return prefetcher
 
     def _checked_room_ahead(self) -> int:
         """Return how many bytes this rank may copy ahead; refuse a cache that is too small."""
@@ -305,6 +303,17 @@ class SequenceLoader:
         needed = working_set(sizes, uses.first, uses.last)
         cache.check_working_set(needed)
         return (cache.limit_bytes - needed) // len(self._node_ranks)
+
+
+def _order_of(
+    data_sets: Sequence[DataSet],
+    mix_weights: Sequence[float],
+    settings: Mapping[str, Any],
+    epoch: int,
+    shuffle: bool,
+) -> EpochOrder:
+    weights = mix_weights if shuffle else ()
+    return epoch_order(data_sets, epoch=epoch, weights=weights, shuffle=shuffle, **settings)
 
 
 class _Object(NamedTuple):

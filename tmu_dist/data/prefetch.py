@@ -9,6 +9,7 @@ Not here: the order itself (order.py), fetching and keeping (cache.py).
 
 from __future__ import annotations
 
+import heapq
 import logging
 import queue
 import sys
@@ -85,6 +86,8 @@ class ShardPrefetcher:
             because making them may cost time.
         ahead_bytes: how much is fetched, or under way, for uses that lie after the position; one
             object in any case. Together with the working set it should fit in the cache.
+        release: marks the object of a key as used up. Without it, a cache that is just large
+            enough may remove what is needed, because what was used up was touched later.
         threads: objects fetched at a time.
 
     Raises:
@@ -98,6 +101,7 @@ class ShardPrefetcher:
         uses: Iterator[Use],
         *,
         ahead_bytes: int,
+        release: Callable[[Hashable], None] | None = None,
         threads: int = 4,
     ) -> None:
         if ahead_bytes < 0 or threads < 1:
@@ -107,6 +111,7 @@ class ShardPrefetcher:
             )
         self._fetch = fetch
         self._keep = keep
+        self._release = release
         self._uses = uses
         self._ahead_bytes = ahead_bytes
         self._position = 0
@@ -114,10 +119,12 @@ class ShardPrefetcher:
         self._wake = threading.Event()
         self._closed = False
         self._needed: dict[Hashable, Use] = {}  # in the cache, as far as is known
+        self._ends: list[tuple[int, int, Use]] = []  # a heap: last position, a number, the use
         self._keep_at = time.monotonic() + _KEEP_SECONDS
         self._to_fetch: queue.SimpleQueue[Use | None] = queue.SimpleQueue()
         self._counting = threading.Lock()
         self._stats = PrefetchStats(0, 0, 0, 0, 0)
+        self._told_of_losses = False
         self._threads = [
             threading.Thread(target=target, name="shard-prefetch", daemon=True)
             for target in (self._plan, *[self._work] * threads)
@@ -147,52 +154,62 @@ class ShardPrefetcher:
         ahead: deque[Use] = deque()  # handed out, and first used after the position
         bytes_ahead = 0
         try:
-            for use in self._uses:
+            for number, use in enumerate(self._uses):
                 while ahead and bytes_ahead + use.num_bytes > self._ahead_bytes:
                     self._rest(until=ahead[0].first)
                     if self._closed:
                         return
                     while ahead and ahead[0].first <= self._position:
                         bytes_ahead -= ahead.popleft().num_bytes
+                heapq.heappush(self._ends, (use.last, number, use))
                 self._to_fetch.put(use)
                 ahead.append(use)
                 bytes_ahead += use.num_bytes
             while not self._closed:
-                self._rest(until=sys.maxsize)
+                self._rest(until=self._ends[0][0] + 1 if self._ends else sys.maxsize)
         except Exception:  # whatever making uses raises: the readers fetch for themselves then
             _log.warning("Shards are no longer fetched ahead of their use:", exc_info=True)
 
     def _rest(self, until: int) -> None:
-        """Wait for the position, for a few seconds at most; then see to what must be kept."""
+        """Wait for the position, for a few seconds at most; then see to what is in the cache."""
         self._wake.clear()
         self._wake_at = until
         if self._position < until and not self._closed:
             self._wake.wait(_KEEP_SECONDS)
         self._wake_at = sys.maxsize  # until then, `advance` has nobody to wake
-        now = time.monotonic()
-        if now >= self._keep_at:
-            self._keep_at = now + _KEEP_SECONDS
+        while self._ends and self._ends[0][0] < self._position:
+            self._let_go(heapq.heappop(self._ends)[-1])
+        begin = time.monotonic()
+        if begin >= self._keep_at:
             self._keep_needed()
+            # Of ten thousands of small objects not so often: a hundredth of the time is enough.
+            self._keep_at = begin + max(_KEEP_SECONDS, 100 * (time.monotonic() - begin))
+
+    def _let_go(self, use: Use) -> None:
+        """Say that an object is used up, unless the next epoch's use of it was fetched already."""
+        if self._needed.get(use.key) is use:
+            self._needed.pop(use.key, None)
+            if self._release is not None:
+                self._release(use.key)
 
     def _keep_needed(self) -> None:
-        """Mark what was fetched and is still needed, so that what is used up is removed first.
+        """Mark what is needed: an object that waits long for its use would look like an old one."""
+        for key in self._needed.copy():
+            if not self._keep(key):
+                self._needed.pop(key, None)
+                self._tell_of_losses(key, self._count(lost=1))
 
-        By last use alone, a shard that still waits for its first would be the first to go.
-        """
-        for key, use in self._needed.copy().items():
-            if use.last < self._position:
-                self._needed.pop(key, None)
-            elif not self._keep(key):
-                self._needed.pop(key, None)
-                if not self._stats.lost:
-                    _log.warning(
-                        "The cache is too small for this order, or other jobs use it up: %s was "
-                        "removed while it was still needed, and more may be fetched again and "
-                        "again. Raise data.cache_gib, or lower data.shuffle_lanes or "
-                        "data.shuffle_window.",
-                        key,
-                    )
-                self._count(lost=1)
+    def _tell_of_losses(self, key: Hashable, stats: PrefetchStats) -> None:
+        """Warn once, if more than one object in twenty was removed before its last use."""
+        if self._told_of_losses or 20 * stats.lost <= stats.objects_fetched + stats.hits:
+            return
+        self._told_of_losses = True
+        _log.warning(
+            "The cache is too small for this order, or other jobs use it up: %s was removed while "
+            "it was still needed, and more may be fetched again and again. Raise data.cache_gib, "
+            "or lower data.shuffle_lanes or data.shuffle_window.",
+            key,
+        )
 
     def _work(self) -> None:
         """Fetch what is handed out, in a thread."""
@@ -202,18 +219,21 @@ class ShardPrefetcher:
             try:
                 fetched = self._fetch(use.key)
             except Exception as error:  # of any kind: its reader meets it again, and reports it
-                level = logging.DEBUG if self._stats.failures else logging.WARNING
+                is_first = self._count(failures=1).failures == 1
+                level = logging.WARNING if is_first else logging.DEBUG
                 _log.log(level, "Could not fetch %s ahead of its use: %s", use.key, error)
-                self._count(failures=1)
                 continue
-            self._needed[use.key] = use
             if fetched:
                 self._count(objects_fetched=1, bytes_fetched=use.num_bytes)
             else:
                 self._count(hits=1)
+            self._needed[use.key] = use
+            if use.last < self._position:
+                self._let_go(use)
 
-    def _count(self, **more: int) -> None:
+    def _count(self, **more: int) -> PrefetchStats:
         with self._counting:
             self._stats = self._stats._replace(
                 **{name: getattr(self._stats, name) + number for name, number in more.items()}
             )
+            return self._stats

@@ -14,7 +14,7 @@ import mmap
 import multiprocessing
 import os
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from multiprocessing.context import BaseContext
 from multiprocessing.reduction import DupFd
 from typing import Any, NamedTuple
@@ -26,8 +26,9 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from tmu_dist.data.archive import Archive, Codes, ShardError
 
-_SAMPLES_IN_THE_AIR = 64
-"""How far ranges of remote shards are fetched ahead of the batch that is being read."""
+_SAMPLES_AHEAD = 512
+"""How far ahead of its batch a reader hears of samples that it will fetch by ranges. More than are
+under way at a time: while one request pauses after a failure, the others must have work to do."""
 
 _AHEAD = 2
 """Batches that each reading process is asked for in advance."""
@@ -163,26 +164,35 @@ class ReadingProcesses:
             ShardError: names the shard and the sample.
         """
         asked: deque[_Task] = deque()
+        num_slots = len(self._slots.batches)
 
-        def tasks() -> Iterator[_Task]:
+        def tasks() -> Generator[_Task]:
             for number, request in enumerate(requests):
-                asked.append(_Task(request, number % len(self._slots.batches)))
+                asked.append(_Task(request, number % num_slots))
                 yield asked[-1]
 
-        self._pending.tasks = tasks()
-        for answer in self._loader:
-            request, slot = asked.popleft()
-            if isinstance(answer, ShardError):
-                raise answer
-            if answer != request.consumed:
-                raise RuntimeError(
-                    f"A reading process answered for position {answer} instead of "
-                    f"{request.consumed}. This is an error of the loader; please report it."
+        self._pending.tasks = pending = tasks()
+        try:
+            for answer in self._loader:
+                request, slot = asked.popleft()
+                if isinstance(answer, ShardError):
+                    raise answer
+                if answer != request.consumed:
+                    raise RuntimeError(
+                        f"A reading process answered for position {answer} instead of "
+                        f"{request.consumed}. This is an error of the loader; please report it."
+                    )
+                codes_BTCHW = self._slots.batches[slot, : len(request.ids)]
+                frames_BTCHW, own_BTCHW = _new_batch(
+                    codes_BTCHW.shape, codes_BTCHW.dtype, self._pin_memory
                 )
-            codes_BTCHW = self._slots.batches[slot, : len(request.ids)]
-            frames, own_BTCHW = _new_batch(codes_BTCHW.shape, codes_BTCHW.dtype, self._pin_memory)
-            own_BTCHW[...] = codes_BTCHW  # the slot will be filled again
-            yield request.answered(frames)
+                own_BTCHW[...] = codes_BTCHW  # the slot will be filled again
+                yield request.answered(frames_BTCHW)
+        finally:
+            # Torch keeps it, and through it all that it refers to, this object among them. Such a
+            # circle is broken by the garbage collector only, which would end the queues before the
+            # processes and then wait five seconds for each of them.
+            pending.close()
 
 
 class _Task(NamedTuple):
@@ -272,7 +282,7 @@ def with_lookahead(requests: Iterator[Request], num_readers: int) -> Iterator[Re
     distance = 0
     for request in requests:
         if not distance:
-            distance = num_readers * max(1, -(-_SAMPLES_IN_THE_AIR // len(request.ids)))
+            distance = num_readers * max(1, -(-_SAMPLES_AHEAD // len(request.ids)))
         waiting.append(request)
         # The reader of this request is the one that is asked next but (len(waiting) - 1).
         told[(len(waiting) - 1) % num_readers].extend(request.ids)
