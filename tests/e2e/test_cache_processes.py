@@ -50,7 +50,7 @@ def fetch(name):
     return cache.fetch(url, path, int(num_bytes), sha256)
 
 uses = (Use(name, 1, number, number) for number, name in enumerate(names))
-prefetcher = ShardPrefetcher(fetch, lambda name: True, uses, ahead_bytes=10)
+prefetcher = ShardPrefetcher(fetch, lambda name: True, lambda name: None, uses, ahead_bytes=10)
 sys.stdin.readline()
 prefetcher.close()
 """

@@ -68,9 +68,9 @@ def begin(cache: FakeCache) -> Iterator[Callable[..., ShardPrefetcher]]:
             ShardPrefetcher(
                 cache.fetch,
                 cache.keep,
+                cache.released.append,
                 iter(uses),
                 ahead_bytes=ahead_bytes,
-                release=cache.released.append,
                 threads=threads,
             )
         )
@@ -264,9 +264,9 @@ def test_a_cache_just_large_enough_loses_nothing(tmp_path: Path) -> None:
     prefetcher = ShardPrefetcher(
         lambda key: node_cache.fetch(str(archive), str(key), 1000, sha256s[key]),
         lambda key: node_cache.keep(sha256s[key]),
+        lambda key: node_cache.release(sha256s[key]),
         iter(uses),
         ahead_bytes=1000,
-        release=lambda key: node_cache.release(sha256s[key]),
     )
     for position in range(150):
         prefetcher.advance(position)

@@ -286,9 +286,7 @@ class SequenceLoader:
         def release(key: Hashable) -> None:
             cache.release(cast(_Object, key).sha256)
 
-        prefetcher = ShardPrefetcher(
-            fetch, keep, uses(), release=release, ahead_bytes=self._ahead_bytes
-        )
+        prefetcher = ShardPrefetcher(fetch, keep, release, uses(), ahead_bytes=self._ahead_bytes)
         prefetcher.advance(start)
         return prefetcher
 

@@ -82,12 +82,12 @@ class ShardPrefetcher:
     Args:
         fetch: brings the object of a key into the cache; says whether it was not there.
         keep: marks the object of a key as still needed; says whether it is in the cache.
+        release: marks the object of a key as used up: by last use alone, it would outlive one that
+            waits for its first.
         uses: sorted by `first`; may be endless. Pulled in a thread and only as far as needed,
             because making them may cost time.
         ahead_bytes: how much is fetched, or under way, for uses that lie after the position; one
             object in any case. Together with the working set it should fit in the cache.
-        release: marks the object of a key as used up. Without it, a cache that is just large
-            enough may remove what is needed, because what was used up was touched later.
         threads: objects fetched at a time.
 
     Raises:
@@ -98,10 +98,10 @@ class ShardPrefetcher:
         self,
         fetch: Callable[[Hashable], bool],
         keep: Callable[[Hashable], bool],
+        release: Callable[[Hashable], None],
         uses: Iterator[Use],
         *,
         ahead_bytes: int,
-        release: Callable[[Hashable], None] | None = None,
         threads: int = 4,
     ) -> None:
         if ahead_bytes < 0 or threads < 1:
@@ -189,8 +189,7 @@ class ShardPrefetcher:
         """Say that an object is used up, unless the next epoch's use of it was fetched already."""
         if self._needed.get(use.key) is use:
             self._needed.pop(use.key, None)
-            if self._release is not None:
-                self._release(use.key)
+            self._release(use.key)
 
     def _keep_needed(self) -> None:
         """Mark what is needed: an object that waits long for its use would look like an old one."""
