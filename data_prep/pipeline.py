@@ -30,9 +30,15 @@ from data_prep.source import BadFile, Job, Plan, Source
 from data_prep.staging import StagedJob, Staging
 from data_prep.statistics import statistics_record
 from data_prep.workers import Launcher, check_workers, run_pieces
-from data_prep.writers.objects import PARTS_PREFIX, prepare_archive, write_manifest, write_object
+from data_prep.writers.objects import (
+    PARTS_PREFIX,
+    prepare_archive,
+    without_default_compression,
+    write_manifest,
+    write_object,
+)
 from tmu_dist.data import storage
-from tmu_dist.data.manifest import REPORT_PATH, STATISTICS_PATH, Manifest
+from tmu_dist.data.manifest import REPORT_PATH, STATISTICS_PATH, Compression, Manifest
 
 PIPELINE_VERSION = 1
 """Raise it with any change that gives other bytes for the same source and settings."""
@@ -51,6 +57,8 @@ class OutputSettings:
     format: Literal["webdataset", "zarr"] = "webdataset"
     """webdataset: tars of sequences, for training; zarr: every frame once, with coordinates, for
     random access and analysis (training can read it, too)."""
+    compression: Compression = "zstd"
+    """webdataset: of the frames; zstd takes little space, none is read fastest."""
     samples_per_shard: int | None = None
     """webdataset: sequences in each tar; about 64 MiB of them when left out."""
     frames_per_shard: int | None = None
@@ -63,6 +71,15 @@ class OutputSettings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}.")
+        if self.format == "zarr" and self.compression != "zstd":
+            raise ValueError(
+                f"compression={self.compression} is for tars; Zarr archives are compressed with "
+                "zstd: leave it out, or use format=webdataset."
+            )
+
+    def to_record(self) -> dict[str, Any]:
+        """Return the settings as they are part of what determines an archive's content."""
+        return without_default_compression(dataclasses.asdict(self))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,7 +152,7 @@ class _Builder:
         self.files = [source.describe_files(job) for job in self.jobs]
         self.num_files = len({name for files in self.files for name, _ in files})
         settings = source.settings()
-        common = {"pipeline_version": PIPELINE_VERSION, "output": dataclasses.asdict(output)}
+        common = {"pipeline_version": PIPELINE_VERSION, "output": output.to_record()}
         created_by = common | {"source": settings, "files_sha256": _hash(self.files)}
         self.created_by = json.loads(json.dumps(created_by))  # as a manifest gives it back
         # Frames do not depend on the plan, and a repaired file costs its own job again, not all:
@@ -192,7 +209,7 @@ class _Builder:
             )
         frames = StagedFrames(jobs)
         sequences = [dataclasses.asdict(sequence) for sequence in plan.sequences]
-        plan_key = _hash([sequences, dataclasses.asdict(self.output)])[:16]
+        plan_key = _hash([sequences, self.output.to_record()])[:16]
         self.staging.keep_shards_of(plan_key)
         if self.output.format == "zarr":
             return write_zarr(
@@ -204,8 +221,15 @@ class _Builder:
                 self.output.frames_per_shard or frames.frames_per_shard(),
                 self._run_writing,
             )
-        per_shard = self.output.samples_per_shard or frames.samples_per_shard(plan)
-        return write_tars(plan, frames, self.staging, plan_key, per_shard, self._run_writing)
+        return write_tars(
+            plan,
+            frames,
+            self.staging,
+            plan_key,
+            self.output.samples_per_shard,
+            self.output.compression,
+            self._run_writing,
+        )
 
     def finalise(self, plan: Plan, jobs: Sequence[StagedJob], written: Written) -> Manifest:
         """Stage 4: statistics, report, manifest."""
@@ -228,6 +252,7 @@ class _Builder:
             frame_interval_minutes=facts.frame_interval_minutes,
             format=self.output.format,
             splits=written.splits,
+            compression=self.output.compression,
             objects=tuple(sorted(objects, key=lambda stored: stored.path)),
             grid=facts.grid,
             source=facts.source,

@@ -103,9 +103,10 @@ def _storage_facts(data: PageData) -> list[tuple[str, str]]:
     shards = [shard for shards in manifest.splits.values() for shard in shards]
     stored = [*shards, *manifest.objects]
     total = sum(one.num_bytes for one in stored)
+    compression = "uncompressed" if manifest.compression == "none" else manifest.compression
     return [
         ("Archive", data.url),
-        ("Format", f"{_FORMATS[manifest.format]}, {manifest.dtype}"),
+        ("Format", f"{_FORMATS[manifest.format]}, {manifest.dtype}, {compression}"),
         ("Size", f"{_bytes_text(total)} in {len(stored):,} objects ({len(shards):,} shards)"),
         ("Content hash", manifest.content_hash),
     ]

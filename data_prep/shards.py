@@ -29,7 +29,7 @@ from data_prep.writers.zarr_store import (
     write_frames,
     zarr_shards,
 )
-from tmu_dist.data.manifest import SPLITS, Shard, StoredObject, ZarrShard
+from tmu_dist.data.manifest import SPLITS, Compression, Shard, StoredObject, ZarrShard
 
 _TAR_BYTES = 64 * 2**20
 _TAR_BYTES_PER_SAMPLE = 3072  # headers, padding and the record
@@ -71,18 +71,24 @@ class StagedFrames:
         places = {name: self.places[name] for name in names}
         return FrameReader(url, places, self.shape_CHW, self.dtype)
 
-    def samples_per_shard(self, plan: Plan) -> int:
-        """Sequences that make a tar of the wanted size, going by the compressed frames."""
+    def samples_per_shard(self, plan: Plan, compression: Compression) -> int:
+        """Sequences that make a tar of the wanted size, going by the staged, compressed frames."""
         mean_bytes = sum(place.size for place in self.places) / len(self.places)
+        if compression == "none":
+            mean_bytes = self.frame_bytes
         part = plan.height * plan.width / (self.shape_CHW[1] * self.shape_CHW[2])
         sample_bytes = plan.num_frames * (mean_bytes * part) + _TAR_BYTES_PER_SAMPLE
         return max(1, int(_TAR_BYTES / sample_bytes))
 
     def frames_per_shard(self) -> int:
         """Frames that make a Zarr shard of the wanted size, a multiple of 8 where that is much."""
-        frame_bytes = math.prod(self.shape_CHW) * np.dtype(self.dtype).itemsize
-        frames = max(1, _ZARR_SHARD_BYTES // frame_bytes)
+        frames = max(1, _ZARR_SHARD_BYTES // self.frame_bytes)
         return frames if frames < 8 else frames // 8 * 8
+
+    @property
+    def frame_bytes(self) -> int:
+        """Of one frame, not compressed."""
+        return math.prod(self.shape_CHW) * np.dtype(self.dtype).itemsize
 
 
 @dataclass(frozen=True)
@@ -100,12 +106,20 @@ class _TarPiece:
     """Height and width of a sample."""
     counted: tuple[int, ...]
     """Frames that this shard counts for the statistics."""
+    compression: Compression
 
 
 def write_tars(
-    plan: Plan, frames: StagedFrames, staging: Staging, plan_key: str, samples: int, run: RunPieces
+    plan: Plan,
+    frames: StagedFrames,
+    staging: Staging,
+    plan_key: str,
+    samples: int | None,
+    compression: Compression,
+    run: RunPieces,
 ) -> Written:
-    """Write every tar shard of the plan, `samples` sequences in each."""
+    """Write every tar shard of the plan, `samples` sequences in each (None: about 64 MiB)."""
+    samples = samples or frames.samples_per_shard(plan, compression)
     pieces: list[_TarPiece] = []
     seen: set[int] = set()
     for split in SPLITS:
@@ -128,6 +142,7 @@ def write_tars(
                     reader=frames.reader(staging.url, names),
                     tile=(plan.height, plan.width),
                     counted=tuple(counted),
+                    compression=compression,
                 )
             )
     shards: dict[int, Shard] = {}
@@ -163,7 +178,8 @@ def _write_tar(piece: _TarPiece) -> tuple[Shard, CodeHistogram]:
             meta = _sample_meta(sequence, piece.first_id + index)
             yield Sample(sequence.key, _stacked(tiles), meta)
 
-    shard = write_shard(piece.staging.url, shard_path(piece.split, piece.number), samples())
+    path = shard_path(piece.split, piece.number)
+    shard = write_shard(piece.staging.url, path, samples(), piece.compression)
     piece.staging.write_shard(
         piece.plan_key,
         name,

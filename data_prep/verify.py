@@ -28,6 +28,7 @@ from tmu_dist.data.manifest import (
     REPORT_PATH,
     SPLITS,
     STATISTICS_PATH,
+    Compression,
     Manifest,
     Shard,
     StoredObject,
@@ -125,7 +126,9 @@ def _check_tar(
         pair = members[2 * index : 2 * index + 2]
         problems = [
             *_check_frames(manifest, shard, index, data),
-            *_check_members(shard, index, pair, data, first_id + index, seen_keys),
+            *_check_members(
+                shard, index, pair, data, first_id + index, seen_keys, manifest.compression
+            ),
         ]
         for what in problems:
             yield Problem(shard.path, what, index, shard.offsets[index])
@@ -154,7 +157,7 @@ def _check_frames(manifest: Manifest, shard: Shard, index: int, data: bytes) -> 
     if checksum != shard.crc32c[index]:
         yield f"crc32c is {checksum:08x}, the manifest says {shard.crc32c[index]:08x}"
     try:
-        frames = decode_frames(payload)
+        frames = decode_frames(payload, manifest.compression)
     except ValueError as error:
         yield str(error)
         return
@@ -174,19 +177,19 @@ def _check_members(
     data: bytes,
     sample_id: int,
     seen_keys: set[str],
+    compression: Compression,
 ) -> Iterator[str]:
     """Check the two tar members of a sample: names, place, and the record."""
+    suffix = FRAMES_SUFFIX[compression]
     if len(pair) < 2:
         yield "its tar members are missing"
         return
     frames, meta = pair
-    key = frames.name.removesuffix(FRAMES_SUFFIX)
-    if [frames.name, meta.name] != [key + FRAMES_SUFFIX, key + META_SUFFIX] or not re.fullmatch(
-        KEY, key
-    ):
+    key = frames.name.removesuffix(suffix)
+    if [frames.name, meta.name] != [key + suffix, key + META_SUFFIX] or not re.fullmatch(KEY, key):
         yield (
             f"its tar members are named {frames.name!r} and {meta.name!r}, "
-            f"not KEY{FRAMES_SUFFIX} and KEY{META_SUFFIX}"
+            f"not KEY{suffix} and KEY{META_SUFFIX}"
         )
     if key in seen_keys:
         yield f"its key {key!r} is used twice"

@@ -84,6 +84,16 @@ def prepare_archive(
     return None
 
 
+def without_default_compression(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return settings without the compression where it is zstd, for `created_by`.
+
+    Archives from before there was a choice have no such setting; the same command finds them still.
+    """
+    return {
+        name: value for name, value in settings.items() if (name, value) != ("compression", "zstd")
+    }
+
+
 def write_object(url: str, path: str, data: bytes) -> StoredObject:
     """Write or replace one object and return what the manifest says of it."""
     storage.write_bytes(url, path, data)

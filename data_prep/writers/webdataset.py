@@ -21,9 +21,10 @@ from numpy.typing import NDArray
 
 from data_prep.source import Codes
 from tmu_dist.data import storage
-from tmu_dist.data.manifest import TAR_BLOCK_BYTES, Shard
+from tmu_dist.data.manifest import TAR_BLOCK_BYTES, Compression, Shard
 
-FRAMES_SUFFIX = ".frames.npy.zst"
+FRAMES_SUFFIX: Mapping[Compression, str] = {"zstd": ".frames.npy.zst", "none": ".frames.npy"}
+"""By compression."""
 META_SUFFIX = ".meta.json"
 
 _ZSTD_LEVEL = 1  # on sequences with an empty background, higher levels gain a few percent only
@@ -39,25 +40,33 @@ class Sample(NamedTuple):
     """A few JSON values about the sample; `sample_id` (its position in the split) among them."""
 
 
-def encode_frames(frames_TCHW: Codes) -> bytes:
-    """Return the stored form of a sample's frames: a little-endian npy file, compressed by zstd."""
+def encode_frames(frames_TCHW: Codes, compression: Compression) -> bytes:
+    """Return the stored form of a sample's frames: a little-endian npy file, compressed or not."""
     npy = io.BytesIO()
     little_endian = frames_TCHW.dtype.newbyteorder("<")
     np.save(npy, np.ascontiguousarray(frames_TCHW, little_endian), allow_pickle=False)
+    if compression == "none":
+        return npy.getvalue()
     return zstandard.ZstdCompressor(level=_ZSTD_LEVEL).compress(npy.getbuffer())
 
 
-def decode_frames(payload: bytes) -> NDArray[np.generic]:
+def decode_frames(payload: bytes, compression: Compression) -> NDArray[np.generic]:
     """Inverse of `encode_frames`.
 
     Raises:
-        ValueError: the payload is no compressed npy file.
+        ValueError: the payload is no npy file, or not compressed as said.
     """
+    kind = "npy array" if compression == "none" else "zstd-compressed npy array"
     try:
-        npy = zstandard.ZstdDecompressor().decompress(payload)
-        return np.load(io.BytesIO(npy), allow_pickle=False)
+        npy = io.BytesIO(payload)
+        if compression == "zstd":
+            npy = io.BytesIO(zstandard.ZstdDecompressor().decompress(payload))
+        frames_TCHW = np.load(npy, allow_pickle=False)
     except (zstandard.ZstdError, ValueError, EOFError) as error:
-        raise ValueError(f"is no zstd-compressed npy array: {error}") from error
+        raise ValueError(f"is no {kind}: {error}") from error
+    if rest := npy.read():
+        raise ValueError(f"is no {kind}: {len(rest)} bytes follow the array")
+    return frames_TCHW
 
 
 def shard_path(split: str, number: int) -> str:
@@ -65,17 +74,20 @@ def shard_path(split: str, number: int) -> str:
     return f"{split}/shard-{number:06d}.tar"
 
 
-def write_shard(url: str, path: str, samples: Iterable[Sample]) -> Shard:
+def write_shard(
+    url: str, path: str, samples: Iterable[Sample], compression: Compression = "zstd"
+) -> Shard:
     """Write samples as one tar, whole or not at all, and return what the manifest says of it.
 
-    Takes one sample at a time from `samples`, so that only the compressed tar grows in memory.
+    Takes one sample at a time from `samples`, so that only the tar grows in memory.
     """
+    suffix = FRAMES_SUFFIX[compression]
     tar_bytes = io.BytesIO()
     offsets, sizes, checksums = [], [], []
     with tarfile.open(fileobj=tar_bytes, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         for sample in samples:
-            payload = encode_frames(sample.frames_TCHW)
-            offsets.append(_add_member(tar, tar_bytes, sample.key + FRAMES_SUFFIX, payload))
+            payload = encode_frames(sample.frames_TCHW, compression)
+            offsets.append(_add_member(tar, tar_bytes, sample.key + suffix, payload))
             sizes.append(len(payload))
             checksums.append(google_crc32c.value(payload))
             meta = json.dumps(sample.meta, sort_keys=True, separators=(",", ":"), allow_nan=False)

@@ -48,7 +48,10 @@ def test_sigkill_and_the_same_command_again(
     for seconds in moments:
         process = start(command(config, tmp_path))
         known = log.stat().st_size if log.exists() else 0
-        while not log.exists() or log.stat().st_size <= known:
+        checkpoints = Path(config.output, "checkpoints")
+        while (
+            not log.exists() or log.stat().st_size <= known or not any(checkpoints.glob("step-*"))
+        ):
             assert process.poll() is None, process.communicate()
             time.sleep(0.005)
         time.sleep(seconds)

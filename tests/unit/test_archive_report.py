@@ -170,7 +170,7 @@ def test_the_facts_are_there(page):
     assert folder_facts["Grid"] == "40 × 50 pixels of 2 × 2 km"
     assert folder_facts["Projection"] == "EPSG:28992"
     assert folder_facts["Original files"] == "60"
-    assert folder_facts["Format"] == "WebDataset tars, uint8"
+    assert folder_facts["Format"] == "WebDataset tars, uint8, zstd"
     assert re.fullmatch(r"[0-9a-f]{64}", folder_facts["Content hash"])
     assert "255 is &lt;blind&gt;" in folder_facts["Missing pixels"]
     assert folder_facts["Conversion"].startswith("rain rate to reflectivity: Z = a R^b (a = 200")

@@ -1,8 +1,8 @@
 """Preparing and finishing places, verify and show, and webdataset as a second reader."""
 
 import dataclasses
-import io
 import json
+import re
 import shutil
 import tarfile
 from collections.abc import Callable
@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import webdataset
-import zstandard
 from PIL import Image
 
 from data_prep.__main__ import main
 from data_prep.moving_mnist import MovingMNISTConfig, write_moving_mnist
 from data_prep.verify import verify_archive
+from data_prep.writers import webdataset as webdataset_writer
 from data_prep.writers.objects import (
     ArchiveExistsError,
     prepare_archive,
@@ -50,6 +50,15 @@ def whole(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def raw(tmp_path_factory) -> Path:
+    """The same samples, not compressed."""
+    folder = tmp_path_factory.mktemp("raw")
+    config = dataclasses.replace(CONFIG, compression="none")
+    write_moving_mnist(config, str(folder), workers=1, show_progress=False)
+    return folder
+
+
 @pytest.fixture
 def archive(whole, tmp_path) -> Path:
     """A copy to be damaged."""
@@ -75,6 +84,36 @@ def edit_manifest(archive: Path, edit: Callable[[dict], None]) -> None:
 
 def test_a_whole_archive_has_no_problem(whole):
     assert problems_of(whole) == []
+
+
+def test_uncompressed_archives_are_proven_too(raw, tmp_path):
+    assert problems_of(raw) == []
+    archive = Path(shutil.copytree(raw, tmp_path / "archive"))
+    offset = read_manifest(str(archive)).shards("train")[0].offsets[2]
+    change_byte(archive / FIRST, offset + 200)
+    problems = problems_of(archive)
+    assert problems[1].startswith(f"{FIRST}, sample 2 at byte {offset}: crc32c is")
+    assert len(problems) == 2  # the frames can still be decoded
+
+
+@pytest.mark.parametrize("said", ["zstd", "none"])
+def test_a_manifest_that_names_the_other_compression_is_noticed(whole, raw, tmp_path, said):
+    archive = Path(shutil.copytree(raw if said == "zstd" else whole, tmp_path / "archive"))
+    edit_manifest(archive, lambda record: record.update(compression=said))
+    problems = "\n".join(problems_of(archive))
+    suffix = {"zstd": "npy.zst", "none": "npy"}[said]
+    assert f"not KEY.frames.{suffix} and KEY.meta.json" in problems
+    assert {"zstd": "is no zstd-compressed npy", "none": "is no npy array"}[said] in problems
+    with pytest.raises(ShardError, match=r"sample 0 at byte 512: is no"):
+        open_archive(str(archive)).read("train", [0])
+
+
+def test_bytes_after_the_array_are_noticed(tmp_path, whole, monkeypatch):
+    encode = webdataset_writer.encode_frames
+    monkeypatch.setattr(webdataset_writer, "encode_frames", lambda *args: encode(*args) + b"?")
+    config = dataclasses.replace(CONFIG, compression="none")
+    write_moving_mnist(config, str(tmp_path), workers=1, show_progress=False)
+    assert "is no npy array: 1 bytes follow the array" in problems_of(tmp_path)[0]
 
 
 def test_an_altered_payload_is_named_with_sample_and_offset(archive):
@@ -344,11 +383,14 @@ def test_commands_report_by_exit_status(archive, capsys, tmp_path):
     assert "not a finished archive" in capsys.readouterr().err
 
 
-def test_the_command_line_writes_what_the_function_writes(whole, tmp_path):
+def test_the_command_line_writes_what_the_function_writes(whole, raw, tmp_path):
     arguments = "--digits 1 --train 7 --val 2 --test 2 --frames 4 --frame-size 16 --digit-size 7"
     arguments += " --speed 1 2 --samples-per-shard 4 --workers 1"
-    assert main(["moving-mnist", *arguments.split(), "--out", str(tmp_path)]) == 0
-    assert read_manifest(str(tmp_path)) == read_manifest(str(whole))
+    command = ["moving-mnist", *arguments.split(), "--out"]
+    assert main([*command, str(tmp_path / "a")]) == 0
+    assert read_manifest(str(tmp_path / "a")) == read_manifest(str(whole))
+    assert main([*command, str(tmp_path / "b"), "--compression", "none"]) == 0
+    assert read_manifest(str(tmp_path / "b")) == read_manifest(str(raw))
 
 
 def test_show_draws_a_contact_sheet_and_an_animation(whole, tmp_path):
@@ -374,24 +416,35 @@ def test_show_refuses_what_it_cannot_draw(archive, tmp_path, capsys):
     assert "python -m data_prep verify" in capsys.readouterr().err
 
 
-def test_stock_webdataset_reads_identical_frames(whole):
-    def decode(sample: dict) -> tuple[np.ndarray, dict]:
-        npy = zstandard.ZstdDecompressor().decompress(sample["frames.npy.zst"])
-        return np.load(io.BytesIO(npy)), json.loads(sample["meta.json"])
+@pytest.mark.parametrize("compression", ["zstd", "none"])
+def test_stock_webdataset_reads_identical_frames(compression, whole, raw, monkeypatch):
+    """By the code in docs/data_format.md."""
+    folder = whole if compression == "zstd" else raw
+    monkeypatch.chdir(folder.parent)
+    document = (Path(__file__).parents[2] / "docs/data_format.md").read_text()
+    (code,) = re.findall(r"```python\n(import glob.*?)```", document, re.DOTALL)
+    code = code.replace("ARCHIVE", folder.name).replace("    ...", "    seen.append((key, frames))")
+    seen: list[tuple[str, np.ndarray]] = []
+    exec(code, {"seen": seen})
+    assert [key for key, _ in seen] == [f"train-{i:08d}" for i in range(7)]
+    for archive in (open_archive(str(one)) for one in (whole, raw)):
+        assert np.array_equal([frames for _, frames in seen], archive.read("train", list(range(7))))
 
-    shards = sorted(str(path) for path in (whole / "train").glob("*.tar"))
-    dataset = webdataset.WebDataset(shards, shardshuffle=False).map(decode)
-    seen = list(dataset)
-    assert [meta["sample_id"] for _, meta in seen] == list(range(7))
-    expected = open_archive(str(whole)).read("train", list(range(7)))
-    assert np.array_equal(np.stack([frames for frames, _ in seen]), expected)
+
+def test_stock_webdataset_decodes_uncompressed_frames_by_itself(raw):
+    shards = sorted(str(path) for path in (raw / "train").glob("*.tar"))
+    samples = list(webdataset.WebDataset(shards, shardshuffle=False).decode())
+    assert [sample["meta.json"]["sample_id"] for sample in samples] == list(range(7))
+    expected = open_archive(str(raw)).read("train", list(range(7)))
+    assert np.array_equal([sample["frames.npy"] for sample in samples], expected)
 
 
-def test_tar_members_are_plain_and_anonymous(whole):
-    with tarfile.open(whole / FIRST) as tar:
+@pytest.mark.parametrize("compression", ["zstd", "none"])
+def test_tar_members_are_plain_and_anonymous(compression, whole, raw):
+    with tarfile.open((whole if compression == "zstd" else raw) / FIRST) as tar:
         members = tar.getmembers()
     assert [member.name for member in members[:2]] == [
-        "train-00000000.frames.npy.zst",
+        "train-00000000.frames.npy" + (".zst" if compression == "zstd" else ""),
         "train-00000000.meta.json",
     ]
     for member in members:

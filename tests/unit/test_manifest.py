@@ -116,6 +116,37 @@ def test_content_hash_is_the_sha256_of_the_file_and_sees_every_change():
     assert after.content_hash != before.content_hash
 
 
+def test_manifests_of_schema_2_keep_their_bytes_and_their_hash():
+    """Runs, checkpoints and teachers record the hash, and there are many archives."""
+    text = (
+        '{"channels":1,"created_by":{"source":"test"},"dtype":"uint8","format":"webdataset",'
+        '"frame_interval_minutes":null,"full_train_samples":null,"grid":null,"height":8,'
+        '"name":"tiny","num_frames":4,"objects":[],"schema_version":2,"source":null,"splits":'
+        '{"train":[{"crc32c":[1,4294967295],"num_bytes":10240,"offsets":[512,2560],"path":'
+        '"train/shard-000000.tar","sha256":"0000000000000000000000000000000000000000000000000000'
+        '000000000000","sizes":[700,800]}]},"units":{"max_code":255,"missing_code":null,"offset":'
+        '0.0,"quantity":"intensity","scale":0.00392156862745098,"unit":"1"},"width":6}\n'
+    )
+    before = Manifest.from_json(text)
+    assert before.compression == "zstd"
+    assert before.to_json() == text
+    assert before.content_hash == hashlib.sha256(text.encode()).hexdigest()
+    assert Manifest.from_json(text) == before
+    with pytest.raises(ManifestError, match="schema_version 2 are compressed with zstd"):
+        dataclasses.replace(before, compression="none")
+    now = manifest(splits={"train": (shard(),)})
+    assert now.schema_version == 3
+    assert now.content_hash != before.content_hash
+    assert dataclasses.replace(now, schema_version=2) == before
+
+
+def test_only_tars_are_uncompressed():
+    raw = manifest(compression="none")
+    assert Manifest.from_json(raw.to_json()).compression == "none"
+    with pytest.raises(ManifestError, match="'none', but Zarr archives .* with zstd"):
+        zarr_manifest(compression="none")
+
+
 def record(**changes: Any) -> str:
     return json.dumps(json.loads(manifest().to_json()) | changes)
 
@@ -141,7 +172,11 @@ def test_a_missing_field_of_a_shard_is_named(field):
     [
         ("{", "not valid JSON"),
         ("[]", "must be a JSON object"),
-        (record(schema_version=1), "schema_version is 1; this version reads only 2"),
+        (record(schema_version=1), "schema_version is 1; this version reads only 2 and 3"),
+        (record(schema_version=3.0), "schema_version is 3.0; this version"),
+        (record(schema_version=2), "manifest has unknown fields: compression"),
+        (record(compression="gzip"), r"compression must be one of \['zstd', 'none'\], got 'gzip'"),
+        (record(compression=None), "compression must be one of"),
         (record(color="red"), "unknown fields: color"),
         (record(height="8"), "height must be int"),
         (record(height=True), "height must be int"),

@@ -164,6 +164,18 @@ def test_reading_processes_stay_from_pass_to_pass(urls):
     assert len(processes) >= 2 and os.getpid() not in processes
 
 
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_memory_is_used_again_only_when_nobody_holds_it(urls, num_workers):
+    stream = mixed_loader(urls, num_workers=num_workers).stream(0)
+    kept = [next(stream).frames_BTCHW[:, :, :, 1] for _ in range(10)]  # views, not the batches
+    copies = [frames.clone() for frames in kept]
+    places = set()
+    for _ in range(20):
+        places.add(next(stream).frames_BTCHW.data_ptr())
+    assert all(torch.equal(frames, copy) for frames, copy in zip(kept, copies, strict=True))
+    assert len(places) <= 4
+
+
 def test_reading_processes_end_with_their_loader(urls):
     before = {child.pid for child in torch.multiprocessing.active_children()}
     loader = mixed_loader(urls, num_workers=2)

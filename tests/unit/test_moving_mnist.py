@@ -23,6 +23,7 @@ from data_prep.verify import verify_archive
 from data_prep.writers.objects import ArchiveExistsError
 from data_prep.writers.webdataset import Sample, decode_frames
 from tmu_dist.data import storage
+from tmu_dist.data.archive import open_archive
 
 FULL_MNIST = Path(__file__).parents[2].parent / "shared/data/mnist"
 SMALL = MovingMNISTConfig(
@@ -52,7 +53,7 @@ def samples_of(folder: Path, split: str) -> Iterator[tuple[np.ndarray, dict]]:
         with tarfile.open(path) as tar:
             data = [tar.extractfile(member).read() for member in tar]
         for frames, meta in zip(data[::2], data[1::2], strict=True):
-            yield decode_frames(frames), json.loads(meta)
+            yield decode_frames(frames, "zstd"), json.loads(meta)
 
 
 def reference_frames(config: MovingMNISTConfig, meta: dict) -> np.ndarray:
@@ -233,6 +234,20 @@ def test_the_same_command_again_does_nothing(tmp_path, caplog):
     assert write(SMALL, tmp_path) == first
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
     assert "already holds exactly this archive" in caplog.text
+
+
+def test_compression_is_another_archive_of_the_same_samples(tmp_path):
+    """Compressed archives are known by the arguments that they had before there was a choice."""
+    compressed = write(SMALL, tmp_path / "zstd")
+    raw = write(dataclasses.replace(SMALL, compression="none"), tmp_path / "none")
+    assert "compression" not in compressed.created_by["arguments"]
+    assert raw.created_by["arguments"]["compression"] == "none"
+    assert (compressed.compression, raw.compression) == ("zstd", "none")
+    archives = [open_archive(str(tmp_path / name)) for name in ("zstd", "none")]
+    first, second = (archive.read("train", list(range(SMALL.train))) for archive in archives)
+    assert np.array_equal(first, second)
+    with pytest.raises(ArchiveExistsError, match="compression 'none' there, None here"):
+        write(SMALL, tmp_path / "none")
 
 
 def test_other_arguments_are_refused_unless_told_to_overwrite(tmp_path):

@@ -20,7 +20,9 @@ from tmu_dist.data.archive import open_archive
 from tmu_dist.data.manifest import Manifest
 
 TARS = OutputSettings(samples_per_shard=7)
+RAW = OutputSettings(samples_per_shard=7, compression="none")
 ZARR = OutputSettings(format="zarr", frames_per_shard=8)
+each_output = pytest.mark.parametrize("output", [TARS, RAW, ZARR], ids=["tar", "raw tar", "zarr"])
 HERE = WorkSettings(workers=1, show_progress=False)
 
 
@@ -37,7 +39,7 @@ def build(out: Path, source: BlobSource | None = None, output: OutputSettings = 
     return build_archive(source or BlobSource(), str(out), output, HERE)
 
 
-@pytest.mark.parametrize("output", [TARS, ZARR], ids=["tar", "zarr"])
+@each_output
 def test_the_archive_holds_the_plan(tmp_path: Path, output: OutputSettings):
     manifest = build(tmp_path, output=output)
     archive = open_archive(str(tmp_path))
@@ -52,7 +54,7 @@ def test_the_archive_holds_the_plan(tmp_path: Path, output: OutputSettings):
     assert not (tmp_path / ".parts").exists() or not any((tmp_path / ".parts").rglob("*.*"))
 
 
-@pytest.mark.parametrize("output", [TARS, ZARR], ids=["tar", "zarr"])
+@each_output
 def test_statistics_count_every_training_frame_once(tmp_path: Path, output: OutputSettings):
     build(tmp_path, output=output)
     statistics = json.loads((tmp_path / "statistics.json").read_text())
@@ -65,7 +67,7 @@ def test_statistics_count_every_training_frame_once(tmp_path: Path, output: Outp
     assert statistics["max"] == pytest.approx(observed.max())
 
 
-@pytest.mark.parametrize("output", [TARS, ZARR], ids=["tar", "zarr"])
+@each_output
 def test_workers_do_not_change_a_byte(tmp_path: Path, output: OutputSettings):
     build(tmp_path / "one", output=output)
     work = WorkSettings(workers=3, show_progress=False)
@@ -73,7 +75,7 @@ def test_workers_do_not_change_a_byte(tmp_path: Path, output: OutputSettings):
     assert digest(tmp_path / "one") == digest(tmp_path / "three")
 
 
-@pytest.mark.parametrize("output", [TARS, ZARR], ids=["tar", "zarr"])
+@each_output
 def test_an_interrupted_build_continues_and_ends_in_the_same_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, output: OutputSettings
 ):
@@ -133,6 +135,48 @@ def _counting(function, calls):
         return function(self, job)
 
     return counted
+
+
+def test_uncompressed_is_another_archive_and_compressed_is_the_one_it_was(tmp_path: Path):
+    compressed, raw = build(tmp_path / "zstd"), build(tmp_path / "none", output=RAW)
+    assert (compressed.compression, raw.compression) == ("zstd", "none")
+    # Archives from before there was a choice are found again.
+    assert "compression" not in compressed.created_by["output"]
+    assert raw.created_by["output"]["compression"] == "none"
+    with pytest.raises(ArchiveExistsError, match="output.compression None there, 'none' here"):
+        build(tmp_path / "zstd", output=RAW)
+    archives = [open_archive(str(tmp_path / name)) for name in ("zstd", "none")]
+    assert archives[0].read_meta("train", 3) == archives[1].read_meta("train", 3)
+    first, second = (archive.read("train", list(range(34))) for archive in archives)
+    np.testing.assert_array_equal(first, second)
+
+
+def test_an_interrupted_build_does_not_take_over_shards_of_the_other_compression(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    with monkeypatch.context() as patched:
+        patched.setattr(pipeline, "write_manifest", _interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            build(tmp_path / "mixed", output=TARS)
+    build(tmp_path / "mixed", output=RAW)
+    build(tmp_path / "plain", output=RAW)
+    assert digest(tmp_path / "mixed") == digest(tmp_path / "plain")
+
+
+def test_tars_are_of_the_wanted_size_whether_compressed_or_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(shards, "_TAR_BYTES", 10 * 4 * 12 * 8)
+    monkeypatch.setattr(shards, "_TAR_BYTES_PER_SAMPLE", 0)
+    compressed = build(tmp_path / "zstd", output=OutputSettings())
+    raw = build(tmp_path / "none", output=OutputSettings(compression="none"))
+    assert [tar.num_samples for tar in raw.shards("train")] == [10, 10, 10, 4]
+    assert compressed.shards("train")[0].num_samples > 10
+
+
+def test_zarr_is_always_compressed():
+    with pytest.raises(ValueError, match="compression=none is for tars"):
+        replace(ZARR, compression="none")
 
 
 def test_the_same_command_again_does_nothing_and_another_is_refused(tmp_path: Path):

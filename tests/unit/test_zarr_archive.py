@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -15,27 +16,37 @@ from typing import Any
 import numpy as np
 import pytest
 import xarray
+import zarr
+from hypothesis import given
+from hypothesis import strategies as st
 
 from data_prep.writers import cf, zarr_tables
 from data_prep.writers.zarr_store import create_split, finish_store, write_frames, zarr_shards
 from data_prep.writers.zarr_tables import FrameAxis
+from tests import s3_servers
 from tests.tiny_zarr import (
     FINE_RADAR,
     GRID,
+    NUM_FRAMES,
     ORIGINS,
+    PER_SHARD,
     RADAR,
     VIDEO,
+    WAYS,
+    ZARRS,
     block,
     frames_of,
     layout_of,
     part_of,
+    place_of,
     problems_of,
     samples_of,
     write_archive,
     write_shards,
 )
-from tmu_dist.data import storage
-from tmu_dist.data.archive import open_archive
+from tmu_dist.data import ranges, storage, zarr_archive
+from tmu_dist.data.archive import Archive, open_archive
+from tmu_dist.data.cache import NodeCache
 from tmu_dist.data.loader import SequenceLoader
 
 
@@ -52,22 +63,146 @@ KINDS = {
 }
 
 
+def frames_in(url: str, split: str, options: dict[str, Any]) -> np.ndarray:
+    """The frames that `write_archive` writes with the options of a kind."""
+    dtype, channels = options.get("dtype", "uint8"), options.get("channels", 1)
+    return frames_of(layout_of(url, split, options.get("units", RADAR), dtype, channels))
+
+
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("where", ["folder", "memory"])
-def test_samples_and_records_come_back(kind, where, tmp_path):
-    options = KINDS[kind]
-    url = str(tmp_path) if where == "folder" else f"memory://{kind}"
-    archive = open_archive(write_archive(url, **options))
+@pytest.mark.parametrize("way", WAYS)
+def test_samples_and_records_come_back(kind, way, tmp_path):
+    place = place_of(way, tmp_path, **KINDS[kind])
+    archive = place.open()
     for split in ("train", "val"):
-        dtype, channels = options.get("dtype", "uint8"), options.get("channels", 1)
-        frames = frames_of(layout_of(url, split, options.get("units", RADAR), dtype, channels))
+        frames = frames_in(place.url, split, KINDS[kind])
         order = [5, 0, 3, 3, 1, 4, 2]
         found = archive.read(split, order)
-        assert found.dtype == dtype
+        assert found.dtype == frames.dtype
         assert np.array_equal(found, np.stack([block(frames, ORIGINS[i]) for i in order]))
+        assert archive.read(split, []).shape == (0, *archive.manifest.sample_shape)
         for i in order:
             assert archive.read_meta(split, i) == {"sample_id": i, "event": "größer"}
-    assert problems_of(url) == []
+    assert problems_of(place.url) == []
+
+
+@pytest.fixture(scope="module")
+def kinds(tmp_path_factory) -> dict[tuple[str, str], tuple[Archive, np.ndarray]]:
+    """Archives of two kinds, in a folder and in a store, with their frames."""
+    found = {}
+    for kind in ("fine radar", "colour video"):
+        for way in ("files", "ranges"):
+            place = place_of(way, tmp_path_factory.mktemp("zarr"), **KINDS[kind])
+            found[kind, way] = place.open(), frames_in(place.url, "train", KINDS[kind])
+    return found
+
+
+@st.composite
+def blocks(draw: st.DrawFn) -> tuple[tuple[int, int, int], list[tuple[int, int, int]]]:
+    """A size of samples, and places where such samples are in the array, by shard."""
+    limits = NUM_FRAMES, GRID.height, GRID.width
+    size = draw(st.tuples(*(st.integers(1, limit) for limit in limits)))
+    place = st.tuples(*(st.integers(0, a - b) for a, b in zip(limits, size, strict=True)))
+    return size, sorted(draw(st.lists(place, min_size=1, max_size=12)), key=lambda p: p[0] // 4)
+
+
+@pytest.mark.parametrize("way", ["files", "ranges"])
+@pytest.mark.parametrize("kind", ["fine radar", "colour video"])
+@pytest.mark.parametrize("kept", [0, 2_000, 2**20])
+@given(data=st.data())
+def test_any_batch_of_any_blocks_is_what_the_array_holds(kinds, kind, way, kept, data):
+    """Overlapping, across shards, of one pixel or of everything; whatever is kept in between."""
+    (size, origins), batches = data.draw(blocks()), []
+    whole, frames = kinds[kind, way]
+    shards = whole.manifest.shards("train")
+    places = [[o for o in origins if o[0] // PER_SHARD == n] for n in range(len(shards))]
+    replaced = tuple(
+        dataclasses.replace(shard, origins=tuple(of_shard))
+        for shard, of_shard in zip(shards, places, strict=True)
+    )
+    sizes = dict(zip(("num_frames", "height", "width"), size, strict=True))
+    # The grid is of frames, not of samples; without it, nothing else says how large they are.
+    manifest = dataclasses.replace(whole.manifest, splits={"train": replaced}, **sizes)
+    archive = Archive(whole.url, manifest)
+    batches = data.draw(st.lists(st.lists(st.integers(0, len(origins) - 1)), max_size=4))
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(zarr_archive, "_KEPT_BYTES", kept)
+        for ids in batches:
+            archive.expect("train", ids)
+        for ids in batches:
+            found = archive.read("train", ids)
+            for sample, sample_id in zip(found, ids, strict=True):
+                (t, y, x), (time, height, width) = origins[sample_id], size
+                assert np.array_equal(
+                    sample, frames[t : t + time, :, y : y + height, x : x + width]
+                )
+
+
+@pytest.mark.parametrize("pipeline", ["zarr.core.codec_pipeline.BatchedCodecPipeline", ZARRS])
+@pytest.mark.parametrize("kind", KINDS)
+def test_other_readers_of_zarr_see_the_same_frames(kind, pipeline, tmp_path):
+    if pipeline == ZARRS:
+        pytest.importorskip("zarrs")
+    options = KINDS[kind]
+    frames = frames_in(write_archive(str(tmp_path), **options), "val", options)
+    quantity = options.get("units", RADAR).quantity
+    with zarr.config.set({"codec_pipeline.path": pipeline}):
+        found = zarr.open_array(tmp_path, path=f"val/{quantity}", mode="r")[...]
+    assert np.array_equal(found, frames if frames.shape[1] > 1 else frames[:, 0])
+
+
+@pytest.fixture
+def requests(monkeypatch) -> list[tuple[str, int, int]]:
+    """What is asked for of stores: path, offset and size."""
+    asked: list[tuple[str, int, int]] = []
+    read_range = storage.read_range
+
+    def recorded(url: str, path: str, offset: int, size: int) -> memoryview:
+        asked.append((path, offset, size))
+        return read_range(url, path, offset, size)
+
+    monkeypatch.setattr(storage, "read_range", recorded)
+    return asked
+
+
+def test_samples_that_overlap_fetch_their_chunks_once(tmp_path, requests, monkeypatch):
+    """In a batch, and from one batch to the next, with hints and without."""
+    monkeypatch.setattr(ranges, "_NEAR_BYTES", 0)  # nothing is read over between two chunks
+    archive = place_of("ranges", tmp_path).open()
+    archive.expect("train", [0, 1])
+    for ids in ([0, 1], [2, 0], [1, 5, 5], [3, 4]):
+        archive.read("train", ids)
+    stored = {shard.path for shard in archive.manifest.shards("train")}
+    assert {path for path, *_ in requests} == stored
+    assert len(set(requests)) == len(requests)
+
+
+def test_hints_fetch_what_is_then_read(tmp_path, requests):
+    archive = place_of("ranges", tmp_path).open()
+    frames = frames_in(archive.url, "train", {})
+    archive.expect("train", [5, 0, 3])
+    deadline = time.monotonic() + 10
+    while len(requests) < 6 and time.monotonic() < deadline:  # indexes and chunks
+        time.sleep(0.01)
+    before = len(requests)
+    found = archive.read("train", [5, 0, 3])
+    assert np.array_equal(found, [block(frames, ORIGINS[i]) for i in (5, 0, 3)])
+    assert len(requests) == before
+
+
+def test_a_store_that_often_refuses_gives_the_same_samples(tmp_path, monkeypatch):
+    url = write_archive(str(tmp_path / "bucket/tiny"))
+    frames = frames_in(url, "train", {})
+    with s3_servers.hadro(tmp_path, error_rate=0.3, seed=5) as server:
+        for name, value in s3_servers.s3_environment(server.endpoint).items():
+            monkeypatch.setenv(name, value)
+        for _ in range(3):
+            archive = open_archive("s3://bucket/tiny")
+            archive.expect("train", [4, 2])
+            for ids in ([4, 2], [0, 5, 1, 3]):
+                found = archive.read("train", ids)
+                assert np.array_equal(found, [block(frames, ORIGINS[i]) for i in ids])
+            assert archive.read_meta("train", 3)["sample_id"] == 3
 
 
 def test_records_come_back_from_every_chunk_of_the_tables(tmp_path, monkeypatch):
@@ -160,8 +295,10 @@ def test_bytes_depend_neither_on_processes_nor_on_order(whole, tmp_path):
     assert not any(path.name.startswith(".") for path in tmp_path.rglob("*"))
 
 
-def test_reading_processes_read_the_same(whole):
-    archive = open_archive(str(whole))
+@pytest.mark.parametrize("way", ["files", "cache"])
+def test_reading_processes_read_the_same(whole, way, tmp_path):
+    cache = NodeCache(tmp_path, 2**20) if way == "cache" else None
+    archive = open_archive(str(whole), cache=cache)
     batches = [
         list(SequenceLoader(archive, "train", global_batch_size=3, num_workers=workers).one_pass())
         for workers in (0, 1)
@@ -254,9 +391,8 @@ def test_degrees_are_latitude_and_longitude(tmp_path):
 
 def test_nothing_heavy_is_loaded():
     code = "import sys, tmu_dist.data.archive, data_prep.verify, data_prep.writers.zarr_store;"
-    code += "assert not {'torch', 'ray', 'xarray', 'zarr'} & sys.modules.keys();"
     code += "import tmu_dist.data.zarr_archive;"
-    code += "assert not {'torch', 'ray', 'xarray'} & sys.modules.keys()"
+    code += "assert not {'torch', 'ray', 'xarray', 'zarr'} & sys.modules.keys()"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

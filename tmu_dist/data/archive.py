@@ -68,20 +68,38 @@ class SampleIndex:
             for split, shards in manifest.splits.items()
         }
 
+    def ends(self, split: str) -> list[int]:
+        """Return, for each shard of a split, the id after its last sample's; not to be changed.
+
+        Raises:
+            ValueError: no such split.
+        """
+        if split not in self._ends:
+            self._manifest.shards(split)  # refuses an unknown split by name
+        return self._ends[split]
+
     def locate(self, split: str, sample_id: int) -> tuple[int, int]:
         """Return the number of a sample's shard in its split, and of the sample in that shard.
 
         Raises:
             ValueError: no such split or sample.
         """
-        ends = self._ends.get(split)
-        if ends is None:
-            self._manifest.shards(split)  # refuses an unknown split by name
-            raise AssertionError(split)
+        ends = self.ends(split)
         if not 0 <= sample_id < ends[-1]:
-            raise ValueError(f"Split {split!r} has samples 0..{ends[-1] - 1}, not {sample_id}.")
+            self.check(split, [sample_id])
         number = bisect.bisect_right(ends, sample_id)
         return number, sample_id - (ends[number - 1] if number else 0)
+
+    def check(self, split: str, sample_ids: Sequence[int]) -> None:
+        """Refuse ids that a split does not have.
+
+        Raises:
+            ValueError: no such split or sample.
+        """
+        end = self.ends(split)[-1]
+        if min(sample_ids, default=0) < 0 or max(sample_ids, default=0) >= end:
+            wrong = next(sample_id for sample_id in sample_ids if not 0 <= sample_id < end)
+            raise ValueError(f"Split {split!r} has samples 0..{end - 1}, not {wrong}.")
 
 
 class ShardReader(Protocol):
@@ -133,12 +151,17 @@ class Archive:
             out: filled and returned, if given; C-contiguous, of the right shape and dtype.
 
         Raises:
-            ValueError: no such split or sample.
+            ValueError: no such split or sample, or an `out` that cannot be filled.
             ShardError: names the shard and the sample.
         """
+        shape = (len(sample_ids), *self.manifest.sample_shape)
         if out is None:
-            shape = (len(sample_ids), *self.manifest.sample_shape)
             out = np.empty(shape, self.manifest.dtype)
+        elif out.shape != shape or out.dtype != self.manifest.dtype or not out.flags.c_contiguous:
+            raise ValueError(
+                f"out must be C-contiguous {self.manifest.dtype} of shape {shape}, got "
+                f"{out.dtype} of shape {out.shape} and strides {out.strides}."
+            )
         self._reader.read(split, sample_ids, out)
         return out
 

@@ -223,18 +223,22 @@ class SequenceLoader:
                 if prefetcher is not None:
                     prefetcher.advance(position)
                 yield batch
+                del batch  # its memory may be used for the next one
         finally:
             if prefetcher is not None:
                 prefetcher.close()
 
     def _batches(self, requests: Iterator[Request]) -> Iterator[Batch]:
+        batch_size = self.global_batch_size // self._world_size
         if not self._num_workers:
-            return read_here(self._reader, requests, pin_memory=self._pin_memory)
+            return read_here(
+                self._reader, requests, batch_size=batch_size, pin_memory=self._pin_memory
+            )
         if self._processes is None:
             self._processes = ReadingProcesses(
                 self._reader,
                 self._num_workers,
-                batch_size=self.global_batch_size // self._world_size,
+                batch_size=batch_size,
                 pin_memory=self._pin_memory,
             )
         return self._processes.read(requests)

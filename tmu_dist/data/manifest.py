@@ -12,13 +12,19 @@ import dataclasses
 import hashlib
 import json
 import math
+import operator
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property, reduce
+from itertools import chain
 from pathlib import PurePosixPath
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeAlias, TypeVar, get_args
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
+"""Of manifests that are written."""
+READABLE_VERSIONS = (2, 3)
+"""Version 2 has no field `compression`: its tars are compressed."""
 MANIFEST_PATH = "manifest.json"
 STATISTICS_PATH = "statistics.json"
 """Of the training split (`data_prep.statistics`); listed in the manifest's objects."""
@@ -26,6 +32,9 @@ REPORT_PATH = "report.json"
 """How the archive came about: files, gaps, splits (`data_prep.report`); listed in the objects."""
 SPLITS = ("train", "val", "test")
 TAR_BLOCK_BYTES = 512
+
+Compression: TypeAlias = Literal["zstd", "none"]
+"""How frames are kept in a tar: "zstd" takes little space, "none" is read fastest."""
 
 _Record = TypeVar("_Record")
 
@@ -155,26 +164,29 @@ class Shard:
         where = _check_object(self.path, self.num_bytes, self.sha256)
         for name in ("offsets", "sizes", "crc32c"):
             values = getattr(self, name)
-            if not isinstance(values, tuple) or any(type(value) is not int for value in values):
+            if not isinstance(values, tuple) or not set(map(type, values)) <= {int}:
                 raise ManifestError(f"{where}: {name} must be a list of integers.")
         if not len(self.offsets) == len(self.sizes) == len(self.crc32c) >= 1:
             raise ManifestError(
                 f"{where}: offsets, sizes and crc32c must have one entry per sample and at least "
                 f"one, got {len(self.offsets)}, {len(self.sizes)} and {len(self.crc32c)}."
             )
-        if not all(0 <= value < 2**32 for value in self.crc32c):
+        if min(self.crc32c) < 0 or max(self.crc32c) >= 2**32:
             raise ManifestError(f"{where}: a crc32c is outside 32 bits.")
-        end = 0
-        for index, (offset, size) in enumerate(zip(self.offsets, self.sizes, strict=True)):
-            # Each payload follows its own tar header; so samples can't overlap.
-            if size < 1 or offset % TAR_BLOCK_BYTES or offset < end + TAR_BLOCK_BYTES:
-                raise ManifestError(
-                    f"{where}: sample {index} has offset {offset} and size {size}, which is no "
-                    "place for a tar payload after the one before it."
-                )
-            end = offset + size
-        if end > self.num_bytes:
-            raise ManifestError(f"{where}: the last sample ends at {end}, after {self.num_bytes}.")
+        # Without a loop in Python: an archive may have millions of samples.
+        ends = list(map(operator.add, self.offsets, self.sizes))
+        gaps = map(operator.sub, self.offsets, (0, *ends[:-1]))
+        # Each payload follows its own tar header; so samples can't overlap.
+        if (
+            min(self.sizes) < 1
+            or reduce(operator.or_, self.offsets) % TAR_BLOCK_BYTES
+            or min(gaps) < TAR_BLOCK_BYTES
+        ):
+            raise ManifestError(f"{where}: {_misplaced_sample(self.offsets, ends)}")
+        if ends[-1] > self.num_bytes:
+            raise ManifestError(
+                f"{where}: the last sample ends at {ends[-1]}, after {self.num_bytes}."
+            )
 
     @property
     def num_samples(self) -> int:
@@ -201,20 +213,19 @@ class ZarrShard:
         where = _check_object(self.path, self.num_bytes, self.sha256)
         if not isinstance(self.origins, tuple):
             raise ManifestError(f"{where}: origins must be a list, got {self.origins!r:.80}.")
-        for origin in self.origins:
-            is_place = isinstance(origin, tuple) and len(origin) == 3
-            if not is_place or any(type(n) is not int or n < 0 for n in origin):
-                raise ManifestError(
-                    f"{where}: an origin is three integers (frame, row, column) of at least 0, "
-                    f"got {origin!r:.80}."
-                )
+        if not _are_origins(self.origins):
+            wrong = next(origin for origin in self.origins if not _are_origins((origin,)))
+            raise ManifestError(
+                f"{where}: an origin is three integers (frame, row, column) of at least 0, "
+                f"got {wrong!r:.80}."
+            )
 
     @property
     def num_samples(self) -> int:
         return len(self.origins)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class Manifest:
     """Everything a reader must know about an archive before it opens a shard."""
 
@@ -229,6 +240,8 @@ class Manifest:
     format: Literal["webdataset", "zarr"] = "webdataset"
     splits: Mapping[str, tuple[Shard, ...]] | Mapping[str, tuple[ZarrShard, ...]]
     """Tar shards, or the shard objects of the splits' Zarr arrays."""
+    compression: Compression = "zstd"
+    """Of the samples' frames; Zarr archives have "zstd"."""
     objects: tuple[StoredObject, ...] = ()
     """Every other object of the archive: statistics, report, metadata and coordinates of Zarr."""
     grid: Grid | None = None
@@ -263,6 +276,7 @@ class Manifest:
         if largest > _LARGEST[self.dtype]:
             raise ManifestError(f"units has code {largest}, which does not fit {self.dtype}.")
         _check_format(self.format)
+        self._check_compression()
         self._check_splits()
         if self.full_train_samples is not None:
             _check_types(self, "manifest", full_train_samples=int)
@@ -271,6 +285,18 @@ class Manifest:
                     "manifest.full_train_samples must be at least 1, of an archive with a train "
                     f"split, got {self.full_train_samples}."
                 )
+
+    def _check_compression(self) -> None:
+        choices = get_args(Compression)
+        if self.compression not in choices:
+            raise ManifestError(
+                f"manifest.compression must be one of {list(choices)}, got {self.compression!r}."
+            )
+        if self.compression != "zstd" and (self.format == "zarr" or self.schema_version == 2):
+            raise ManifestError(
+                f"manifest.compression is {self.compression!r}, but Zarr archives and archives of "
+                "schema_version 2 are compressed with zstd."
+            )
 
     def _check_splits(self) -> None:
         if not self.splits or not set(self.splits) <= set(SPLITS):
@@ -316,10 +342,12 @@ class Manifest:
 
     def to_json(self) -> str:
         """Return the canonical text: sorted keys, no spaces, ASCII, one final newline."""
-        record = dataclasses.asdict(self)
+        record = _to_record(self)
+        if self.schema_version == 2:
+            del record["compression"]
         return json.dumps(record, sort_keys=True, separators=(",", ":"), allow_nan=False) + "\n"
 
-    @property
+    @cached_property
     def content_hash(self) -> str:
         """The sha256 (hex) of `to_json()`: of manifest.json, and through it of every shard."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()
@@ -339,6 +367,9 @@ class Manifest:
         if isinstance(record, dict):
             # Before the field names are looked at: another version may have other fields.
             _check_schema(record.get("schema_version"))
+            if record["schema_version"] == 2:
+                _refuse_unknown(record, {"compression"}, "manifest")
+                record["compression"] = "zstd"
         fields = _take_fields(cls, record, "manifest")
         fields["units"] = Units(**_take_fields(Units, fields["units"], "manifest.units"))
         for name, record_type in (("grid", Grid), ("source", SourceCard)):
@@ -362,9 +393,10 @@ _SHARD_TYPES: dict[str, Any] = {"webdataset": Shard, "zarr": ZarrShard}
 
 
 def _check_schema(version: Any) -> None:
-    if version != SCHEMA_VERSION:
+    if version not in READABLE_VERSIONS or type(version) is not int:
+        readable = " and ".join(map(str, READABLE_VERSIONS))
         raise ManifestError(
-            f"manifest.schema_version is {version!r}; this version reads only {SCHEMA_VERSION}. "
+            f"manifest.schema_version is {version!r}; this version reads only {readable}. "
             "Write the archive again (with --overwrite in the same place), or use the version that "
             "wrote it."
         )
@@ -387,7 +419,48 @@ def _records(record_type: Any, records: Any, where: str) -> tuple[Any, ...]:
 
 
 def _frozen(value: Any) -> Any:
-    return tuple(map(_frozen, value)) if isinstance(value, list) else value
+    """Turn lists into tuples; of lists in a list, one level (origins have no more)."""
+    if not isinstance(value, list):
+        return value
+    if value and isinstance(value[0], list):
+        return tuple(tuple(one) if isinstance(one, list) else one for one in value)
+    return tuple(value)
+
+
+def _to_record(record: Any) -> dict[str, Any]:
+    """Return a record as JSON values, as `dataclasses.asdict`, which would copy every number."""
+    return {
+        field.name: _to_json_value(getattr(record, field.name))
+        for field in dataclasses.fields(record)
+    }
+
+
+def _to_json_value(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _to_json_value(one) for name, one in value.items()}
+    if dataclasses.is_dataclass(value):
+        return _to_record(value)
+    if isinstance(value, tuple) and value and dataclasses.is_dataclass(value[0]):
+        return [_to_record(one) for one in value]
+    return value
+
+
+def _are_origins(origins: Sequence[Any]) -> bool:
+    if not set(map(type, origins)) <= {tuple} or not set(map(len, origins)) <= {3}:
+        return False
+    numbers = tuple(chain.from_iterable(origins))
+    return set(map(type, numbers)) <= {int} and min(numbers, default=0) >= 0
+
+
+def _misplaced_sample(offsets: Sequence[int], ends: Sequence[int]) -> str:
+    """Name the first sample of a tar that lies where none can lie."""
+    for index, (offset, end, before) in enumerate(zip(offsets, ends, (0, *ends), strict=False)):
+        if end <= offset or offset % TAR_BLOCK_BYTES or offset < before + TAR_BLOCK_BYTES:
+            return (
+                f"sample {index} has offset {offset} and size {end - offset}, which is no place "
+                "for a tar payload after the one before it."
+            )
+    raise AssertionError("every sample lies in its place")
 
 
 def _check_object(path: Any, num_bytes: Any, sha256: Any) -> str:
@@ -411,9 +484,13 @@ def _take_fields(record_type: type[_Record], record: Any, where: str) -> dict[st
     known = {field.name for field in dataclasses.fields(record_type)}  # type: ignore[arg-type]
     if missing := sorted(known - record.keys()):
         raise ManifestError(f"{where} lacks {', '.join(missing)}.")
-    if unknown := sorted(record.keys() - known):
-        raise ManifestError(f"{where} has unknown fields: {', '.join(unknown)}.")
+    _refuse_unknown(record, record.keys() - known, where)
     return dict(record)
+
+
+def _refuse_unknown(record: dict[str, Any], unknown: set[str], where: str) -> None:
+    if found := sorted(record.keys() & unknown):
+        raise ManifestError(f"{where} has unknown fields: {', '.join(found)}.")
 
 
 def _check_types(record: object, where: str, **types: type) -> None:

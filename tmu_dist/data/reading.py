@@ -13,6 +13,7 @@ import math
 import mmap
 import multiprocessing
 import os
+import sys
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from multiprocessing.context import BaseContext
@@ -32,6 +33,9 @@ under way at a time: while one request pauses after a failure, the others must h
 
 _AHEAD = 2
 """Batches that each reading process is asked for in advance."""
+
+_MOST_KEPT = 4
+"""Batches whose memory is kept for others."""
 
 _DTYPES = {"uint8": torch.uint8, "uint16": torch.uint16}
 
@@ -110,18 +114,21 @@ class SplitReader:
 
 
 def read_here(
-    reader: SplitReader, requests: Iterator[Request], *, pin_memory: bool
+    reader: SplitReader, requests: Iterator[Request], *, batch_size: int, pin_memory: bool
 ) -> Iterator[Batch]:
     """Yield the batches that are asked for, read in this process.
 
     Raises:
         ShardError: names the shard and the sample.
     """
+    memory = _Memory((batch_size, *reader.sample_shape), reader.dtype, pin=pin_memory)
     for request in requests:
-        shape = (len(request.ids), *reader.sample_shape)
-        frames_BTCHW, codes_BTCHW = _new_batch(shape, reader.dtype, pin_memory)
+        frames_BTCHW, codes_BTCHW = memory.batch(len(request.ids))
         reader.read(request, codes_BTCHW)
-        yield request.answered(frames_BTCHW)
+        batch = request.answered(frames_BTCHW)
+        del frames_BTCHW, codes_BTCHW
+        yield batch
+        del batch  # or its memory could not be used for the next one
 
 
 class ReadingProcesses:
@@ -141,8 +148,9 @@ class ReadingProcesses:
         self, reader: SplitReader, count: int, *, batch_size: int, pin_memory: bool
     ) -> None:
         # All that is under way, and the one that is being copied.
-        self._slots = _Slots(_AHEAD * count + 1, (batch_size, *reader.sample_shape), reader.dtype)
-        self._pin_memory = pin_memory
+        shape = (batch_size, *reader.sample_shape)
+        self._slots = _Slots(_AHEAD * count + 1, shape, reader.dtype)
+        self._memory = _Memory(shape, reader.dtype, pin=pin_memory)
         self._pending = _Pending()
         self._loader: DataLoader[int | ShardError] = DataLoader(
             _SlotReader(reader, self._slots),
@@ -182,12 +190,13 @@ class ReadingProcesses:
                         f"A reading process answered for position {answer} instead of "
                         f"{request.consumed}. This is an error of the loader; please report it."
                     )
-                codes_BTCHW = self._slots.batches[slot, : len(request.ids)]
-                frames_BTCHW, own_BTCHW = _new_batch(
-                    codes_BTCHW.shape, codes_BTCHW.dtype, self._pin_memory
-                )
-                own_BTCHW[...] = codes_BTCHW  # the slot will be filled again
-                yield request.answered(frames_BTCHW)
+                frames_BTCHW, codes_BTCHW = self._memory.batch(len(request.ids))
+                # The slot will be filled again.
+                codes_BTCHW[...] = self._slots.batches[slot, : len(request.ids)]
+                batch = request.answered(frames_BTCHW)
+                del frames_BTCHW, codes_BTCHW
+                yield batch
+                del batch  # or its memory could not be used for the next one
         finally:
             # Torch keeps it, and through it all that it refers to, this object among them. Such a
             # circle is broken by the garbage collector only, which would end the queues before the
@@ -261,15 +270,33 @@ class _Pending(Sampler[_Task]):
         return self.tasks
 
 
-def _new_batch(
-    shape: tuple[int, ...], dtype: str | np.dtype[Any], pin_memory: bool
-) -> tuple[Tensor, Codes]:
-    """Return memory for a batch, as a tensor and as an array."""
-    if pin_memory:
-        frames = torch.empty(shape, dtype=_DTYPES[str(dtype)], pin_memory=True)
-        return frames, frames.numpy()
-    codes: Codes = np.empty(shape, dtype)  # of large pages, unlike torch's
-    return torch.from_numpy(codes), codes
+class _Memory:
+    """Memory for batches, used again once nobody holds what was in it.
+
+    Pages that are new to a process cost about as much as filling them.
+    """
+
+    def __init__(self, shape: tuple[int, ...], dtype: str, *, pin: bool) -> None:
+        self._shape = shape
+        self._dtype = dtype
+        self._pin = pin
+        self._arrays: list[Codes] = []
+
+    def batch(self, count: int) -> tuple[Tensor, Codes]:
+        """Return memory for so many samples, as a tensor and as an array."""
+        if self._pin:  # torch uses its page-locked memory again by itself
+            shape = (count, *self._shape[1:])
+            frames = torch.empty(shape, dtype=_DTYPES[self._dtype], pin_memory=True)
+            return frames, frames.numpy()
+        for array in self._arrays:
+            # The list's, this loop's and the call's own: no tensor and no view of one holds it.
+            if sys.getrefcount(array) == 3:
+                break
+        else:
+            array = np.empty(self._shape, self._dtype)
+            self._arrays = [*self._arrays[-_MOST_KEPT + 1 :], array]
+        codes: Codes = array[:count]
+        return torch.from_numpy(codes), codes
 
 
 def with_lookahead(requests: Iterator[Request], num_readers: int) -> Iterator[Request]:
