@@ -19,7 +19,8 @@ needs torchvision here.
     python -m venv mosaicml && mosaicml/bin/pip install mosaicml-streaming zstandard
 
 The servers of the object store part run beside the client on the other cores (tests/s3_servers.py;
-they come with the extra `dev`). A run takes about ten minutes and 6 GB of disk; writes results.json and table.md.
+they come with the extra `dev`). A run takes about ten minutes and 6 GB of disk; writes results.json
+and table.md.
 """
 
 from __future__ import annotations
