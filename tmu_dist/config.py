@@ -89,8 +89,10 @@ class DataConfig:
         num_archives = 1 + len(self.mix_with)
         _require(
             not self.mix_weights
-            or ((self.mix_with != () and len(self.mix_weights) == num_archives)
-            and all(0.0 < weight < math.inf for weight in self.mix_weights)),
+            or (
+                (self.mix_with != () and len(self.mix_weights) == num_archives)
+                and all(0.0 < weight < math.inf for weight in self.mix_weights)
+            ),
             "data.mix_weights needs one positive number for data.url and each of data.mix_with "
             f"({num_archives} archives), got {list(self.mix_weights)}.",
         )
