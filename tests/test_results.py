@@ -13,6 +13,7 @@ SCRIPTS = {
     "digits-seeds": "seeds",
     "radar-seeds": "seeds",
     "radar-conversion": "radar_conversion",
+    "streaming": "streaming/report",
 }
 """Which benchmark made which record."""
 RECORDS = sorted((ROOT / "docs" / "results").glob("*/results.json"))

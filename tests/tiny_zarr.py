@@ -2,9 +2,8 @@
 
 import dataclasses
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -18,9 +17,8 @@ from data_prep.writers.zarr_store import (
     zarr_shards,
 )
 from data_prep.writers.zarr_tables import FrameAxis, ZarrSample
-from tmu_dist.data import storage
-from tmu_dist.data.archive import Archive, open_archive
-from tmu_dist.data.cache import NodeCache
+from tests import archive_place
+from tests.archive_place import Place
 from tmu_dist.data.manifest import Grid, Manifest, SourceCard, StoredObject, Units
 
 RADAR = Units(
@@ -138,50 +136,12 @@ def block(frames: np.ndarray, origin: tuple[int, int, int]) -> np.ndarray:
     return frames[t : t + 3, :, y : y + 6, x : x + 8]
 
 
-class Place(NamedTuple):
-    """Where an archive is, and how it is read."""
-
-    url: str
-    cache: NodeCache | None
-
-    def open(self) -> Archive:
-        return open_archive(self.url, cache=self.cache)
-
-    def read(self, path: str) -> bytes:
-        return storage.read_bytes(self.url, path)
-
-    def write(self, path: str, data: bytes) -> None:
-        """Change the bytes of an object, in the same file if it is one."""
-        folder = storage.local_path(self.url)
-        if folder is None:
-            storage.write_bytes(self.url, path, data)
-        else:
-            (folder / path).write_bytes(data)
-
-    def copy_of(self, number: int) -> Path:
-        """The cache's file of a training shard."""
-        assert self.cache is not None
-        return self.cache.folder / self.open().manifest.shards("train")[number].sha256
-
-
-WAYS = ("files", "cache", "ranges")
 ZARRS = "zarrs.ZarrsCodecPipeline"
 
 
 def place_of(way: str, folder: Path, **options: Any) -> Place:
     """Write an archive to be read in one of the `WAYS`, given an empty folder."""
-    url = str(folder / "archive") if way == "files" else f"memory://{folder}"
-    cache = NodeCache(folder / "cache", 2**20) if way == "cache" else None
-    return Place(write_archive(url, **options), cache)
-
-
-def open_files(folder: Path) -> list[str]:
-    """The files of a folder that this process has open."""
-    found = []
-    for descriptor in Path("/proc/self/fd").iterdir():
-        with suppress(FileNotFoundError):  # the listing's own
-            found.append(str(descriptor.readlink()))
-    return [path for path in found if path.startswith(str(folder))]
+    return archive_place.place_of(way, folder, write_archive, **options)
 
 
 def problems_of(archive: Path | str) -> list[str]:

@@ -4,23 +4,23 @@
     python -m benchmarks.streaming --quick
 
 Same samples (data.py), batches of 8, one core: every contender is a process of its own
-(contenders.py, ours.py) that is pinned to that core and asked for whole passes,
-one after the other, in rounds. Rates are medians of the rounds; ratios are medians of the ratios
+(contenders.py, ours.py) that is pinned to that core and asked for whole passes, one after the
+other, in rounds (rounds.py). Rates are medians of the rounds; ratios are medians of the ratios
 within a round, because neighbours on the machine change from round to round. Before, one pass of
 each is checked: all have read the same samples. Everything lies in the page cache, where reading
 has put it.
 
 FOLDER holds KNMI's files of 2010-08-26 (docs/radar.md); without it radar is synthetic, and the
 record says so. litdata and mosaicml-streaming want other versions than this project: make
-environments of their own and name their interpreters; without, their rows are left out. Neither
-needs torchvision here.
+environments of their own and name their interpreters; without, their rows are left out. Both ask
+for torchvision, which neither needs here.
 
     python -m venv litdata && litdata/bin/pip install litdata zstd pyarrow zstandard
     python -m venv mosaicml && mosaicml/bin/pip install mosaicml-streaming zstandard
 
 The servers of the object store part run beside the client on the other cores (tests/s3_servers.py;
-they come with the extra `dev`). A run takes about ten minutes and 6 GB of disk; writes results.json
-and table.md.
+they come with the extra `dev`). A run takes about ten minutes and 6 GB of disk, and writes
+results.json and table.md.
 """
 
 from __future__ import annotations
@@ -58,6 +58,7 @@ from tests.s3_servers import S3Server, hadro, localbucket, s3_environment
 LOCAL: Mapping[str, Sequence[str]] = {
     "raw": (
         "memmap",
+        "memmap_at_once",
         "memmap_dataloader",
         "webdataset",
         "litdata",

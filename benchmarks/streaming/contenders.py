@@ -47,7 +47,18 @@ Passes: TypeAlias = Callable[[int], Iterable[Any]]
 
 
 def memmap(place: str) -> Passes:
-    """numpy, the yardstick: random rows of one uncompressed array, copied into a batch at once."""
+    """numpy, the yardstick: random rows of one uncompressed array, stacked as loaders do."""
+    samples_NTCHW = np.load(Path(place) / "samples.npy", mmap_mode="r")
+
+    def one_pass(number: int) -> Iterator[torch.Tensor]:
+        for ids in _random_batches(len(samples_NTCHW), number):
+            yield torch.from_numpy(np.stack([samples_NTCHW[i] for i in ids]))
+
+    return one_pass
+
+
+def memmap_at_once(place: str) -> Passes:
+    """The same rows by one selection a batch: the fastest that numpy can do."""
     samples_NTCHW = np.load(Path(place) / "samples.npy", mmap_mode="r")
 
     def one_pass(number: int) -> Iterator[torch.Tensor]:
@@ -169,6 +180,7 @@ def mosaicml_streaming(place: str) -> Passes:
 
 CONTENDERS: Mapping[str, Callable[[str], Passes]] = {
     "memmap": memmap,
+    "memmap_at_once": memmap_at_once,
     "memmap_dataloader": memmap_dataloader,
     "zstd_at_offsets": zstd_at_offsets,
     "webdataset": webdataset,

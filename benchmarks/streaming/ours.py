@@ -39,11 +39,7 @@ def tars_first_pass(place: str) -> Passes:
 
 def tars_in_workers(place: str) -> Passes:
     """The same, read by two processes; one endless stream as in training, so they start once."""
-    loader = _loader(open_archive(f"{place}/tars"), num_workers=2)
-    batches = loader.stream(0)
-    return lambda number: (
-        batch.frames_BTCHW for batch in itertools.islice(batches, loader.steps_per_epoch)
-    )
+    return _one_stream(_loader(open_archive(f"{place}/tars"), num_workers=2))
 
 
 def tars_from_cache(place: str) -> Passes:
@@ -167,6 +163,14 @@ def _passes(archive: Archive) -> Passes:
             yield batch.frames_BTCHW
 
     return one_pass
+
+
+def _one_stream(loader: SequenceLoader) -> Passes:
+    """Passes that are epochs of one stream, as in training: what begins, begins once."""
+    batches = loader.stream(0)
+    return lambda number: (
+        batch.frames_BTCHW for batch in itertools.islice(batches, loader.steps_per_epoch)
+    )
 
 
 def _loader(archive: Archive, num_workers: int = 0) -> SequenceLoader:

@@ -10,7 +10,6 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -20,7 +19,8 @@ from data_prep.writers import webdataset
 from data_prep.writers.objects import write_manifest
 from data_prep.writers.webdataset import Sample, shard_path, write_shard
 from tests import s3_servers
-from tmu_dist.data import storage, tar_files
+from tests.archive_place import WAYS, Place, open_files, place_of
+from tmu_dist.data import shard_files, storage, tar_archive
 from tmu_dist.data.archive import Archive, ShardError, open_archive
 from tmu_dist.data.cache import CacheLimitError, NodeCache
 from tmu_dist.data.loader import SequenceLoader
@@ -33,7 +33,7 @@ SIZES = {"train": (8, 8, 6), "val": (5,)}
 UNITS = Units(quantity="intensity", unit="1", scale=1.0, offset=0.0, missing_code=None)
 
 each_compression = pytest.mark.parametrize("compression", ["none", "zstd"])
-each_way = pytest.mark.parametrize("way", ["files", "cache", "ranges"])
+each_way = pytest.mark.parametrize("way", WAYS)
 in_place = pytest.mark.parametrize("way", ["files", "ranges"])
 
 
@@ -83,42 +83,12 @@ def write_archive(
     return url
 
 
-class Place(NamedTuple):
-    """Where an archive is, and how it is read."""
-
-    url: str
-    cache: NodeCache | None
-
-    def open(self) -> Archive:
-        return open_archive(self.url, cache=self.cache)
-
-    def shard(self, number: int) -> Shard:
-        return self.open().manifest.shards("train")[number]  # type: ignore[return-value]
-
-    def change(self, number: int, edit: Callable[[bytes], bytes]) -> None:
-        """Change the bytes of a shard, in the same file if it is one."""
-        path = shard_path("train", number)
-        data = edit(storage.read_bytes(self.url, path))
-        folder = storage.local_path(self.url)
-        if folder is None:
-            storage.write_bytes(self.url, path, data)
-        else:
-            (folder / path).write_bytes(data)
-
-    def copy_of(self, number: int) -> Path:
-        """The shard's file in the cache."""
-        assert self.cache is not None
-        return self.cache.folder / self.shard(number).sha256
-
-
 @pytest.fixture
 def place(tmp_path: Path) -> Callable[..., Place]:
     """Write an archive to be read in one of three ways."""
 
     def write(way: str, compression: Compression, **options) -> Place:
-        url = str(tmp_path / "archive") if way == "files" else f"memory://{tmp_path}"
-        cache = NodeCache(tmp_path / "cache", 2**20) if way == "cache" else None
-        return Place(write_archive(url, compression, **options), cache)
+        return place_of(way, tmp_path, write_archive, compression=compression, **options)
 
     return write
 
@@ -335,7 +305,7 @@ def test_no_archive_is_no_archive(tmp_path):
 
 def test_a_file_that_changed_is_checked_again(place, monkeypatch):
     """Uncompressed samples are checked once for each file, not once for each name."""
-    monkeypatch.setattr(tar_files, "_MOST_OPEN_FILES", 1)
+    monkeypatch.setattr(shard_files, "_MOST_OPEN_FILES", 1)
     found = place("files", "none")
     archive = found.open()
     for _ in range(2):
@@ -346,7 +316,7 @@ def test_a_file_that_changed_is_checked_again(place, monkeypatch):
 
 
 def test_a_file_that_is_written_to_while_it_is_open_is_checked_again(place, monkeypatch):
-    monkeypatch.setattr(tar_files, "_LOOK_SECONDS", 0.0)
+    monkeypatch.setattr(shard_files, "_LOOK_SECONDS", 0.0)
     found = place("files", "none")
     archive = found.open()
     for _ in range(2):
@@ -361,7 +331,7 @@ def test_files_that_cannot_be_mapped_are_read_all_the_same(place, monkeypatch):
     def fails(*_: object, **__: object) -> None:
         raise OSError("no such device")
 
-    monkeypatch.setattr(tar_files.mmap, "mmap", fails)
+    monkeypatch.setattr(tar_archive.mmap, "mmap", fails)
     archive = place("files", "none").open()
     for _ in range(3):
         assert np.array_equal(archive.read("train", [0, 9, 1])[2], frames_of(1))
@@ -369,7 +339,7 @@ def test_files_that_cannot_be_mapped_are_read_all_the_same(place, monkeypatch):
 
 @each_compression
 def test_few_files_are_open_at_a_time(place, monkeypatch, compression):
-    monkeypatch.setattr(tar_files, "_MOST_OPEN_FILES", 2)
+    monkeypatch.setattr(shard_files, "_MOST_OPEN_FILES", 2)
     found = place("files", compression)
     archive = found.open()
     for sample_id in (0, 8, 16, 0, 21, 12, 3, 20):
@@ -378,20 +348,6 @@ def test_few_files_are_open_at_a_time(place, monkeypatch, compression):
         assert 1 <= len(open_files(Path(found.url))) <= 2
     del archive
     assert not open_files(Path(found.url))
-
-
-def open_files(folder: Path) -> set[str]:
-    """The files of a folder that this process has open or mapped."""
-    maps = Path("/proc/self/maps").read_text().splitlines()
-    found = {line.split(maxsplit=5)[5] for line in maps if str(folder) in line}
-    for descriptor in Path("/proc/self/fd").iterdir():
-        try:
-            target = str(descriptor.readlink())
-        except FileNotFoundError:
-            continue  # the listing's own
-        if target.startswith(str(folder)):
-            found.add(target)
-    return found
 
 
 # Copies in a cache
@@ -452,7 +408,7 @@ def test_copies_that_were_removed_are_closed(place):
 
 @each_compression
 def test_copies_in_use_are_marked_and_others_are_not(place, compression, monkeypatch):
-    monkeypatch.setattr(tar_files, "_LOOK_SECONDS", 0.0)
+    monkeypatch.setattr(shard_files, "_LOOK_SECONDS", 0.0)
     found = place("cache", compression)
     archive = found.open()
     archive.read("train", [0, 8])

@@ -24,6 +24,7 @@ from data_prep.writers import cf, zarr_tables
 from data_prep.writers.zarr_store import create_split, finish_store, write_frames, zarr_shards
 from data_prep.writers.zarr_tables import FrameAxis
 from tests import s3_servers
+from tests.archive_place import WAYS
 from tests.tiny_zarr import (
     FINE_RADAR,
     GRID,
@@ -32,7 +33,6 @@ from tests.tiny_zarr import (
     PER_SHARD,
     RADAR,
     VIDEO,
-    WAYS,
     ZARRS,
     block,
     frames_of,

@@ -1,6 +1,7 @@
 """Damaged and wrong Zarr archives: no reader gives other frames, and `verify` names all of it."""
 
 import json
+import math
 import os
 import shutil
 import threading
@@ -16,22 +17,21 @@ import zstandard
 
 from data_prep.verify_zarr import ArrayFacts, check_zarr_shard
 from data_prep.writers.objects import read_manifest, write_object
+from tests.archive_place import WAYS, open_files
 from tests.tiny_zarr import (
     EMPTY_SHARD,
     ORIGINS,
     PER_SHARD,
     SHARD,
-    WAYS,
     ZARRS,
-    open_files,
     place_of,
     problems_of,
     write_archive,
 )
-from tmu_dist.data import cache, storage, zarr_archive
-from tmu_dist.data.archive import ShardError, open_archive
+from tmu_dist.data import cache, shard_files, storage, zarr_archive
+from tmu_dist.data.archive import DamageError, ShardError, open_archive
 from tmu_dist.data.cache import NodeCache
-from tmu_dist.data.zarr_layout import ArrayLayout, DamageError
+from tmu_dist.data.zarr_layout import ArrayLayout
 
 
 @pytest.fixture(scope="module")
@@ -107,8 +107,9 @@ def test_libraries_give_fill_values_for_what_is_not_there(archive, pipeline):
 
 
 def test_a_shard_that_goes_while_the_archive_is_open(archive, monkeypatch):
-    """It is read on, as it was, by those who have it open, and missing for all others."""
+    """It is read on, as it was, by those who have it open, until they look; others miss it."""
     monkeypatch.setattr(zarr_archive, "_KEPT_BYTES", 0)
+    monkeypatch.setattr(shard_files, "_LOOK_SECONDS", math.inf)
     before = values_of(str(archive))
     reader = open_archive(str(archive))
     reader.read("train", [0])
@@ -119,6 +120,10 @@ def test_a_shard_that_goes_while_the_archive_is_open(archive, monkeypatch):
         reader.read("train", [3])
     with pytest.raises(ShardError, match=rf"{SHARD.format(0)}, sample 0 .* the shard is missing"):
         open_archive(str(archive)).read("train", [0])
+    monkeypatch.setattr(shard_files, "_LOOK_SECONDS", 0.0)
+    reader.read("train", [1])  # after which it looks at its files
+    with pytest.raises(ShardError, match=rf"{SHARD.format(0)}, sample 1 .* the shard is missing"):
+        reader.read("train", [1])
 
 
 @pytest.mark.parametrize("way", ["files", "ranges"])
@@ -259,7 +264,7 @@ def test_copies_may_be_removed_at_any_time(tmp_path, monkeypatch):
 
 
 def test_not_too_many_shards_are_open(tmp_path, monkeypatch):
-    monkeypatch.setattr(zarr_archive, "_MOST_OPEN_FILES", 2)
+    monkeypatch.setattr(shard_files, "_MOST_OPEN_FILES", 2)
     monkeypatch.setattr(zarr_archive, "_MOST_INDEXES", 1)
     place = place_of("files", tmp_path)
     before, reader = values_of(place.url), place.open()
@@ -276,12 +281,12 @@ def test_removed_copies_are_closed(tmp_path):
     reader.read("train", [0, 3])
     place.copy_of(0).unlink()
     reader.read("train", [5])
-    found = set(open_files(place.cache.folder))
+    found = open_files(place.cache.folder)
     assert found == {str(place.copy_of(number)) for number in (1, 2)}
 
 
 def test_copies_in_use_are_marked_and_others_are_not(tmp_path, monkeypatch):
-    monkeypatch.setattr(zarr_archive, "_TOUCH_SECONDS", 0.0)
+    monkeypatch.setattr(shard_files, "_LOOK_SECONDS", 0.0)
     monkeypatch.setattr(zarr_archive, "_KEPT_BYTES", 0)
     place = place_of("cache", tmp_path)
     reader = place.open()

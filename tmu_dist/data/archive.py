@@ -19,7 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tmu_dist.data import storage
-from tmu_dist.data.manifest import MANIFEST_PATH, Manifest, ManifestError
+from tmu_dist.data.manifest import MANIFEST_PATH, Manifest, ManifestError, Shard, ZarrShard
+from tmu_dist.data.ranges import WrongSizeError
 
 if TYPE_CHECKING:
     from tmu_dist.data.cache import NodeCache
@@ -30,6 +31,10 @@ Codes: TypeAlias = NDArray[np.uint8] | NDArray[np.uint16]
 
 class ShardError(ValueError):
     """A shard that is missing, truncated or altered, or a sample that is not what it should be."""
+
+
+class DamageError(ValueError):
+    """Bytes of a shard that are not what they should be; it does not know which shard's."""
 
 
 def open_archive(url: str, *, cache: NodeCache | None = None) -> Archive:
@@ -191,6 +196,20 @@ def shard_error(url: str, path: str, where: str, problem: str) -> ShardError:
         f"{storage.join_url(url, path)}, {where}: {problem}. Run `python -m data_prep verify "
         f"{url}` for the whole damage; write or copy the archive again."
     )
+
+
+def problem_of(error: Exception, shard: Shard | ZarrShard) -> str:
+    """Say what was wrong with a shard when it was read."""
+    if isinstance(error, DamageError):
+        return str(error)
+    if isinstance(error, storage.MissingObjectError):
+        return "the shard is missing"
+    if isinstance(error, WrongSizeError):
+        return (
+            f"the shard is truncated or replaced: it has {error.num_bytes} bytes, "
+            f"the manifest says {shard.num_bytes}"
+        )
+    return f"cannot be read: {error}"
 
 
 def _reopened(url: str, manifest: Manifest, cache: NodeCache | None) -> Archive:

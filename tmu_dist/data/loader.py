@@ -304,7 +304,8 @@ class SequenceLoader:
         sizes = np.array([shard.num_bytes if each.cache else 0 for each, shard in shards])
         needed = working_set(sizes, uses.first, uses.last)
         cache.check_working_set(needed)
-        return (cache.limit_bytes - needed) // len(self._node_ranks)
+        # Not more than an epoch ahead: a large cache would only be told again what it has.
+        return min((cache.limit_bytes - needed) // len(self._node_ranks), int(sizes.sum()))
 
 
 def _order_of(

@@ -13,6 +13,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from functools import cache, partial
 from queue import SimpleQueue
 from typing import NamedTuple, TypeVar
@@ -21,7 +22,10 @@ from tmu_dist.data import storage
 
 MOST_REQUESTS = 64
 """Of a process, at the same time."""
-AHEAD_BYTES = 128 * 2**20
+MOST_BYTES = 16 * 2**20
+"""Of a process, asked for at the same time: with many large answers at once, a client's processor
+and memory give out before the network does."""
+AHEAD_BYTES = 32 * 2**20
 """Fetched and not yet taken, of each queue."""
 
 _NEAR_BYTES = 64 * 2**10
@@ -207,7 +211,8 @@ class _Request:
     def run(self) -> None:
         """Fetch the bytes, unless they were forgotten."""
         if self._takers > 0:
-            _fulfil(self._bytes, self._fetch)
+            with _under_way().some(self._size):
+                _fulfil(self._bytes, self._fetch)
 
     def forget(self) -> None:
         """Say that one of the ranges will not be taken."""
@@ -235,6 +240,28 @@ def _near_ones(ranges: Sequence[Range]) -> list[list[Range]]:
         groups.append([one])
     order = {one: number for number, one in enumerate(ranges)}
     return sorted(groups, key=lambda group: min(order[one] for one in group))
+
+
+class _UnderWay:
+    """Lets so many bytes be asked for at the same time; a single request always."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._bytes = 0
+        self._changed = threading.Condition()
+
+    @contextmanager
+    def some(self, num_bytes: int) -> Iterator[None]:
+        """Wait until there is room for so many more."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._bytes or self._bytes + num_bytes <= self._most)
+            self._bytes += num_bytes
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._bytes -= num_bytes
+                self._changed.notify(4)  # all of them would only get in each other's way
 
 
 class _Threads:
@@ -267,6 +294,12 @@ class _Threads:
 def _threads() -> _Threads:
     """All archives of a process share them."""
     return _Threads(MOST_REQUESTS)
+
+
+@cache
+def _under_way() -> _UnderWay:
+    """All archives of a process share it."""
+    return _UnderWay(MOST_BYTES)
 
 
 def _fulfil(future: Future[_Result], function: Callable[[], _Result]) -> None:

@@ -1,6 +1,6 @@
 """Samples of tar shards, found by the manifest's byte offsets, every one of them checked.
 
-Shards are read as files (tar_files.py: local ones, or copies in the node's cache) or by ranges
+Shards are read as files (shard_files.py: local ones, or copies in the node's cache) or by ranges
 (ranges.py).
 
 The checksum of an uncompressed sample costs half as much as reading it. Of a file it is therefore
@@ -8,6 +8,10 @@ computed when this process first reads the sample, by `preadv` straight into the
 the sample is copied from a memory map, whose speed does not depend on the pieces in which the
 kernel keeps the file; `preadv` takes up to three times as long. All that is compressed, or comes
 over a network, is checked every time.
+
+A memory map of a file that was cut short ends the process by a signal, where other reads fail. So
+the size of the file is compared just before, and only what was read otherwise at least once is
+copied from there. A file that was written to is closed within a second and checked again.
 
 Not here: which samples are read when (order.py), Zarr (zarr_archive.py).
 
@@ -19,10 +23,12 @@ from __future__ import annotations
 import io
 import json
 import math
+import mmap
 import os
 import tarfile
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import google_crc32c
@@ -31,21 +37,71 @@ import zstandard
 from numpy.typing import NDArray
 
 from tmu_dist.data import storage
-from tmu_dist.data.archive import Codes, SampleIndex, ShardError, shard_error
+from tmu_dist.data.archive import (
+    Codes,
+    DamageError,
+    SampleIndex,
+    ShardError,
+    problem_of,
+    shard_error,
+)
 from tmu_dist.data.cache import object_files
 from tmu_dist.data.manifest import TAR_BLOCK_BYTES, Manifest, Shard
 from tmu_dist.data.ranges import Range, RangeFetcher, WrongSizeError
-from tmu_dist.data.tar_files import OpenShard, ShardFiles
+from tmu_dist.data.shard_files import Identity, OpenShard, ShardFiles
 from tmu_dist.files import WriteError
 
 if TYPE_CHECKING:
-    from tmu_dist.data.cache import NodeCache
+    from tmu_dist.data.cache import NodeCache, ObjectFiles
 
 _Result = TypeVar("_Result")
 
 
-class _DamageError(ValueError):
-    """Bytes that are not what the manifest says."""
+class _OpenTar(OpenShard):
+    """A tar that is open, and what `TarReader` needs of it for each sample."""
+
+    __slots__ = ("crc32c", "first_id", "is_checked", "memory", "offsets", "sizes")
+
+    def __init__(self, shard: Shard, first_id: int, descriptor: int, identity: Identity) -> None:
+        super().__init__(shard, descriptor, identity)
+        self.offsets = shard.offsets
+        self.sizes = shard.sizes
+        self.crc32c = shard.crc32c
+        self.first_id = first_id
+        self.memory: NDArray[np.uint8] | None = None
+        """The tar's bytes, mapped."""
+        self.is_checked = bytearray()
+        """By number in the shard: 1 where they were found right."""
+
+
+class _TarFiles(ShardFiles[_OpenTar]):
+    """Tars that are files; remembers which samples were found right while a file is the same."""
+
+    def __init__(
+        self, files: ObjectFiles, manifest: Manifest, index: SampleIndex, *, are_copies: bool
+    ) -> None:
+        super().__init__(files, manifest, are_copies=are_copies)
+        self._index = index
+        self._checked: dict[tuple[str, int], tuple[Identity, bytearray]] = {}
+
+    def discard(self, split: str, number: int) -> bool:
+        """As `ShardFiles.discard`."""
+        self._checked.pop((split, number), None)
+        return super().discard(split, number)
+
+    def _described(self, split: str, number: int, descriptor: int, identity: Identity) -> _OpenTar:
+        shard = cast(Shard, self._manifest.splits[split][number])
+        first_id = self._index.ends(split)[number] - shard.num_samples
+        file = _OpenTar(shard, first_id, descriptor, identity)
+        if self._checked.get((split, number), ((),))[0] != identity:
+            self._checked[split, number] = identity, bytearray(shard.num_samples)
+        file.is_checked = self._checked[split, number][1]
+        if self._manifest.compression == "none":
+            # Not every file system can, and it may be cut short just now: read on, not as fast.
+            with suppress(OSError, ValueError):
+                mapped = mmap.mmap(descriptor, shard.num_bytes, prot=mmap.PROT_READ)
+                file.memory = np.frombuffer(mapped, np.uint8)
+        return file
 
 
 class TarReader:
@@ -65,7 +121,7 @@ class TarReader:
         self._files = (
             None
             if files is None
-            else ShardFiles(files, manifest, index, are_copies=cache is not None)
+            else _TarFiles(files, manifest, index, are_copies=cache is not None)
         )
         self._fetcher = RangeFetcher(url)
 
@@ -111,7 +167,7 @@ class TarReader:
             crc32c = self._shard(split, number).crc32c[index]
             try:
                 self._codec.decode(next(payloads), crc32c, frames_BTCHW[row])
-            except (_DamageError, WrongSizeError, storage.StorageError):
+            except (DamageError, WrongSizeError, storage.StorageError):
                 self._read_sample(split, sample_id, frames_BTCHW[row])
 
     def _read_sample(self, split: str, sample_id: int, frames_TCHW: Codes) -> None:
@@ -140,7 +196,7 @@ class TarReader:
             number: of the shard in its split.
             index: of the sample in the shard, for messages.
             place: first byte, and number of bytes.
-            use: raises `_DamageError` if they are not right.
+            use: raises `DamageError` if they are not right.
         """
         shard = self._shard(split, number)
         is_replaced = False
@@ -152,10 +208,10 @@ class TarReader:
                 return use(self._files.open(split, number).read(*place))
             except WriteError:
                 raise  # the cache's folder, not the archive
-            except (_DamageError, WrongSizeError, storage.StorageError, OSError) as error:
+            except (DamageError, WrongSizeError, storage.StorageError, OSError) as error:
                 may_help = not is_replaced and not isinstance(error, storage.StorageError)
                 if not (may_help and self._files and self._files.discard(split, number)):
-                    raise self._error(shard, index, _problem(error, shard)) from error
+                    raise self._error(shard, index, problem_of(error, shard)) from error
                 is_replaced = True
 
     def _shard(self, split: str, number: int) -> Shard:
@@ -189,7 +245,7 @@ class _FramesCodec:
         self._num_bytes = self._num_header + math.prod(self._shape) * np.dtype(self._dtype).itemsize
         self._found_header = bytearray(self._num_header)
 
-    def _fill_copied(self, frames_N: NDArray[np.uint8], file: OpenShard, index: int) -> bool:
+    def _fill_copied(self, frames_N: NDArray[np.uint8], file: _OpenTar, index: int) -> bool:
         start = file.offsets[index]
         file.is_used = True
         if (
@@ -209,7 +265,7 @@ class _FramesCodec:
         file.is_checked[index] = is_right
         return is_right
 
-    def _fill_decompressed(self, frames_N: NDArray[np.uint8], file: OpenShard, index: int) -> bool:
+    def _fill_decompressed(self, frames_N: NDArray[np.uint8], file: _OpenTar, index: int) -> bool:
         file.is_used = True
         try:
             stored = os.pread(file.descriptor, file.sizes[index], file.offsets[index])
@@ -227,12 +283,12 @@ class _FramesCodec:
         """Check a sample's stored bytes and fill `frames_TCHW` with them.
 
         Raises:
-            _DamageError: says what is wrong.
+            DamageError: says what is wrong.
         """
         stored = np.frombuffer(payload, np.uint8)
         checksum = google_crc32c.value(stored)
         if checksum != crc32c:
-            raise _DamageError(
+            raise DamageError(
                 f"the bytes were altered: crc32c is {checksum:08x}, the manifest says {crc32c:08x}"
             )
         try:
@@ -246,9 +302,9 @@ class _FramesCodec:
             other_TCHW = np.load(io.BytesIO(stored.data), allow_pickle=False)
         except (zstandard.ZstdError, ValueError, EOFError) as error:
             kind = "zstd-compressed npy array" if self._is_compressed else "npy array"
-            raise _DamageError(f"is no {kind}: {error}") from error
+            raise DamageError(f"is no {kind}: {error}") from error
         if (other_TCHW.shape, other_TCHW.dtype) != (self._shape, self._dtype):
-            raise _DamageError(
+            raise DamageError(
                 f"holds {other_TCHW.dtype} frames of shape {other_TCHW.shape}, the manifest "
                 f"says {self._dtype} {self._shape}"
             )
@@ -275,18 +331,4 @@ def _parse_record(data: bytes | memoryview) -> Any:
         member = tarfile.TarInfo.frombuf(bytes(data[:TAR_BLOCK_BYTES]), "utf-8", "strict")
         return json.loads(bytes(data[TAR_BLOCK_BYTES : TAR_BLOCK_BYTES + member.size]))
     except (tarfile.HeaderError, ValueError) as error:
-        raise _DamageError(f"its record cannot be read: {error}") from error
-
-
-def _problem(error: Exception, shard: Shard) -> str:
-    """Say what is wrong with a shard or a sample."""
-    if isinstance(error, _DamageError):
-        return str(error)
-    if isinstance(error, storage.MissingObjectError):
-        return "the shard is missing"
-    if isinstance(error, WrongSizeError):
-        return (
-            f"the shard is truncated or replaced: it has {error.num_bytes} bytes, "
-            f"the manifest says {shard.num_bytes}"
-        )
-    return f"cannot be read: {error}"
+        raise DamageError(f"its record cannot be read: {error}") from error

@@ -9,7 +9,7 @@ node's cache may remove at any time; and finding a chunk takes them longer than 
 what is not there is an error: each shard's size is compared with the manifest, its index with a
 crc32c, each chunk with zstd's checksum.
 
-Not here: ranges of remote shards (ranges.py), tars (tar_archive.py).
+Not here: open files (shard_files.py), ranges of remote shards (ranges.py), tars (tar_archive.py).
 
 Shape letters: B samples, T time, C channels, H height, W width.
 """
@@ -18,22 +18,28 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import struct
-import time
 from collections import OrderedDict, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import zstandard
 
 from tmu_dist.data import storage
-from tmu_dist.data.archive import Codes, SampleIndex, ShardError, shard_error
+from tmu_dist.data.archive import (
+    Codes,
+    DamageError,
+    SampleIndex,
+    ShardError,
+    problem_of,
+    shard_error,
+)
 from tmu_dist.data.cache import object_files
 from tmu_dist.data.manifest import Manifest, ZarrShard
 from tmu_dist.data.ranges import Range, RangeFetcher, WrongSizeError
-from tmu_dist.data.zarr_layout import ArrayLayout, DamageError, Part, ShardIndex
+from tmu_dist.data.shard_files import Identity, OpenShard, ShardFiles
+from tmu_dist.data.zarr_layout import ArrayLayout, Part, ShardIndex
 from tmu_dist.files import WriteError
 
 if TYPE_CHECKING:
@@ -42,8 +48,6 @@ if TYPE_CHECKING:
 _KEPT_BYTES = 16 * 2**20
 """Of decoded chunks, kept for the next batch."""
 _MOST_INDEXES = 1024
-_MOST_OPEN_FILES = 128
-_TOUCH_SECONDS = 1.0
 
 _PROBLEMS = (DamageError, WrongSizeError, storage.StorageError, OSError)
 """What reading a chunk may meet."""
@@ -72,7 +76,9 @@ class ZarrReader:
         self._manifest = manifest
         self._index = index
         files = object_files(url, cache)
-        self._files = None if files is None else _ShardFiles(files, manifest, cache is not None)
+        self._files = (
+            None if files is None else _ZarrFiles(files, manifest, are_copies=cache is not None)
+        )
         self._fetcher = RangeFetcher(url)
         self._arrays: dict[str, ArrayLayout] = {}  # by split
         self._indexes: dict[tuple[str, int], ShardIndex] = {}  # by split and number of the shard
@@ -105,7 +111,7 @@ class ZarrReader:
                 frames[row, t.of_range, ..., y.of_range, x.of_range] = part
             self._keep(place, chunk)
         if self._files is not None:
-            self._files.touch()
+            self._files.look_after()
 
     def expect(self, split: str, sample_ids: Sequence[int]) -> None:
         """As `ShardReader.expect`: nothing to do where there are files.
@@ -227,12 +233,12 @@ class ZarrReader:
             except _PROBLEMS as error:
                 is_transport = isinstance(error, storage.StorageError)
                 if is_transport or not may_try_again or not self._forget(place):
-                    raise self._error(place, sample_id, _problem(error, shard)) from error
+                    raise self._error(place, sample_id, problem_of(error, shard)) from error
                 may_try_again = False
 
     def _forget(self, place: _Place) -> bool:
         """Remove a damaged copy; say whether the store's own bytes may be better."""
-        return self._files is None or self._files.discard(self._shard(place))
+        return self._files is None or self._files.discard(*place[:2])
 
     def _decoded(self, place: _Place, wanted: Range, payload: bytes | memoryview) -> Codes:
         try:
@@ -290,94 +296,28 @@ class ZarrReader:
         return shard_error(self._url, self._shard(place).path, where, problem)
 
 
-class _ShardFiles:
-    """Shards that are files, and open, not more than some at a time.
+class _ZarrFiles(ShardFiles[OpenShard]):
+    """Shards that are files, read by ranges as remote ones are."""
 
-    An open shard can be read whatever happens to its name in the folder.
-
-    Args:
-        files: where they are.
-        manifest: of the archive.
-        are_copies: in a cache, which may remove or replace them.
-    """
-
-    def __init__(self, files: ObjectFiles, manifest: Manifest, are_copies: bool) -> None:
-        self._files = files
-        self._are_copies = are_copies
-        self._shards = {s.path: s for shards in manifest.splits.values() for s in shards}
-        self._open: dict[str, int] = {}  # descriptors by path, oldest first
-        self._used: set[str] = set()  # paths, since `touch` last told the cache
-        self._touched = time.monotonic()
-
-    def __del__(self) -> None:
-        for file in self._open.values():
-            os.close(file)
+    def __init__(self, files: ObjectFiles, manifest: Manifest, *, are_copies: bool) -> None:
+        super().__init__(files, manifest, are_copies=are_copies)
+        splits = cast(Mapping[str, tuple[ZarrShard, ...]], manifest.splits)
+        self._numbers = {
+            shard.path: (split, number)
+            for split, shards in splits.items()
+            for number, shard in enumerate(shards)
+        }
 
     def read(self, wanted: Range) -> bytes:
         """Return bytes of a shard.
 
         Raises:
-            StorageError: it is missing or out of reach.
-            WrongSizeError: truncated or replaced.
-            OSError: cannot be read or, of a copy, written.
+            StorageError, WrongSizeError, OSError: as `ShardFiles.open` and `OpenShard.read`.
         """
-        path, _, offset, size = wanted
-        file = self._open.get(path)
-        if file is None:
-            file = self._open_shard(path)
-        self._used.add(path)
-        data = os.pread(file, size, offset)
-        while len(data) < size:  # as a disk of the network may do
-            more = os.pread(file, size - len(data), offset + len(data))
-            if not more:
-                raise WrongSizeError(path, os.fstat(file).st_size)
-            data += more
-        return data
+        return self.open(*self._numbers[wanted.path]).read(wanted.offset, wanted.size)
 
-    def discard(self, shard: ZarrShard) -> bool:
-        """Close a damaged shard; say whether it was a copy, which then is removed."""
-        self._close(shard.path)
-        return self._files.discard(shard.sha256)
-
-    def touch(self) -> None:
-        """Tell the cache now and then which copies were used, so that it removes others first."""
-        if self._are_copies and time.monotonic() - self._touched > _TOUCH_SECONDS:
-            self._touched = time.monotonic()
-            for path in self._used & self._open.keys():
-                self._files.touch(self._shards[path].sha256)
-            self._used.clear()
-
-    def _open_shard(self, path: str) -> int:
-        if self._are_copies:
-            # The disk of a removed copy is free when nobody has it open.
-            for other, file in list(self._open.items()):
-                if os.fstat(file).st_nlink == 0:
-                    self._close(other)
-        while len(self._open) >= _MOST_OPEN_FILES:
-            self._close(next(iter(self._open)))
-        shard = self._shards[path]
-        self._open[path] = self._files.open(path, shard.num_bytes, shard.sha256)
-        num_bytes = os.fstat(self._open[path]).st_size
-        if num_bytes != shard.num_bytes:
-            self._close(path)
-            raise WrongSizeError(path, num_bytes)
-        return self._open[path]
-
-    def _close(self, path: str) -> None:
-        if path in self._open:
-            os.close(self._open.pop(path))
-
-
-def _problem(error: Exception, shard: ZarrShard) -> str:
-    """Say what is wrong with a shard."""
-    if isinstance(error, storage.MissingObjectError):
-        return "the shard is missing"
-    if isinstance(error, WrongSizeError):
-        return (
-            f"the shard is truncated or replaced: it has {error.num_bytes} bytes, "
-            f"the manifest says {shard.num_bytes}"
-        )
-    return str(error) if isinstance(error, DamageError) else f"cannot be read: {error}"
+    def _described(self, split: str, number: int, descriptor: int, identity: Identity) -> OpenShard:
+        return OpenShard(self._manifest.splits[split][number], descriptor, identity)
 
 
 def _strings(data: bytes) -> list[str]:

@@ -20,7 +20,7 @@ import google_crc32c
 import numpy as np
 import zstandard
 
-from tmu_dist.data.archive import Codes
+from tmu_dist.data.archive import Codes, DamageError
 from tmu_dist.data.manifest import Manifest
 from tmu_dist.data.ranges import Range
 
@@ -29,10 +29,6 @@ Three: TypeAlias = tuple[int, int, int]
 
 _ABSENT = 2**64 - 1
 """Offset and size of a chunk that a shard does not hold."""
-
-
-class DamageError(ValueError):
-    """Bytes that are not what they should be."""
 
 
 class Cut(NamedTuple):
