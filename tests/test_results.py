@@ -40,3 +40,10 @@ def test_documents_show_the_recorded_table(document: str, name: str) -> None:
 def test_the_lab_log_shows_the_speed_of_conversion() -> None:
     table = (ROOT / "docs" / "results" / "radar-conversion" / "table.md").read_text()
     assert table in (ROOT / "docs" / "lab_log.md").read_text()
+
+
+@pytest.mark.parametrize("document", ["README.md", "docs/streaming.md"])
+def test_documents_show_what_streaming_reached(document: str) -> None:
+    table = (ROOT / "docs" / "results" / "streaming" / "table.md").read_text()
+    reached, *_ = table.split("\n\n")
+    assert reached in (ROOT / document).read_text()
