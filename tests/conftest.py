@@ -23,6 +23,7 @@ from tmu_dist.config import (
     TrainingConfig,
     WindowConfig,
 )
+from tmu_dist.data import storage
 
 torch.set_num_threads(1)
 
@@ -33,6 +34,20 @@ TINY_MODEL = ModelConfig(num_layers=2, hidden_channels=4, kernel_size=3, patch_s
 def node_cache_of_the_session(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Shards of remote archives are not copied to the user's own cache."""
     os.environ["TMU_DIST_CACHE"] = str(tmp_path_factory.mktemp("node-cache"))
+
+
+@pytest.fixture
+def requests(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, int]]:
+    """What is asked for of stores: path, offset and size."""
+    asked: list[tuple[str, int, int]] = []
+    read_range = storage.read_range
+
+    def recorded(url: str, path: str, offset: int, size: int) -> memoryview:
+        asked.append((path, offset, size))
+        return read_range(url, path, offset, size)
+
+    monkeypatch.setattr(storage, "read_range", recorded)
+    return asked
 
 
 @pytest.fixture(scope="session")

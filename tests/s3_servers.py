@@ -33,6 +33,11 @@ class S3Server:
     pid: int
     """To stop it as a crash would, or for a while (SIGSTOP, SIGCONT)."""
 
+    def use(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Make it the store of this process, until the test is over."""
+        for name, value in s3_environment(self.endpoint).items():
+            monkeypatch.setenv(name, value)
+
     def make_bucket(self, name: str) -> None:
         """Make a bucket (moto; the buckets of the others are folders)."""
         connection = HTTPConnection(self.endpoint.removeprefix("http://"), timeout=60)

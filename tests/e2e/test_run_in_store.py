@@ -13,7 +13,7 @@ import pytest
 
 from tests.e2e.test_kill import command, finish, start
 from tests.e2e.test_recipes import MINIATURE
-from tests.s3_servers import moto, s3_environment
+from tests.s3_servers import moto
 from tests.unit.test_training import assert_same
 from tmu_dist import evaluate, recipes, zoo
 from tmu_dist.config import RunConfig
@@ -29,8 +29,7 @@ from tmu_dist.training.launch import launch
 @pytest.fixture
 def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     with moto() as server:
-        for name, value in s3_environment(server.endpoint).items():
-            monkeypatch.setenv(name, value)
+        server.use(monkeypatch)
         name = f"bucket-{uuid4().hex}"
         server.make_bucket(name)
         yield f"s3://{name}"

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from tests.e2e.test_kill import command, finish, start
-from tests.s3_servers import moto, s3_environment
+from tests.s3_servers import moto
 from tests.unit.test_training import assert_same
 from tmu_dist.config import ConfigError, RunConfig
 from tmu_dist.data.loader import ShardError
@@ -31,8 +31,7 @@ def test_a_ray_run_in_a_bucket_equals_a_plain_one_on_a_disk(
     local = launch(tiny_config)
     monkeypatch.setenv("RAY_ADDRESS", ray.get_runtime_context().gcs_address)
     with moto() as server:
-        for name, value in s3_environment(server.endpoint).items():
-            monkeypatch.setenv(name, value)
+        server.use(monkeypatch)
         server.make_bucket("ray-runs")
         stored = replace(tiny_config, output="s3://ray-runs/run")
         one_worker = ["--launcher", "ray", "--launch.num-workers", "1"]
@@ -86,8 +85,7 @@ def test_a_bucket_that_is_not_there_is_named_before_ray_starts(
 ) -> None:
     on_ray = replace(tiny_config.launch, launcher="ray")
     with moto() as server:
-        for name, value in s3_environment(server.endpoint).items():
-            monkeypatch.setenv(name, value)
+        server.use(monkeypatch)
         with pytest.raises(StorageError, match=r"s3://no-such/run/config\.json.*bucket"):
             launch(replace(tiny_config, output="s3://no-such/run", launch=on_ray))
 

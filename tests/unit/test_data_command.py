@@ -14,7 +14,7 @@ import pytest
 
 from data_prep.writers.objects import write_manifest
 from data_prep.writers.webdataset import Sample, shard_path, write_shard
-from tests.s3_servers import localbucket, s3_environment
+from tests.s3_servers import localbucket
 from tests.tiny_zarr import ORIGINS
 from tests.tiny_zarr import write_archive as write_zarr_archive
 from tmu_dist.data.__main__ import main
@@ -318,8 +318,7 @@ def test_an_archive_in_s3_is_measured_in_every_way(
     url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with localbucket(Path(url).parent.parent) as server:
-        for name, value in s3_environment(server.endpoint).items():
-            monkeypatch.setenv(name, value)
+        server.use(monkeypatch)
         folder = tmp_path / "cache"
         record = bench(
             tmp_path,

@@ -15,7 +15,7 @@ import torch
 
 from data_prep.moving_mnist import MovingMNISTConfig, write_moving_mnist
 from data_prep.verify import verify_archive
-from tests.s3_servers import S3Server, hadro, localbucket, moto, s3_environment
+from tests.s3_servers import S3Server, hadro, localbucket, moto
 from tmu_dist.data import object_store, storage
 from tmu_dist.data.loader import SequenceLoader, open_archive
 from tmu_dist.data.storage import MissingObjectError, StorageError
@@ -44,12 +44,7 @@ def moto_server() -> Iterator[S3Server]:
 
 @pytest.fixture
 def use_moto(moto_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    use(moto_server, monkeypatch)
-
-
-def use(server: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in s3_environment(server.endpoint).items():
-        monkeypatch.setenv(name, value)
+    moto_server.use(monkeypatch)
 
 
 @pytest.mark.usefixtures("use_moto")
@@ -121,7 +116,7 @@ def buckets(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def archive_in_bucket(buckets: Path) -> str:
     """An archive written to object storage."""
     with localbucket(buckets) as server, pytest.MonkeyPatch.context() as monkeypatch:
-        use(server, monkeypatch)
+        server.use(monkeypatch)
         write_moving_mnist(DIGITS, "s3://bucket/digits", workers=1, show_progress=False)
     return "s3://bucket/digits"
 
@@ -148,7 +143,7 @@ def test_an_archive_in_object_storage(
     local = str(tmp_path / "digits")
     write_moving_mnist(DIGITS, local, workers=1, show_progress=False)
     with localbucket(buckets) as server:
-        use(server, monkeypatch)
+        server.use(monkeypatch)
         assert storage.list_objects(archive_in_bucket) == storage.list_objects(local)
         assert verify_archive(archive_in_bucket, show_progress=False) == []
         assert_equal(epoch(archive_in_bucket), epoch(local))
@@ -164,7 +159,7 @@ def test_a_store_that_refuses_a_third_of_all_requests(
     offsets = [draws.randrange(len(data) - 1000) for _ in range(300)]
     expected = epoch(str(buckets / "bucket" / "digits"))
     with hadro(buckets, error_rate=0.3, seed=4) as server:
-        use(server, monkeypatch)
+        server.use(monkeypatch)
         assert_equal(epoch(archive_in_bucket), expected)
         with ThreadPoolExecutor(8) as threads:
             found = threads.map(

@@ -16,7 +16,7 @@ from uuid import uuid4
 
 import pytest
 
-from tests.s3_servers import S3Server, moto, s3_environment
+from tests.s3_servers import S3Server, moto
 from tests.unit.test_training import Killed, assert_same, run, run_until
 from tmu_dist import evaluate, predict
 from tmu_dist.config import ConfigError, RunConfig
@@ -54,8 +54,7 @@ def server() -> Iterator[S3Server]:
 @pytest.fixture
 def url(server: S3Server, monkeypatch: pytest.MonkeyPatch) -> str:
     """A folder of its own in a store."""
-    for name, value in s3_environment(server.endpoint).items():
-        monkeypatch.setenv(name, value)
+    server.use(monkeypatch)
     return f"s3://bucket/{uuid4().hex}/run"
 
 

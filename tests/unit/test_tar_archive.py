@@ -107,20 +107,6 @@ def read_all(archive: Archive) -> None:
         archive.read("train", [sample_id])
 
 
-@pytest.fixture
-def requests(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, int]]:
-    """What is asked for of stores: path, offset and size."""
-    asked: list[tuple[str, int, int]] = []
-    read_range = storage.read_range
-
-    def recorded(url: str, path: str, offset: int, size: int) -> memoryview:
-        asked.append((path, offset, size))
-        return read_range(url, path, offset, size)
-
-    monkeypatch.setattr(storage, "read_range", recorded)
-    return asked
-
-
 @each_way
 @each_compression
 @pytest.mark.parametrize("dtype", ["uint8", "uint16"])
@@ -481,8 +467,7 @@ def test_a_store_that_often_refuses_gives_the_same_samples(tmp_path, compression
     pytest.importorskip("hadro")
     write_archive(str(tmp_path / "bucket/tiny"), compression)
     with s3_servers.hadro(tmp_path, error_rate=0.3, seed=5) as server:
-        for name, value in s3_servers.s3_environment(server.endpoint).items():
-            monkeypatch.setenv(name, value)
+        server.use(monkeypatch)
         archive = open_archive("s3://bucket/tiny")
         loader = SequenceLoader(archive, "train", global_batch_size=4)
         for batch in itertools.islice(loader.stream(0), 12):

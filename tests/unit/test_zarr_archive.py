@@ -151,20 +151,6 @@ def test_other_readers_of_zarr_see_the_same_frames(kind, pipeline, tmp_path):
     assert np.array_equal(found, frames if frames.shape[1] > 1 else frames[:, 0])
 
 
-@pytest.fixture
-def requests(monkeypatch) -> list[tuple[str, int, int]]:
-    """What is asked for of stores: path, offset and size."""
-    asked: list[tuple[str, int, int]] = []
-    read_range = storage.read_range
-
-    def recorded(url: str, path: str, offset: int, size: int) -> memoryview:
-        asked.append((path, offset, size))
-        return read_range(url, path, offset, size)
-
-    monkeypatch.setattr(storage, "read_range", recorded)
-    return asked
-
-
 def test_samples_that_overlap_fetch_their_chunks_once(tmp_path, requests, monkeypatch):
     """In a batch, and from one batch to the next, with hints and without."""
     monkeypatch.setattr(ranges, "_NEAR_BYTES", 0)  # nothing is read over between two chunks
@@ -194,8 +180,7 @@ def test_a_store_that_often_refuses_gives_the_same_samples(tmp_path, monkeypatch
     url = write_archive(str(tmp_path / "bucket/tiny"))
     frames = frames_in(url, "train", {})
     with s3_servers.hadro(tmp_path, error_rate=0.3, seed=5) as server:
-        for name, value in s3_servers.s3_environment(server.endpoint).items():
-            monkeypatch.setenv(name, value)
+        server.use(monkeypatch)
         for _ in range(3):
             archive = open_archive("s3://bucket/tiny")
             archive.expect("train", [4, 2])

@@ -219,7 +219,7 @@ def _reopened(url: str, manifest: Manifest, cache: NodeCache | None) -> Archive:
 def _shard_reader(
     url: str, manifest: Manifest, index: SampleIndex, cache: NodeCache | None
 ) -> ShardReader:
-    # Loaded when needed: both import from here, and zarr is heavy.
+    # Loaded when needed, because both import from here.
     if manifest.format == "webdataset":
         from tmu_dist.data.tar_archive import TarReader
 

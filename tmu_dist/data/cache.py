@@ -149,12 +149,11 @@ class NodeCache:
             CacheLimitError: says what to set.
         """
         if num_bytes > self.limit_bytes:
-            enough_gib = math.ceil(num_bytes / 2**30 * 100) / 100
             raise CacheLimitError(
                 f"The cache {self.folder} may hold {gib(self.limit_bytes)}, but this order has "
                 f"{gib(num_bytes)} of shards in use at once and would fetch them again and again: "
-                f"raise data.cache_gib to at least {enough_gib:g}, or lower data.shuffle_lanes or "
-                "data.shuffle_window."
+                f"raise data.cache_gib to at least {cache_gib_for(num_bytes):g}, or lower "
+                "data.shuffle_lanes or data.shuffle_window."
             )
 
     def stats(self) -> CacheStats:
@@ -257,6 +256,11 @@ def object_files(url: str, cache: NodeCache | None) -> ObjectFiles | None:
         return CachedFiles(cache, url)
     folder = storage.local_path(url)
     return None if folder is None else LocalFiles(folder)
+
+
+def cache_gib_for(num_bytes: int) -> float:
+    """Return the least `data.cache_gib`, of two decimals, that holds so many bytes."""
+    return math.ceil(num_bytes / 2**30 * 100) / 100
 
 
 def default_cache_folder() -> Path:

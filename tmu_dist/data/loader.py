@@ -62,7 +62,7 @@ class SequenceLoader:
         seed: of the order; which samples a fraction has does not depend on it.
         fraction: samples of the first archive to use, as a multiple of the manifest's
             `full_train_samples` in the training split (None: of all), of all elsewhere; smaller
-            subsets lie in larger ones. The other archives are used whole.
+            subsets lie in larger ones. Of the other archives 1 is used.
         mix_weights: each archive's share of an epoch; empty: every sample exactly once.
         shuffle: whether `stream` shuffles each epoch; without, it follows the sample ids.
         shuffle_window, shuffle_lanes: `window` and `lanes` of `order.epoch_order`: larger ones

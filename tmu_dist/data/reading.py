@@ -15,7 +15,8 @@ import multiprocessing
 import os
 import sys
 from collections import deque
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from functools import partial
 from multiprocessing.context import BaseContext
 from multiprocessing.reduction import DupFd
 from typing import Any, NamedTuple
@@ -123,12 +124,7 @@ def read_here(
     """
     memory = _Memory((batch_size, *reader.sample_shape), reader.dtype, pin=pin_memory)
     for request in requests:
-        frames_BTCHW, codes_BTCHW = memory.batch(len(request.ids))
-        reader.read(request, codes_BTCHW)
-        batch = request.answered(frames_BTCHW)
-        del frames_BTCHW, codes_BTCHW
-        yield batch
-        del batch  # or its memory could not be used for the next one
+        yield memory.filled(request, partial(reader.read, request))
 
 
 class ReadingProcesses:
@@ -190,13 +186,9 @@ class ReadingProcesses:
                         f"A reading process answered for position {answer} instead of "
                         f"{request.consumed}. This is an error of the loader; please report it."
                     )
-                frames_BTCHW, codes_BTCHW = self._memory.batch(len(request.ids))
-                # The slot will be filled again.
-                codes_BTCHW[...] = self._slots.batches[slot, : len(request.ids)]
-                batch = request.answered(frames_BTCHW)
-                del frames_BTCHW, codes_BTCHW
-                yield batch
-                del batch  # or its memory could not be used for the next one
+                # A copy: the slot will be filled again.
+                found_BTCHW = self._slots.batches[slot, : len(request.ids)]
+                yield self._memory.filled(request, partial(np.copyto, src=found_BTCHW))
         finally:
             # Torch keeps it, and through it all that it refers to, this object among them. Such a
             # circle is broken by the garbage collector only, which would end the queues before the
@@ -282,7 +274,16 @@ class _Memory:
         self._pin = pin
         self._arrays: list[Codes] = []
 
-    def batch(self, count: int) -> tuple[Tensor, Codes]:
+    def filled(self, request: Request, fill: Callable[[Codes], None]) -> Batch:
+        """Return the batch that was asked for; `fill` puts the samples into its memory.
+
+        Made here, so that no generator that waits has another hold on the memory.
+        """
+        frames_BTCHW, codes_BTCHW = self._batch(len(request.ids))
+        fill(codes_BTCHW)
+        return request.answered(frames_BTCHW)
+
+    def _batch(self, count: int) -> tuple[Tensor, Codes]:
         """Return memory for so many samples, as a tensor and as an array."""
         if self._pin:  # torch uses its page-locked memory again by itself
             shape = (count, *self._shape[1:])
@@ -307,6 +308,12 @@ def with_lookahead(requests: Iterator[Request], num_readers: int) -> Iterator[Re
     waiting: deque[Request] = deque()
     told: deque[list[int]] = deque([] for _ in range(num_readers))  # of the next readers in turn
     distance = 0
+
+    def next_told() -> Request:
+        soon = told.popleft()
+        told.append([])
+        return waiting.popleft()._replace(soon=soon)
+
     for request in requests:
         if not distance:
             distance = num_readers * max(1, -(-_SAMPLES_AHEAD // len(request.ids)))
@@ -314,13 +321,9 @@ def with_lookahead(requests: Iterator[Request], num_readers: int) -> Iterator[Re
         # The reader of this request is the one that is asked next but (len(waiting) - 1).
         told[(len(waiting) - 1) % num_readers].extend(request.ids)
         if len(waiting) > distance:
-            yield waiting.popleft()._replace(soon=told[0])
-            told[0] = []
-            told.rotate(-1)
+            yield next_told()
     while waiting:
-        yield waiting.popleft()._replace(soon=told[0])
-        told[0] = []
-        told.rotate(-1)
+        yield next_told()
 
 
 def _worker_context() -> BaseContext:

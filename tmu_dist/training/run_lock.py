@@ -202,8 +202,8 @@ def _has_ended(lease: dict[str, Any]) -> bool:
         os.kill(lease["pid"], 0)
     except ProcessLookupError:
         return True
-    except PermissionError:  # somebody else's
-        pass
+    except PermissionError:  # somebody else's, and alive
+        return False
     return False
 
 

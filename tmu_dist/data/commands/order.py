@@ -6,7 +6,6 @@ Not here: the order itself (order.py).
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -17,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tmu_dist.data.archive import Archive
+from tmu_dist.data.cache import cache_gib_for
 from tmu_dist.data.loader import SequenceLoader
 from tmu_dist.data.order import ORDER_VERSION, global_batches
 from tmu_dist.data.prefetch import working_set
@@ -257,7 +257,7 @@ def order_summary(report: OrderReport) -> Group:
     parts.append(
         Text(
             f"Read through a cache (data.reading=cache), each node must be able to hold "
-            f"{_size(needed)} (data.cache_gib={math.ceil(needed / 2**30 * 100) / 100:g}), better "
+            f"{_size(needed)} (data.cache_gib={cache_gib_for(needed):g}), better "
             "some more: epochs differ, and the next shards are copied ahead. The nodes together "
             f"then copy {_size(read)} until the epoch's end, if they have nothing yet; the shards "
             f"of this split have {_size(stored)}."
