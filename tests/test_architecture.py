@@ -24,7 +24,9 @@ ROOT = Path(__file__).parents[1]
 ROWS = {
     # 0: no torch, no ray
     "tmu_dist": 0,
+    "tmu_dist.backbones": 0,
     "tmu_dist.config": 0,
+    "tmu_dist.draws": 0,
     "tmu_dist.files": 0,
     "tmu_dist.recipes": 0,
     "tmu_dist.data.manifest": 0,
@@ -56,6 +58,7 @@ ROWS = {
 """Row of every room. A room imports from lower rows and from itself."""
 
 SIDEWAYS = {
+    ("tmu_dist.config", "tmu_dist.backbones"),
     ("tmu_dist.recipes", "tmu_dist.config"),
     ("tmu_dist.teachers", "tmu_dist.folders"),
     ("tmu_dist.teachers", "tmu_dist.run_folder"),

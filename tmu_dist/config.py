@@ -15,10 +15,12 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, TypeVar, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar, get_type_hints
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
+
+from tmu_dist.backbones import BACKBONES
 
 
 class ConfigError(ValueError):
@@ -115,11 +117,73 @@ class DataConfig:
         )
 
 
+if TYPE_CHECKING:
+    Backbone: TypeAlias = str
+else:
+    Backbone = Literal[tuple(BACKBONES)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SAVPConfig:
+    """Stochastic adversarial video prediction (Lee et al. 2018; models_spec B4)."""
+
+    base_channels: int = 32
+    """Channels of the first encoder block (ngf); the others are multiples of it."""
+    latent_size: int = 32
+    """Numbers of the latent z of each step; 0 makes the network deterministic."""
+    posterior_channels: int = 64
+    """Channels of the first convolution of the posterior."""
+    prior: Literal["normal", "learned"] = "normal"
+    """Where latents come from when nothing is known: N(0, 1), or a network of the frames so far."""
+    transformation: Literal["cdna", "flow", "dna"] = "cdna"
+    """How the last frame is moved: by kernels for the whole image, by optical flow, or by a kernel
+    for each pixel."""
+    num_transformed: int = 4
+    """Moved copies of the last frame that the masks choose from."""
+    upsample: Literal["exact", "plain"] = "exact"
+    """Border rule of the bilinear upsampling: that of the original, or the framework's."""
+
+    def __post_init__(self) -> None:
+        for name in ("base_channels", "posterior_channels", "num_transformed"):
+            value = getattr(self, name)
+            _require(value >= 1, f"model.savp.{name} must be >= 1, got {value}.")
+        _require(
+            self.latent_size >= 0, f"model.savp.latent_size must be >= 0, got {self.latent_size}."
+        )
+        _require(
+            self.latent_size > 0 or self.prior == "normal",
+            "model.savp.prior=learned has no effect with model.savp.latent_size=0.",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class VPNConfig:
+    """The video pixel network around a ConvLSTM (Kalchbrenner et al. 2017; models_spec B5)."""
+
+    channels: int = 32
+    """Channels inside the residual multiplicative blocks (c); their input has 2c."""
+    num_encoder_blocks: int = 4
+    num_decoder_blocks: int = 6
+    dilated: bool = False
+    """Encoder blocks with dilations 1, 2, 4, 8 in turn."""
+    likelihood: Literal["softmax", "bernoulli"] = "softmax"
+    """Of a pixel: 256 levels, or its value as a probability (binary-like data)."""
+
+    def __post_init__(self) -> None:
+        for name in ("channels", "num_encoder_blocks", "num_decoder_blocks"):
+            value = getattr(self, name)
+            _require(value >= 1, f"model.vpn.{name} must be >= 1, got {value}.")
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The predictive network (paper, Sec. 4: four layers with 64 channels, 5x5 filters)."""
+    """The predictive network (paper, Sec. 4: four layers with 64 channels, 5x5 filters).
 
-    cell: Literal["convlstm"] = "convlstm"
+    A setting that the chosen backbone does not have must be left out.
+    """
+
+    cell: Backbone = "convlstm"
+    """The recurrent cell of a stacked network, or savp or vpn, which are built otherwise."""
     num_layers: int = 4
     hidden_channels: int = 64
     kernel_size: int = 5
@@ -127,22 +191,49 @@ class ModelConfig:
     patch_size: int = 4
     """Frame sub-scaling factor k: H x W x C frames become H/k x W/k maps of C*k*k channels."""
     peephole: Literal["channel", "none", "full"] = "channel"
-    """Shape of the peephole weights of Eq. 2 and 5; `full` ties the network to one frame size."""
-    forget_bias: float = 0.0
-    """Added to the forget gate; keep 0 in TMU networks with transfer.tmu.combine=paper."""
+    """ConvLSTM: shape of the peephole weights of Eq. 2 and 5; `full` ties it to one frame size."""
+    forget_bias: float | None = None
+    """Added to the forget gate of the memory C. None: 0 in ConvLSTM, 1 in ST-LSTM and SAVP; in
+    ST-LSTM 0 where transfer.tmu.combine=paper lets the memory grow."""
     gate_norm: Literal["none", "layer"] = "none"
-    """Layer normalisation over the gate pre-activations of the cell."""
+    """Layer normalisation over the pre-activations of the cell's gates, after each convolution."""
+    bias: bool | None = None
+    """Biases of the recurrent convolutions; None: as in the backbone's public code."""
     norm_affine: Literal["full", "channel", "none"] = "full"
     """Gain and shift of every layer normalisation: per element (as the paper's parameter counts
     need, tied to one frame size), per channel (any frame size), or none."""
+    st_form: Literal["seven_gate", "shared"] = "seven_gate"
+    """ST-LSTM: gates of both memories from convolutions of their own, or the form that shares the
+    input's convolution."""
+    mim_difference: Literal["cascade", "hidden"] = "cascade"
+    """MIM: what the upper blocks' MIM-N reads: the output of the MIM-N below (public code), or the
+    difference of the hidden states below (the MIM paper's figure)."""
+    mim_output_gate: Literal["code", "paper"] = "code"
+    """MIM: the output gate reads the incoming memory M, or the new C and M."""
+    e3d_memory: Literal["paper", "code"] = "paper"
+    """E3D-LSTM: zig-zag memory and output gate of its paper, or what its public code computes."""
+    recall_window: int | None = None
+    """E3D-LSTM: past memories that a step recalls; None: all of them."""
+    savp: SAVPConfig = field(default_factory=SAVPConfig)
+    vpn: VPNConfig = field(default_factory=VPNConfig)
 
     def __post_init__(self) -> None:
+        if self.cell not in BACKBONES:
+            near = difflib.get_close_matches(self.cell, BACKBONES, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise ConfigError(
+                f"Unknown model.cell={self.cell!r}.{hint} Backbones: {', '.join(BACKBONES)}."
+            )
         for name in ("num_layers", "hidden_channels", "kernel_size", "patch_size"):
             value = getattr(self, name)
             _require(value >= 1, f"model.{name} must be >= 1, got {value}.")
         _require(
             self.kernel_size % 2 == 1,
             f"model.kernel_size must be odd so that maps keep their size, got {self.kernel_size}.",
+        )
+        _require(
+            self.recall_window is None or self.recall_window >= 1,
+            f"model.recall_window must be >= 1 or left out, got {self.recall_window}.",
         )
 
 
@@ -172,6 +263,34 @@ class TMUConfig:
             "transfer.tmu.layers is empty: name layers (0 is the lowest), 'all', "
             "or use transfer.method=scratch for a network without TMU layers.",
         )
+        _require(
+            self.layers == "all"
+            or (min(self.layers) >= 0 and len(set(self.layers)) == len(self.layers)),
+            f"transfer.tmu.layers={list(self.layers)} must be different numbers from 0 on.",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterConfig:
+    """What may differ between a teacher and the student, and how it is bridged.
+
+    By default nothing may: the paper compares memories element by element (Sec. 4). Each setting
+    declares one difference as wanted; teachers that do not have it are used as they are.
+    """
+
+    frames: Literal["same", "resize"] = "same"
+    """resize: each teacher reads the frames in its own size and number of channels."""
+    channels: Literal["same", "project"] = "same"
+    """project: a learned 1x1 convolution of an imitation is compared with a teacher's memory that
+    has another number of channels. It is part of the training, not of the student."""
+    grid: Literal["same", "resample"] = "same"
+    """resample: teacher memories are brought to the size of the student's maps."""
+    layers: Literal["same", "stretch"] | tuple[int, ...] = "same"
+    """Which layer of a teacher teaches which of the student: the same number, spread evenly over
+    another number of layers, or a teacher's layer number for each student layer."""
+    units: Literal["same", "any"] = "same"
+    """any: teachers may have learned from other quantities or intervals; numbers are passed on as
+    they are (the paper teaches rain by digits and walking people)."""
 
 
 Method: TypeAlias = Literal["scratch", "finetune", "tmu", "tmu_scratch"]
@@ -193,6 +312,7 @@ class TransferConfig:
     teacher_input: Literal["own", "student", "truth"] = "own"
     """What replaces a frame that the sampling mask hides from a teacher: its own prediction, the
     student's input, or nothing (teachers always see true frames)."""
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
     tmu: TMUConfig = field(default_factory=TMUConfig)
 
     def __post_init__(self) -> None:
@@ -217,9 +337,10 @@ class TransferConfig:
                 "use tmu_scratch for the same network without teachers.",
             )
         if self.method != "tmu":
-            for name in ("beta", "teacher_input"):
+            defaults = {"beta": 0.1, "teacher_input": "own", "adapter": AdapterConfig()}
+            for name, default in defaults.items():
                 _require(
-                    getattr(self, name) == getattr(TransferConfig, name),
+                    getattr(self, name) == default,
                     f"transfer.{name} only has an effect with transfer.method=tmu; got "
                     f"{getattr(self, name)!r} with method={self.method}.",
                 )
@@ -248,6 +369,64 @@ class TransferConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class KLConfig:
+    """Weight of the divergence of a stochastic network's posterior from its prior (SAVP)."""
+
+    weight: float = 0.01
+    anneal_from: int = 50_000
+    """Iteration at which the weight begins to rise from 0, linearly."""
+    anneal_until: int = 100_000
+    """Iteration at which it is reached."""
+
+    def __post_init__(self) -> None:
+        _require(self.weight >= 0, f"training.kl.weight must be >= 0, got {self.weight}.")
+        _require(
+            0 <= self.anneal_from <= self.anneal_until,
+            "training.kl needs 0 <= anneal_from <= anneal_until, got "
+            f"{self.anneal_from} and {self.anneal_until}.",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdversarialConfig:
+    """Discriminators beside the student (SAVP); with both weights 0 there are none."""
+
+    video_weight: float = 0.0
+    """Of a discriminator that sees clips, one for each kind of rollout; SAVP: 0.1."""
+    image_weight: float = 0.0
+    """Of a discriminator that sees single frames."""
+    feature_weight: float = 0.0
+    """Of matching the discriminators' features of true frames; SAVP: 10."""
+    base_channels: int = 32
+    """Channels of a discriminator's first convolution (ndf)."""
+    clip_length: int = 10
+    """Frames of a clip, at most."""
+
+    def __post_init__(self) -> None:
+        for name in ("video_weight", "image_weight", "feature_weight"):
+            value = getattr(self, name)
+            _require(value >= 0, f"training.adversarial.{name} must be >= 0, got {value}.")
+        for name in ("base_channels", "clip_length"):
+            value = getattr(self, name)
+            _require(value >= 1, f"training.adversarial.{name} must be >= 1, got {value}.")
+        unused = [
+            entry.name
+            for entry in fields(self)
+            if not self.is_on and getattr(self, entry.name) != entry.default
+        ]
+        _require(
+            not unused,
+            f"training.adversarial.{' and '.join(unused)} has no effect without discriminators: "
+            "set training.adversarial.video_weight or image_weight.",
+        )
+
+    @property
+    def is_on(self) -> bool:
+        """Whether there are discriminators."""
+        return self.video_weight > 0 or self.image_weight > 0
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
     """Optimisation (paper, Sec. 4: Adam, 1e-3, batch 8, 80,000 iterations)."""
 
@@ -256,12 +435,28 @@ class TrainingConfig:
     batch_size: int = 8
     """Sequences of one iteration over all ranks together."""
     learning_rate: float = 1e-3
+    decay_from: int | None = None
+    """Iteration from which the learning rate falls linearly to 0 at the last; None: constant."""
+    adam_beta1: float = 0.9
+    """Decay of Adam's first moment; SAVP uses 0.5."""
     grad_clip_norm: float | None = None
     """Clip the global gradient norm; 1.0 is advised for four and more teachers."""
     reverse_input: Literal["update", "average", "off"] = "update"
     """Also learn each sequence backwards: as a second update, in one averaged update, or not."""
+    sampling: Literal["linear", "inverse_sigmoid", "always"] = "linear"
+    """Scheduled sampling: how the probability of a true input falls from 1; always: it does not
+    (video pixel networks learn from true frames only)."""
     sampling_stop_step: int = 50_000
-    """Scheduled sampling: the probability of a true input falls linearly from 1 to 0 here."""
+    """linear: the iteration where it reaches 0."""
+    sampling_scale: float = 900.0
+    """inverse_sigmoid: k of k / (k + exp(n / k)) at iteration n."""
+    frame_loss: Literal["backbone", "l2", "l1l2", "l1"] = "backbone"
+    """Squared error, absolute error, or both; backbone: what its own paper minimises (squared
+    error but for E3D-LSTM: both, SAVP: absolute error, VPN: likelihood)."""
+    frame_weight: float = 1.0
+    """Weight of that loss; SAVP: 100."""
+    kl: KLConfig = field(default_factory=KLConfig)
+    adversarial: AdversarialConfig = field(default_factory=AdversarialConfig)
     loss_reduction: Literal["mean", "sum"] = "mean"
     """Element means of both terms of Eq. 6 (default), or the sums as printed over the batch."""
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -282,6 +477,18 @@ class TrainingConfig:
             f"training.grad_clip_norm must be > 0 or left out, got {self.grad_clip_norm}.",
         )
         _require(self.seed >= 0, f"training.seed must be >= 0, got {self.seed}.")
+        _require(
+            0 <= self.adam_beta1 < 1,
+            f"training.adam_beta1 must be in [0, 1), got {self.adam_beta1}.",
+        )
+        _require(
+            self.decay_from is None or 0 <= self.decay_from < self.num_steps,
+            f"training.decay_from={self.decay_from} must lie before the last iteration, "
+            f"training.num_steps={self.num_steps}.",
+        )
+        for name in ("sampling_scale", "frame_weight"):
+            value = getattr(self, name)
+            _require(value > 0, f"training.{name} must be > 0, got {value}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -343,13 +550,21 @@ class RunConfig:
     launch: LaunchConfig = field(default_factory=LaunchConfig)
 
     def __post_init__(self) -> None:
-        layers = self.transfer.tmu.layers
-        if layers != "all":
-            bad = [k for k in layers if not 0 <= k < self.model.num_layers]
+        cell, training = self.model.cell, self.training
+        _require(
+            cell == "savp" or training.kl == KLConfig(),
+            f"training.kl only has an effect with model.cell=savp, not {cell}.",
+        )
+        if cell == "vpn":
             _require(
-                not bad and len(set(layers)) == len(layers),
-                f"transfer.tmu.layers={list(layers)} must be different numbers from 0 to "
-                f"{self.model.num_layers - 1} (model.num_layers={self.model.num_layers}).",
+                training.sampling == "always" and training.frame_loss == "backbone",
+                "model.cell=vpn learns the likelihood of true frames only: set "
+                "training.sampling=always and leave training.frame_loss=backbone.",
+            )
+            _require(
+                not training.adversarial.is_on,
+                "model.cell=vpn has no differentiable forecasts: training.adversarial cannot "
+                "have an effect.",
             )
 
 
@@ -460,8 +675,11 @@ _FREE_TO_CHANGE = (
 def resume_conflicts(saved: RunConfig, wanted: RunConfig) -> list[str]:
     """Settings that forbid continuing `saved` as `wanted`, as readable lines; empty when none."""
     before, now = dict(flatten(asdict(saved))), dict(flatten(asdict(wanted)))
+    free = set(_FREE_TO_CHANGE)
+    if saved.training.decay_from is not None:  # then the last step shapes all steps before it
+        free.remove("training.num_steps")
     return [
         f"{path}: the checkpoint has {before[path]!r}, this command {now[path]!r}"
         for path in before
-        if not path.startswith(_FREE_TO_CHANGE) and before[path] != now[path]
+        if not path.startswith(tuple(free)) and before[path] != now[path]
     ]

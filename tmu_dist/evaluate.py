@@ -5,7 +5,8 @@
 
 Prints every score with its definition and writes evaluation.json, per_sequence.npz and figures. Of
 radar: also scores at thresholds, extrapolation along the optical flow as a third forecast, and a
-page (report.html) with the tables as text (tables.md).
+page (report.html) with the tables as text (tables.md). A stochastic network forecasts every
+sequence several times: the model's scores are then those of the best sample by SSIM, and say so.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from tmu_dist.data.manifest import Units
 from tmu_dist.data.storage import join_url
 from tmu_dist.evaluation.baselines import FlowUnavailableError, OpticalFlow
 from tmu_dist.evaluation.comparison import RunEntry
+from tmu_dist.evaluation.ensemble import choose_ensemble
 from tmu_dist.evaluation.examples import evenly_spaced, predict_example
 from tmu_dist.evaluation.metrics import SSIMMode
 from tmu_dist.evaluation.rain import radar_settings
@@ -62,6 +64,8 @@ def run(
     data: str,
     split: Literal["train", "val", "test"] = "test",
     batch_size: int = 16,
+    num_samples: int | None = None,
+    seed: int = 0,
     out: str | None = None,
     ssim_mode: SSIMMode = "uint8_7x7",
     flow: Literal["auto", "off"] = "auto",
@@ -77,6 +81,9 @@ def run(
         data: folder or URL of the archive.
         split: which part of the archive.
         batch_size: sequences of a batch over all ranks; the scores do not depend on it.
+        num_samples: forecasts of each sequence by a stochastic network, by default 10 (the paper's
+            Table 3 takes 100); a deterministic one has only 1.
+        seed: of a stochastic network's noise.
         out: folder or URL for the results; by default evaluation-SPLIT in the model's folder.
         ssim_mode: form of SSIM; values of different forms cannot be compared.
         flow: of radar, score optical-flow extrapolation too, where pysteps is installed.
@@ -94,6 +101,8 @@ def run(
             data,
             split=split,
             batch_size=batch_size,
+            num_samples=num_samples,
+            seed=seed,
             ssim_mode=ssim_mode,
             flow=flow,
             thresholds=thresholds,
@@ -106,7 +115,7 @@ def run(
                 result.save(folder)
                 write_figures(result, folder)
                 if result.radar is not None:
-                    command = _command(model, data, split, flow, thresholds, fss_scales)
+                    command = _command(model, result, flow, thresholds, fss_scales)
                     _write_radar_report(result, model, folder, chosen_device, command)
             console = Console()
             console.print(terminal_summary(result))
@@ -132,6 +141,8 @@ def evaluate_model(
     *,
     split: str = "test",
     batch_size: int = 16,
+    num_samples: int | None = None,
+    seed: int = 0,
     ssim_mode: SSIMMode = "uint8_7x7",
     flow: Literal["auto", "off"] = "auto",
     thresholds: Sequence[float] | None = None,
@@ -146,6 +157,7 @@ def evaluate_model(
         data_url: folder or URL of the archive.
         split: which part of it.
         batch_size: sequences of a batch over all ranks.
+        num_samples, seed: as in `choose_ensemble`.
         ssim_mode: form of SSIM.
         flow: of radar, "auto" also scores optical-flow extrapolation where it can.
         thresholds, fss_scales: of radar scores; None means the usual ones (`rain`).
@@ -153,10 +165,12 @@ def evaluate_model(
         collectives: the ranks that share the work; None means this process alone.
 
     Raises:
-        ValueError: a missing model or archive, or two that do not fit each other.
+        ValueError: a missing model or archive, two that do not fit each other, or several samples
+            of a deterministic network.
     """
     device, collectives = device or torch.device("cpu"), collectives or Collectives()
     loaded = load_model(source, device=device)
+    ensemble = choose_ensemble(loaded.model, num_samples, seed)
     (archive,) = open_archives([data_url])
     manifest = archive.manifest
     check_archive_fits(loaded.card, manifest)
@@ -194,6 +208,7 @@ def evaluate_model(
         flow=None
         if radar is None
         else _optical_flow(flow, manifest.units, loaded.card.window, collectives),
+        ensemble=ensemble,
     )
 
 
@@ -219,14 +234,16 @@ def _optical_flow(
 
 def _command(
     model: str,
-    data: str,
-    split: str,
+    result: EvaluationResult,
     flow: str,
     thresholds: Sequence[float] | None,
     fss_scales: Sequence[int] | None,
 ) -> str:
     """The command line that repeats an evaluation."""
-    words = ["python", "-m", "tmu_dist.evaluate", model, "--data", data, "--split", split]
+    data, ensemble = result.data, result.ensemble
+    words = ["python", "-m", "tmu_dist.evaluate", model, "--data", data.url, "--split", data.split]
+    if ensemble is not None:
+        words += ["--num-samples", str(ensemble.num_samples), "--seed", str(ensemble.seed)]
     words += [] if flow == "auto" else ["--flow", flow]
     for name, values in (("--thresholds", thresholds), ("--fss-scales", fss_scales)):
         words += [] if values is None else [name, *map(str, values)]

@@ -13,18 +13,30 @@ import pytest
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from tests.unit.test_training import final_state
+from tests.unit.test_training import MODELS, final_state
 from tests.unit.test_transfer import batch, student_of, tmu_method
+from tmu_dist.backbones import BACKBONES
 from tmu_dist.collectives import Collectives, Ranks, joined_ranks
-from tmu_dist.config import RunConfig
+from tmu_dist.config import (
+    AdversarialConfig,
+    ModelConfig,
+    RunConfig,
+    TrainingConfig,
+    WindowConfig,
+)
 from tmu_dist.files import WriteError
+from tmu_dist.models.build import frame_loss_of
+from tmu_dist.models.shapes import FrameShape
 from tmu_dist.run_folder import read_log
+from tmu_dist.training.build import build_step
 from tmu_dist.training.loop import train
 from tmu_dist.training.step import TrainingStep
-from tmu_dist.transfer.base import TrainingBatch
+from tmu_dist.transfer.base import Objective, TrainingBatch
+from tmu_dist.transfer.scratch import Scratch
 
 pytestmark = pytest.mark.distributed
 CPU = torch.device("cpu")
+FRAME = FrameShape(channels=1, height=16, width=16)
 
 
 def _enter(rank: int, world_size: int, port: int, job: Callable[..., None], args: Any) -> None:
@@ -80,12 +92,13 @@ def _one_update(
     student = student_of(method).double()
     step = TrainingStep(
         method,
+        student,
+        student,
         DistributedDataParallel(student) if wrap else student,
-        torch.optim.Adam(student.parameters(), lr=1e-2),
         device=CPU,
+        learning_rate=lambda step: 1e-2,
         reverse_input="update",
         grad_clip_norm=0.5,
-        precision="fp32",
     )
     step(_double_batch(rows, scale, padding, masked))
     return student.state_dict()
@@ -109,6 +122,59 @@ def test_two_ranks_equal_one_process(padding: int, masked: bool, tmp_path: Path)
         state = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
         for name, value in expected.items():
             torch.testing.assert_close(state[name], value, rtol=1e-10, atol=1e-10)
+
+
+def _backbone_update(collectives: Collectives, cell: str, folder: str) -> None:
+    """One iteration of a backbone's own kind of step, in float64, on this rank's sequences."""
+    torch.set_default_dtype(torch.float64)
+    torch.manual_seed(0)
+    model = MODELS.get(cell) or ModelConfig(
+        cell=cell, num_layers=2, hidden_channels=4, kernel_size=3
+    )
+    adversarial = AdversarialConfig(video_weight=0.1, image_weight=0.1, feature_weight=1.0)
+    config = RunConfig(
+        window=WindowConfig(num_input_frames=3, num_target_frames=2),
+        model=model,
+        training=TrainingConfig(
+            sampling="always",
+            adversarial=AdversarialConfig()
+            if cell == "vpn"
+            else replace(adversarial, base_channels=2),
+        ),
+    )
+    method = Scratch(FRAME, model, Objective(frame_loss_of(model)), num_input_frames=3)
+    student = method.build_student()
+    step = build_step(config, method, student, FRAME, CPU, collectives)
+    ranks = collectives.ranks
+    share = 4 // ranks.world_size
+    rows = slice(ranks.rank * share, (ranks.rank + 1) * share)
+    generator = torch.Generator().manual_seed(1)
+    frames = torch.rand(4, 5, FRAME.channels, FRAME.height, FRAME.width, generator=generator)
+    noise = torch.randn(4, 4, student.noise_size, generator=generator)
+    step(
+        TrainingBatch(
+            frames_BTCHW=frames[rows],
+            observed_BTCHW=None,
+            sampling_mask_BT=torch.ones(share, 1, dtype=torch.bool),
+            weights_B=torch.full((share,), ranks.world_size / 4),
+            noise_BTZ=noise[rows] if student.noise_size else None,
+            step=1,
+        )
+    )
+    state = {"student": student.state_dict(), "step": step.state_dict()}
+    torch.save(state, f"{folder}/{ranks.world_size}-{ranks.rank}.pt")
+
+
+@pytest.mark.parametrize("cell", BACKBONES)
+def test_two_ranks_equal_one_process_with_every_backbone(cell: str, tmp_path: Path) -> None:
+    """Discriminators and their optimiser, too."""
+    for world_size in (1, 2):
+        spawn(world_size, _backbone_update, cell, str(tmp_path))
+    one, *two = (
+        torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("1-0", "2-0", "2-1")
+    )
+    for state in two:
+        torch.testing.assert_close(state, one, rtol=1e-9, atol=1e-9)
 
 
 def _train(collectives: Collectives, config: RunConfig, stop: int | None) -> None:

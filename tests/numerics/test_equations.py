@@ -8,9 +8,10 @@ import torch
 from numpy.typing import NDArray
 
 from tmu_dist.config import ModelConfig, TMUConfig
-from tmu_dist.models.build import FrameShape, build_predictor
-from tmu_dist.models.cells.base import CellState
+from tmu_dist.models.build import build_predictor
+from tmu_dist.models.cells.base import Carry, CellState
 from tmu_dist.models.rollout import Predictor
+from tmu_dist.models.shapes import FrameShape
 from tmu_dist.models.tmu import RecurrentLayer
 
 Array = NDArray[np.float64]
@@ -111,7 +112,7 @@ def test_three_steps_follow_the_paper(num_teachers: int, combine: str) -> None:
     expected = [(state.hidden_BPHW[b].numpy(), state.memory_BPHW[b].numpy()) for b in range(batch)]
     for _ in range(3):
         x = torch.randn(batch, 3, *size).double()
-        step = layer(x, state, ())
+        step = layer(x, state, Carry())
         state = step.state
         for b in range(batch):
             hidden, memory, imitations = reference_step(
@@ -146,7 +147,7 @@ def test_one_pixel_convlstm_is_an_lstm() -> None:
         reference.bias_hh.zero_()
     x, h, c = torch.randn(4, 3).double(), torch.randn(4, 5).double(), torch.randn(4, 5).double()
     proposal = cell.propose(
-        x[:, :, None, None], CellState(h[..., None, None], c[..., None, None]), ()
+        x[:, :, None, None], CellState(h[..., None, None], c[..., None, None]), Carry()
     )
     state, _ = cell.emit(proposal, proposal.memory_BPHW)
     hidden, memory = reference(x, (h, c))

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from tmu_dist.config import ModelConfig, TMUConfig
-from tmu_dist.models.build import FrameShape, build_predictor, count_parameters
+from tmu_dist.models.build import build_predictor, count_parameters
+from tmu_dist.models.shapes import FrameShape
 
 FLYING_DIGITS = FrameShape(channels=1, height=64, width=64)
 

@@ -18,7 +18,8 @@ from tmu_dist.config import ModelConfig, TMUConfig, WindowConfig
 from tmu_dist.data.loader import open_archive
 from tmu_dist.evaluation.result import EvaluationResult
 from tmu_dist.evaluation.runner import check_archive_fits
-from tmu_dist.models.build import FrameShape, build_predictor
+from tmu_dist.models.build import build_predictor
+from tmu_dist.models.shapes import FrameShape
 from tmu_dist.teachers.card import DataFacts, TeacherCard
 from tmu_dist.teachers.store import load_card, write_model
 

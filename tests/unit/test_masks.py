@@ -24,6 +24,7 @@ from tests.unit.test_transfer import batch, student_of, teacher, tmu_method
 from tmu_dist.config import RunConfig
 from tmu_dist.data.manifest import Manifest, Units
 from tmu_dist.models.rollout import Rollout
+from tmu_dist.models.shapes import MemoryShape
 from tmu_dist.run_folder import read_log
 from tmu_dist.transfer.base import Reduction, TrainingBatch, observed_share, reduce_squares
 from tmu_dist.transfer.tmu import MemoryDistillation
@@ -55,8 +56,22 @@ def rollout_of(method: MemoryDistillation, given: TrainingBatch) -> Rollout:
     rollout = method.unroll(student_of(method), given)
     return rollout._replace(
         predictions_BTCHW=rollout.predictions_BTCHW.detach().requires_grad_(),
-        imitations={k: x.detach().requires_grad_() for k, x in rollout.imitations.items()},
+        imitations={
+            k: tuple(x.detach().requires_grad_() for x in each)
+            for k, each in rollout.imitations.items()
+        },
     )
+
+
+def share_of(given: TrainingBatch) -> Tensor:
+    """What each element of the tiny network's memories counts, [B, T-1, 1, h, w]."""
+    assert given.observed_BTCHW is not None
+    maps = torch.zeros(len(given.weights_B), 5, 4, 4, 4)
+    return observed_share(given.observed_BTCHW[:, :-1], maps, MemoryShape(4, 4, 4))
+
+
+def prediction_of(method: MemoryDistillation, rollout: Rollout, given: TrainingBatch) -> Tensor:
+    return method.objective.terms(rollout, given)["prediction"].value
 
 
 def distillation_of(method: MemoryDistillation, rollout: Rollout, given: TrainingBatch) -> Tensor:
@@ -106,7 +121,7 @@ def test_distillation_weighs_memories_by_what_was_observed_under_them(
         assert (shares == 0).any() and ((shares > 0) & (shares < 1)).any() == (b < size - 1)
         for layer, imitations in rollout.imitations.items():
             for m in range(2):
-                error = (imitations[b, :, m] - memories[m][layer][b]).detach().double().numpy()
+                error = (imitations[m][b] - memories[m][layer][b]).detach().double().numpy()
                 total = (error**2 * shares[:, None]).sum()
                 channels = error.shape[1]
                 counted = channels * shares.sum() if reduction == "mean" else 1
@@ -119,8 +134,14 @@ def test_the_share_of_a_patch_is_over_its_pixels_and_channels() -> None:
     observed_BTCHW = torch.zeros(1, 1, 2, 4, 6, dtype=torch.bool)
     observed_BTCHW[0, 0, 0, :2, :2] = True  # one channel of one patch
     observed_BTCHW[0, 0, :, 3, 5] = True  # one pixel of another
-    share_BT1HW = observed_share(observed_BTCHW, 2, torch.float64)
+    memory_BTPHW = torch.zeros(1, 1, 7, 2, 3, dtype=torch.float64)
+    share_BT1HW = observed_share(observed_BTCHW, memory_BTPHW, MemoryShape(7, 2, 3))
+    assert share_BT1HW.dtype == torch.float64
     assert share_BT1HW.tolist() == [[[[[0.5, 0, 0], [0, 0, 0.25]]]]]
+    two_slices = observed_share(
+        observed_BTCHW, memory_BTPHW.repeat(1, 1, 1, 2, 1), MemoryShape(7, 2, 3, 2)
+    )
+    assert torch.equal(two_slices, share_BT1HW.repeat(1, 1, 1, 2, 1))
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
@@ -140,19 +161,19 @@ def test_nothing_missing_is_the_plain_loss(reduction: Reduction) -> None:
     prediction = plain(rollout.predictions_BTCHW - given.frames_BTCHW[:, 1:])
     distillation = torch.stack(
         [
-            plain(imitations[:, :, m] - memory[k])
+            plain(imitation - memory[k])
             for k, imitations in rollout.imitations.items()
-            for m, memory in enumerate(memories)
+            for imitation, memory in zip(imitations, memories, strict=True)
         ]
     ).sum(0)
-    assert torch.equal(terms.prediction, (prediction * given.weights_B).sum())
-    assert torch.equal(terms.extra["distillation"], (distillation * given.weights_B).sum())
+    values = {name: term.value for name, term in terms.terms.items()}
+    assert torch.equal(values["prediction"], (prediction * given.weights_B).sum())
+    assert torch.equal(values["distillation"], (distillation * given.weights_B).sum())
 
-    masked = method.loss(student, all_observed(given))
-    torch.testing.assert_close(masked.prediction, terms.prediction, rtol=1e-6, atol=0)
-    torch.testing.assert_close(
-        masked.extra["distillation"], terms.extra["distillation"], rtol=1e-6, atol=0
-    )
+    masked = method.loss(student, all_observed(given)).terms
+    assert masked.keys() == values.keys() == {"prediction", "distillation"}
+    for name, value in values.items():
+        torch.testing.assert_close(masked[name].value, value, rtol=1e-6, atol=0)
 
 
 # No trace of a missing pixel
@@ -168,7 +189,7 @@ def test_the_value_of_a_missing_pixel_changes_no_bit_of_loss_or_gradient(
     given = masked_batch()
     rollout = rollout_of(method, given)
     for one in (given, other_values_where_missing(given, value)):
-        loss = method.prediction_loss(rollout, one)
+        loss = prediction_of(method, rollout, one)
         (gradient,) = torch.autograd.grad(loss, rollout.predictions_BTCHW)
         found.append((loss, gradient))
     assert torch.equal(found[0][0], found[1][0])
@@ -183,15 +204,15 @@ def test_no_gradient_comes_from_a_missing_pixel(reduction: Reduction) -> None:
     assert given.observed_BTCHW is not None
     rollout = rollout_of(method, given)
     (gradient,) = torch.autograd.grad(
-        method.prediction_loss(rollout, given), rollout.predictions_BTCHW
+        prediction_of(method, rollout, given), rollout.predictions_BTCHW
     )
     # Frame t + 1 is what step t predicts.
     assert torch.equal(gradient != 0, given.observed_BTCHW[:, 1:])
 
-    imitations = list(rollout.imitations.values())
-    share = observed_share(given.observed_BTCHW[:, :-1], 4, torch.float32)
+    imitations = [x for each in rollout.imitations.values() for x in each]
+    share = share_of(given)
     for gradient in torch.autograd.grad(distillation_of(method, rollout, given), imitations):
-        assert torch.equal(gradient != 0, (share > 0).unsqueeze(2).expand_as(gradient))
+        assert torch.equal(gradient != 0, (share > 0).expand_as(gradient))
         assert (share == 0).any()
 
 
@@ -257,8 +278,8 @@ def test_liveness_looks_at_what_was_observed() -> None:
         num_frames=6,
         sampling_mask_BT=given.sampling_mask_BT,
     ).memories[1]
-    share = observed_share(given.observed_BTCHW[:, :-1], 4, torch.float32)  # type: ignore[index]
-    pairs = np.stack([rollout.imitations[1][:, :, 1].detach().numpy(), memory.detach().numpy()])
+    share = share_of(given)
+    pairs = np.stack([rollout.imitations[1][1].detach().numpy(), memory.detach().numpy()])
     weights = share.expand_as(memory).numpy().ravel()
     covariance = np.cov(pairs.reshape(2, -1), aweights=weights)
     expected = covariance[0, 1] / np.sqrt(covariance[0, 0] * covariance[1, 1])

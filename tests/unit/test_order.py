@@ -12,15 +12,14 @@ from hypothesis import strategies as st
 from tmu_dist.data.order import (
     DataSet,
     EpochOrder,
-    _splitmix64,
     count_of_fraction,
     counts_of_epoch,
     epoch_order,
     global_batches,
-    keyed_hash,
     rank_slice,
     shard_uses,
 )
+from tmu_dist.draws import _splitmix64, keyed_hash
 
 # In Zarr archives a shard may hold no sample's beginning.
 shard_sizes = st.lists(st.integers(0, 40), min_size=1, max_size=12).filter(any)

@@ -87,11 +87,12 @@ def test_labels_stand_at_the_height_where_their_lines_end() -> None:
         assert box.x0 > end[0]
 
 
-def test_labels_lie_apart_inside_the_figure() -> None:
-    """Four runs that end at the same value, with long names."""
+@pytest.mark.parametrize("name", ["a rather long name", "an even longer name, of two lines"])
+@pytest.mark.parametrize("end", [1.0, 9.0])
+def test_labels_lie_apart_inside_the_figure(name: str, end: float) -> None:
+    """Four runs that end at the same value, low or high, with long names."""
     curves = [
-        Curve(label=f"a rather long name {i}", x=(1, 2), y=(5.0, 1.0 + i / 1e3), series=i)
-        for i in range(4)
+        Curve(label=f"{name} {i}", x=(1, 2), y=(5.0, end + i / 1e3), series=i) for i in range(4)
     ]
     figure = lead_time_curves(curves, metric_label="MSE", higher_is_better=False)
     figure.draw_without_rendering()
@@ -100,6 +101,7 @@ def test_labels_lie_apart_inside_the_figure() -> None:
     boxes = sorted(extents, key=lambda box: box.y0)
     assert all(low.y1 <= high.y0 + 1 for low, high in itertools.pairwise(boxes))
     assert all(box.x1 <= figure.bbox.x1 for box in boxes)
+    assert boxes[0].y0 >= -1 and boxes[-1].y1 <= figure.texts[0].get_window_extent().y0
 
 
 def test_a_wide_range_is_logarithmic_and_says_so() -> None:

@@ -28,8 +28,9 @@ from tmu_dist.evaluation.result import EvaluatedData, EvaluationResult
 from tmu_dist.evaluation.runner import PassScores, evaluate, score_predictor
 from tmu_dist.evaluation.score_table import ScoreTable
 from tmu_dist.evaluation.timing import latency_ms
-from tmu_dist.models.build import FrameShape, build_predictor, count_parameters
+from tmu_dist.models.build import build_predictor, count_parameters
 from tmu_dist.models.rollout import Predictor, Rollout
+from tmu_dist.models.shapes import FrameShape
 from tmu_dist.teachers.card import DataFacts, TeacherCard
 from tmu_dist.teachers.store import LoadedModel
 
@@ -67,8 +68,15 @@ class Fading(nn.Module):
     """Repeats half of the frame before: exact arithmetic, whatever the batch."""
 
     def forward(
-        self, frames_BTCHW: Tensor, *, num_input_frames: int, num_frames: int, diagnostics: bool
+        self,
+        frames_BTCHW: Tensor,
+        *,
+        num_input_frames: int,
+        num_frames: int,
+        noise_BTZ: Tensor | None,
+        diagnostics: bool,
     ) -> Rollout:
+        assert noise_BTZ is None, "a network without noise was given some"
         assert frames_BTCHW.shape[1] == num_input_frames, "target frames must not be handed over"
         predictions = [frames_BTCHW[:, t] / 2 for t in range(num_input_frames)]
         while len(predictions) < num_frames - 1:
@@ -90,7 +98,13 @@ class ThreadRanks(Collectives):
 
 
 def score_on_ranks(
-    frames: Tensor, *, batch_size: int, world_size: int, units: Units = GREY, **options: Any
+    frames: Tensor,
+    *,
+    batch_size: int,
+    world_size: int,
+    units: Units = GREY,
+    model: nn.Module | None = None,
+    **options: Any,
 ) -> list[PassScores]:
     slots: list[Any] = [None] * world_size
     results: list[Any] = [None] * world_size
@@ -99,7 +113,7 @@ def score_on_ranks(
     def work(rank: int) -> None:
         batches = one_pass(frames, batch_size=batch_size, rank=rank, world_size=world_size)
         results[rank] = score_predictor(
-            Fading(),  # type: ignore[arg-type]
+            model or Fading(),  # type: ignore[arg-type]
             batches,
             window=WINDOW,
             units=units,

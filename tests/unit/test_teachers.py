@@ -13,17 +13,14 @@ import pytest
 import torch
 
 from tests.conftest import TINY_MODEL
-from tmu_dist.config import ModelConfig, RunConfig
+from tmu_dist.config import AdapterConfig, ModelConfig, RunConfig
 from tmu_dist.data.archive import open_archive
 from tmu_dist.data.manifest import Units
 from tmu_dist.data.storage import write_bytes
-from tmu_dist.teachers.card import (
-    DataFacts,
-    TeacherCard,
-    TeacherError,
-    check_fits,
-    same_scale,
-)
+from tmu_dist.models.build import memory_shapes
+from tmu_dist.models.shapes import FrameShape
+from tmu_dist.teachers.adapter import StudentFacts, TeacherPlan, plan_teacher
+from tmu_dist.teachers.card import DataFacts, TeacherCard, TeacherError, same_scale
 from tmu_dist.teachers.store import load_card, load_model, locate
 from tmu_dist.training.launch import launch
 from tmu_dist.zoo import add_teacher, list_cards, main
@@ -96,26 +93,32 @@ def test_damage_is_named(teacher_runs: tuple[str, str], tmp_path: Path) -> None:
         load_model(str(tmp_path))
 
 
+def plan(card: TeacherCard, frame: FrameShape, model: ModelConfig, data: DataFacts) -> TeacherPlan:
+    """Of a student that allows no differences."""
+    student = StudentFacts(frame=frame, memories=memory_shapes(frame, model), data=data)
+    return plan_teacher(card, memory_shapes(card.frame, card.model), student, AdapterConfig())
+
+
 def test_a_teacher_must_fit(teacher_runs: tuple[str, str]) -> None:
     card = load_card(teacher_runs[0])
-    check_fits(card, frame=card.frame, model=TINY_MODEL, data=card.data)
+    same = plan(card, card.frame, TINY_MODEL, card.data)
+    assert same == TeacherPlan.unchanged(memory_shapes(card.frame, TINY_MODEL))
     other = ModelConfig(num_layers=3, hidden_channels=8, kernel_size=3, patch_size=2)
     units = replace(card.data.units, quantity="rain rate", unit="mm/h")
     with pytest.raises(TeacherError) as refusal:
-        check_fits(
+        plan(
             card,
-            frame=replace(card.frame, width=24),
-            model=other,
-            data=replace(card.data, units=units, frame_interval_minutes=5.0),
+            replace(card.frame, width=24),
+            other,
+            replace(card.data, units=units, frame_interval_minutes=5.0),
         )
     for part in (
-        "hidden channels: teacher 4, student 8",
-        "layers: teacher 2, student 3",
-        "patch size: teacher 4, student 2",
-        "memory grid: teacher 4x4, student 8x12",
-        "frames: teacher 1x16x16, student 1x16x24",
+        "hidden channels: teacher 4, student 8 (transfer.adapter.channels=project)",
+        "layers: teacher 2, student 3 (transfer.adapter.layers=stretch)",
+        "memory grid: teacher 4x4, student 8x12 (transfer.adapter.grid=resample)",
+        "frames: teacher 1x16x16, student 1x16x24 (transfer.adapter.frames=resize)",
         "mm/h",
-        "frame interval [min]: teacher None, student 5.0",
+        "frame interval [min]: teacher None, student 5.0 (transfer.adapter.units=any)",
     ):
         assert part in str(refusal.value)
 
@@ -152,7 +155,7 @@ def test_scales_are_the_same_where_numbers_mean_the_same(
     card = replace(card, data=replace(card.data, units=RADAR))
     student = replace(card.data, archive="other", manifest_hash="other", units=other)
     with nullcontext() if same else pytest.raises(TeacherError, match="units: teacher Units"):
-        check_fits(card, frame=card.frame, model=TINY_MODEL, data=student)
+        plan(card, card.frame, TINY_MODEL, student)
 
 
 def test_a_card_knows_how_stored_numbers_became_those_of_the_network(archive_url: str) -> None:

@@ -15,8 +15,17 @@ import pytest
 import torch
 
 from tests.unit.test_transfer import batch, student_of, tmu_method
+from tmu_dist.backbones import BACKBONES
 from tmu_dist.collectives import Collectives
-from tmu_dist.config import RunConfig
+from tmu_dist.config import (
+    AdversarialConfig,
+    KLConfig,
+    ModelConfig,
+    RunConfig,
+    SAVPConfig,
+    TransferConfig,
+    VPNConfig,
+)
 from tmu_dist.data.loader import open_archive
 from tmu_dist.files import WriteError, atomic_directory, atomic_write_text
 from tmu_dist.run_folder import Event, read_log
@@ -28,6 +37,18 @@ from tmu_dist.training.run_lock import lock_run
 from tmu_dist.training.step import TrainingStep
 
 CPU = torch.device("cpu")
+MODELS = {
+    "savp": ModelConfig(
+        cell="savp", savp=SAVPConfig(base_channels=2, latent_size=2, posterior_channels=2)
+    ),
+    "vpn": ModelConfig(
+        cell="vpn",
+        hidden_channels=4,
+        kernel_size=3,
+        vpn=VPNConfig(channels=2, num_encoder_blocks=1, num_decoder_blocks=1),
+    ),
+}
+"""Small networks of the backbones that are not stacks of cells."""
 
 
 class Killed(BaseException):
@@ -50,7 +71,10 @@ def run_until(config: RunConfig, step: int) -> None:
 def final_state(folder: str) -> dict[str, Any]:
     newest = sorted(Path(folder, "checkpoints").iterdir())[-1]
     state = torch.load(newest / "state.pt", weights_only=True)
-    return {"weights": load_weights(str(newest))[1], "optimizer": state["optimizer"]["state"]}
+    return {
+        "weights": load_weights(str(newest))[1],
+        "training_step": state["training_step"],
+    }
 
 
 def assert_same(one: Any, other: Any) -> None:
@@ -58,8 +82,10 @@ def assert_same(one: Any, other: Any) -> None:
         assert one.keys() == other.keys()
         for key in one:
             assert_same(one[key], other[key])
-    else:
+    elif isinstance(one, torch.Tensor):
         assert torch.equal(one, other)
+    else:
+        assert one == other
 
 
 @pytest.mark.parametrize("stops", [[1], [2], [3], [5], [6], [1, 4, 6]])
@@ -82,6 +108,43 @@ def test_continued_run_equals_uninterrupted_one(tmu_config: RunConfig, stops: li
     ]
     assert losses[0] == losses[1]
     assert [step for step, _ in losses[0]] == list(range(1, 8))
+
+
+@pytest.mark.parametrize("cell", [cell for cell in BACKBONES if cell != "convlstm"])
+def test_every_backbone_teaches_learns_and_continues(tiny_config: RunConfig, cell: str) -> None:
+    """A teacher and a TMU student of each; the student is killed once, with all that it trains."""
+    model = MODELS.get(cell) or replace(tiny_config.model, cell=cell)
+    training = replace(tiny_config.training, num_steps=4)
+    if cell == "vpn":
+        training = replace(training, sampling="always")
+    if cell == "savp":
+        adversarial = AdversarialConfig(
+            video_weight=0.1, image_weight=0.1, feature_weight=1.0, base_channels=2
+        )
+        kl = KLConfig(anneal_from=1, anneal_until=3)
+        training = replace(training, adversarial=adversarial, kl=kl, decay_from=2)
+    teacher = replace(
+        tiny_config,
+        output=tiny_config.output + "-teacher",
+        model=model,
+        training=replace(training, num_steps=3),
+    )
+    student = replace(
+        tiny_config,
+        model=model,
+        training=training,
+        transfer=TransferConfig(method="tmu", teachers=(run(teacher).run,)),
+    )
+    straight = run(replace(student, output=student.output + "-straight"))
+    run_until(student, 2)
+    continued = run(student)
+    assert_same(final_state(continued.run), final_state(straight.run))
+    events = read_log(Path(continued.run))
+    terms = [event for event in events if event["event"] == "train"][-1]
+    assert terms["loss/distillation"] > 0
+    if cell == "savp":
+        assert {"loss/kl", "loss/adversarial_video", "loss/feature_matching"} <= terms.keys()
+    assert any(event["event"] == "liveness" for event in events)
 
 
 def test_global_random_draws_continue_too(tiny_config: RunConfig) -> None:
@@ -288,19 +351,22 @@ def test_bf16_trains_close_to_fp32(tmu_config: RunConfig) -> None:
     assert losses["bf16"] != losses["fp32"]
 
 
-def make_step(reverse_input: str, **settings: Any) -> tuple[TrainingStep, torch.nn.Module]:
+def make_step(
+    reverse_input: str, *, grad_clip_norm: float | None = None
+) -> tuple[TrainingStep, torch.nn.Module]:
     method = tmu_method(1, 2)
     student = student_of(method)
-    optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
     step = TrainingStep(
         method,
         student,
-        optimizer,
+        student,
+        student,
         device=CPU,
+        learning_rate=lambda step: 0.1,
         reverse_input=reverse_input,  # type: ignore[arg-type]
-        grad_clip_norm=settings.get("grad_clip_norm"),
-        precision="fp32",
+        grad_clip_norm=grad_clip_norm,
     )
+    step.optimizer = torch.optim.SGD(student.parameters())  # type: ignore[assignment]
     return step, student
 
 

@@ -8,10 +8,18 @@ from torch import Tensor
 
 from tests.conftest import TINY_MODEL
 from tmu_dist.config import TMUConfig
-from tmu_dist.models.build import FrameShape, build_predictor
+from tmu_dist.models.build import build_predictor
 from tmu_dist.models.rollout import Predictor
-from tmu_dist.teachers.bank import ReplicatedBank
-from tmu_dist.transfer.base import DeadDistillationError, LossTerms, Reduction, TrainingBatch
+from tmu_dist.models.shapes import FrameShape
+from tmu_dist.teachers.bank import FrozenTeacher, ReplicatedBank
+from tmu_dist.transfer.base import (
+    DeadDistillationError,
+    LossTerms,
+    Objective,
+    Reduction,
+    Term,
+    TrainingBatch,
+)
 from tmu_dist.transfer.scratch import Scratch
 from tmu_dist.transfer.tmu import MemoryDistillation
 
@@ -44,12 +52,12 @@ def tmu_method(
     return MemoryDistillation(
         FRAME,
         TINY_MODEL,
+        Objective(reduction=reduction),
         tmu=TMUConfig(layers=layers),  # type: ignore[arg-type]
-        bank=ReplicatedBank([teacher(seed) for seed in seeds]),
+        bank=ReplicatedBank([FrozenTeacher(teacher(seed)) for seed in seeds]),
         beta=beta,
         teacher_input=teacher_input,  # type: ignore[arg-type]
         num_input_frames=INPUTS,
-        reduction=reduction,
     )
 
 
@@ -73,12 +81,7 @@ def test_teachers_change_what_the_student_learns() -> None:
 
 def test_beta_zero_equals_the_same_network_without_teachers_bit_for_bit() -> None:
     alone = Scratch(
-        FRAME,
-        TINY_MODEL,
-        num_input_frames=INPUTS,
-        reduction="mean",
-        tmu=TMUConfig(),
-        num_slots=2,
+        FRAME, TINY_MODEL, Objective(), num_input_frames=INPUTS, tmu=TMUConfig(), num_slots=2
     )
     weights = []
     for method in (tmu_method(1, 2, beta=0.0), alone):
@@ -120,19 +123,19 @@ def test_distillation_is_eq_4_over_teachers_layers_and_time(
     for m, seed in enumerate((1, 2)):
         memories = teacher(seed)(given.frames_BTCHW, **arguments).memories
         for k in range(2) if layers == "all" else layers:
-            error = rollout.imitations[k][:, :, m] - memories[k]
+            error = rollout.imitations[k][m] - memories[k]
             squares = error.square().mean() if reduction == "mean" else error.square().sum() / 2
             expected += squares.item()
-    assert terms.extra["distillation"].item() == pytest.approx(expected, rel=1e-5)
+    assert terms.terms["distillation"].value.item() == pytest.approx(expected, rel=1e-5)
     frame_error = (rollout.predictions_BTCHW - given.frames_BTCHW[:, 1:]).square()
     frame_loss = frame_error.mean() if reduction == "mean" else frame_error.sum() / 2
-    assert terms.prediction.item() == pytest.approx(frame_loss.item(), rel=1e-5)
+    assert terms.terms["prediction"].value.item() == pytest.approx(frame_loss.item(), rel=1e-5)
     assert terms.total().item() == pytest.approx(frame_loss.item() + 0.1 * expected, rel=1e-5)
 
 
 def test_what_teachers_see_is_a_choice() -> None:
     losses = {
-        choice: method.loss(student_of(method), batch()).extra["distillation"].item()
+        choice: method.loss(student_of(method), batch()).terms["distillation"].value.item()
         for choice in ("own", "student", "truth")
         for method in [tmu_method(1, teacher_input=choice)]
     }
@@ -143,7 +146,7 @@ def test_what_teachers_see_is_a_choice() -> None:
     rollout = method.unroll(student, batch())
     memories = teacher(1)(rollout.inputs_BTCHW, num_input_frames=5, num_frames=6).memories
     expected = sum(
-        (rollout.imitations[k][:, :, 0] - memories[k]).square().mean().item() for k in range(2)
+        (rollout.imitations[k][0] - memories[k]).square().mean().item() for k in range(2)
     )
     assert losses["student"] == pytest.approx(expected, rel=1e-5)
 
@@ -188,8 +191,11 @@ def test_dead_distillation_is_an_error() -> None:
 
 def test_loss_terms_cannot_be_forgotten() -> None:
     one = torch.tensor(1.0)
-    with pytest.raises(ValueError, match="must have the same names"):
-        LossTerms(prediction=one, extra={"distillation": one}, weights={})
-    terms = LossTerms(prediction=one, extra={"a": one}, weights={"a": 0.5})
+    method = tmu_method(1)
+    rollout = method.unroll(student_of(method), batch())
+    terms = LossTerms(terms={"prediction": Term(one), "a": Term(one, 0.5)}, rollout=rollout)
     assert terms.total().item() == 1.5
     assert terms.to_log() == {"loss/prediction": 1.0, "loss/a": 1.0, "loss/total": 1.5}
+    more = terms.with_terms({"b": Term(one, 2.0), "unused": Term(one * torch.nan, 0.0)})
+    assert more.total().item() == 3.5 and more.rollout is rollout
+    assert set(terms.terms) == {"prediction", "a"}

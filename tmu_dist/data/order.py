@@ -20,6 +20,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from tmu_dist.draws import keyed_hash, keyed_uniform
+
 ORDER_VERSION = 3
 """Part of what a checkpoint records: raise it with any change to the order below."""
 
@@ -89,25 +91,6 @@ class ShardUses(NamedTuple):
     """Where the first step that needs the shard starts."""
     last: NDArray[np.int64]
     """Where the last step that needs it starts."""
-
-
-def keyed_hash(values: NDArray[np.integer], *key: int) -> NDArray[np.uint64]:
-    """Hash integers to 64 bits under a key of integers; splitmix64 rounds, vectorised."""
-    state = np.zeros(1, np.uint64)
-    for word in key:
-        state = _splitmix64(state ^ np.uint64(word % 2**64))
-    return _splitmix64(_splitmix64(values.astype(np.uint64)) ^ state)
-
-
-def _splitmix64(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """One output of splitmix64 (Steele, Lea, Flood 2014) per state; uint64 arrays wrap silently."""
-    x = x + np.uint64(0x9E3779B97F4A7C15)
-    x ^= x >> np.uint64(30)
-    x *= np.uint64(0xBF58476D1CE4E5B9)
-    x ^= x >> np.uint64(27)
-    x *= np.uint64(0x94D049BB133111EB)
-    x ^= x >> np.uint64(31)
-    return x
 
 
 def count_of_fraction(num_samples: int, fraction: float, full: int | None = None) -> int:
@@ -234,8 +217,8 @@ def epoch_order(
         lane = np.concatenate([each.lanes for each in passes])[skipped : skipped + count]
         parts.append(EpochOrder(ids, lane + np.int32(k * lanes)))
         # When each is consumed, in [0, 1); products and quotients are exact on every machine.
-        jitter = keyed_hash(np.arange(count), seed, epoch, _MIXTURE, k) >> np.uint64(11)
-        times.append((np.arange(count) + jitter * 2.0**-53) / count)
+        jitter = keyed_uniform(np.arange(count), seed, epoch, _MIXTURE, k)
+        times.append((np.arange(count) + jitter) / count)
     mixed = np.argsort(np.concatenate(times), kind="stable")
     return EpochOrder(
         np.concatenate([part.ids for part in parts])[mixed],

@@ -38,6 +38,12 @@ class RunEntry:
     seconds_per_batch: float | None = None
     """Of training, as the run's result.json has it; None where it is not known."""
 
+    @property
+    def scored(self) -> str:
+        """What its scores are of: the run, and of a stochastic network which of the samples."""
+        ensemble = self.result.ensemble
+        return self.label if ensemble is None else f"{self.label}, {ensemble.selection}"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Contender:
@@ -76,9 +82,12 @@ class PairedDifference:
 def check_comparable(entries: Sequence[RunEntry]) -> None:
     """Refuse to put numbers side by side that do not mean the same.
 
+    A stochastic network beside a deterministic one is allowed, as in the paper's Table 3: labels
+    say which sample its scores are of.
+
     Raises:
-        ValueError: no runs, a label twice, or runs that differ in sequences, window or
-            definition of a metric; names the runs and the difference.
+        ValueError: no runs, a label twice, or runs that differ in sequences, window, definition
+            of a metric or number of samples; names the runs and the difference.
     """
     if not entries:
         raise ValueError("A comparison needs at least one evaluated run.")
@@ -101,6 +110,13 @@ def check_comparable(entries: Sequence[RunEntry]) -> None:
                     f"{first.label!r} and {entry.label!r} cannot be compared, their {what} "
                     f"differ: {theirs} and {mine}. Evaluate both in the same way."
                 )
+    ensembles = {e.label: e.result.ensemble for e in entries if e.result.ensemble is not None}
+    counts = {label: ensemble.num_samples for label, ensemble in ensembles.items()}
+    if len(set(counts.values())) > 1:
+        raise ValueError(
+            f"Runs cannot be compared by the best of different numbers of samples, {counts}: "
+            "evaluate all with one --num-samples."
+        )
 
 
 def contenders(entries: Sequence[RunEntry]) -> list[Contender]:
@@ -115,7 +131,7 @@ def contenders(entries: Sequence[RunEntry]) -> list[Contender]:
             label = FORECAST_LABELS[name]
             found.append(Contender(label=label, result=holders[0], forecast=name, series=None))
     for i, entry in enumerate(entries):
-        found.append(Contender(label=entry.label, result=entry.result, forecast=MODEL, series=i))
+        found.append(Contender(label=entry.scored, result=entry.result, forecast=MODEL, series=i))
     return found
 
 

@@ -2,7 +2,7 @@
 
 Deliberately not here: drawing them (`pictures`), scoring a split (`runner`).
 
-Shape letters: T time, C channels, H height, W width.
+Shape letters: B batch, D draws, T time, C channels, H height, W width.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from tmu_dist.data.archive import Archive
 from tmu_dist.data.manifest import Units
 from tmu_dist.data.transforms import to_unit_interval
 from tmu_dist.evaluation.baselines import OpticalFlow
+from tmu_dist.evaluation.ensemble import Ensemble
 from tmu_dist.evaluation.result import FLOW, FORECAST_LABELS
 from tmu_dist.teachers.store import LoadedModel
 
@@ -37,7 +38,8 @@ class Example:
     truth_TCHW: Frames
     """True target frames; fewer than forecast where the forecast runs beyond the archive."""
     forecasts_TCHW: Mapping[str, Frames]
-    """By label of the model; at least one, all of one length."""
+    """By label of the model, and number of the sample where it is stochastic; at least one, all of
+    one length."""
     units: Units | None = None
     """What the numbers mean; radar is drawn in the colours of its quantity."""
 
@@ -64,6 +66,7 @@ def predict_example(
     device: torch.device,
     num_frames: int | None = None,
     flow: OpticalFlow | None = None,
+    ensemble: Ensemble | None = None,
 ) -> Example:
     """Let models continue one sequence, closed-loop.
 
@@ -75,6 +78,8 @@ def predict_example(
         device: where to predict.
         num_frames: input and predicted frames together, of any length; None: the models' window.
         flow: also show what optical flow makes of it, as "optical flow".
+        ensemble: forecasts that stochastic models make, labelled "MODEL, sample 1" and so on; None
+            means one with seed 0.
 
     Raises:
         ValueError: no such sample, models with different windows, sequences shorter than the
@@ -97,10 +102,24 @@ def predict_example(
     stored_BTCHW = torch.from_numpy(archive.read(split, [sample_id]))
     frames_BTCHW, observed_BTCHW = to_unit_interval(stored_BTCHW[:, :total], units)
     inputs_BTCHW = frames_BTCHW[:, :num_inputs]
-    forecasts = {}
+    forecasts: dict[str, Frames] = {}
     for label, loaded in models.items():
-        prediction_BTCHW = loaded.model.predict(inputs_BTCHW.to(device), total - num_inputs)
-        forecasts[label] = prediction_BTCHW[0].cpu().numpy()
+        labels, noise_DTZ = [label], None
+        if loaded.model.noise_size:
+            drawn = ensemble or Ensemble(num_samples=1)
+            draws_D = torch.arange(drawn.num_samples)
+            labels = [f"{label}, sample {draw + 1}" for draw in draws_D.tolist()]
+            noise_DTZ = drawn.noise(
+                torch.full_like(draws_D, sample_id),
+                draws_D,
+                num_steps=total - 1,
+                noise_size=loaded.model.noise_size,
+            ).to(device)
+        copies_DTCHW = inputs_BTCHW.to(device).expand(len(labels), -1, -1, -1, -1)
+        predicted_DTCHW = loaded.model.predict(
+            copies_DTCHW, total - num_inputs, noise_BTZ=noise_DTZ
+        )
+        forecasts |= zip(labels, predicted_DTCHW.cpu().numpy(), strict=True)
     if flow is not None:
         masks_BTCHW = None if observed_BTCHW is None else observed_BTCHW[:, :num_inputs]
         extrapolated_BTCHW = flow.forecast(inputs_BTCHW, masks_BTCHW, total - num_inputs)

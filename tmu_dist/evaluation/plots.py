@@ -14,6 +14,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 import matplotlib as mpl
@@ -29,6 +30,8 @@ SCREEN_DPI = 160
 FONT_POINTS = 9.0
 LETTER_INCHES = 0.57 * FONT_POINTS / 72
 """Width of an average letter, to leave room for labels."""
+_LABEL_LETTERS = 28
+"""Longer labels are broken into lines, so that they leave room for what they name."""
 _WIDTH_INCHES, _HEIGHT_INCHES = 4.8, 3.0
 _REFERENCE_DASHES = ((0, (4, 3)), (0, (1, 2)))
 
@@ -140,7 +143,8 @@ def interval_chart(intervals: Sequence[Interval], *, title: str, theme: Theme = 
     if not intervals:
         raise ValueError("An interval chart needs at least one interval.")
     width, height = _WIDTH_INCHES, 0.95 + 0.34 * len(intervals)
-    label_inches = LETTER_INCHES * max(len(row.label) for row in intervals) + 0.25
+    labels = [fill(row.label, _LABEL_LETTERS) for row in intervals]
+    label_inches = _width_of(labels)
     figure = Figure(figsize=(width, height), facecolor=theme.background)
     text_in_inches(figure, 0.1, height - 0.2, title, color=theme.ink, fontsize=FONT_POINTS + 1)
     axes = axes_in_inches(figure, label_inches, 0.5, width - label_inches - 0.2, height - 0.9)
@@ -151,12 +155,12 @@ def interval_chart(intervals: Sequence[Interval], *, title: str, theme: Theme = 
         colour = theme.colour(row.series)
         axes.plot((row.low, row.high), (i, i), color=colour, linewidth=2.2)
         axes.plot(row.mean, i, "o", color=colour, markersize=6)
-    axes.set_yticks(range(len(intervals)), [row.label for row in intervals])
+    axes.set_yticks(range(len(intervals)), labels)
     for row, label in zip(intervals, axes.get_yticklabels(), strict=True):
         label.set_color(theme.colour(row.series))
     axes.set_ylim(len(intervals) - 0.5, -0.5)
     axes.margins(x=0.12)
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=6))
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=5))
     return figure
 
 
@@ -189,8 +193,7 @@ def _line_chart(
     """Lines with their names at the right end; undefined points (NaN) are gaps."""
     if not curves or not all(len(curve.x) for curve in curves):
         raise ValueError("A chart needs at least one curve, and every curve at least one point.")
-    labels = [_line_label(curve) for curve in curves]
-    label_inches = LETTER_INCHES * max(map(len, labels)) + 0.25
+    label_inches = _width_of([_line_label(curve) for curve in curves])
     width, height = _WIDTH_INCHES, _HEIGHT_INCHES
     figure = Figure(figsize=(width, height), facecolor=theme.background)
     text_in_inches(figure, 0.1, height - 0.2, title, color=theme.ink, fontsize=FONT_POINTS + 1)
@@ -259,9 +262,13 @@ def _name_lines(axes: Axes, curves: Sequence[Curve], theme: Theme) -> None:
     ends = [_last_point(curve) or (curve.x[-1], axes.get_ylim()[0]) for curve in curves]
     heights = [axes.transData.transform(end)[1] for end in ends]
     rising = sorted(range(len(curves)), key=heights.__getitem__)
-    gap = 1.3 * FONT_POINTS * axes.figure.dpi / 72
+    line = 1.3 * FONT_POINTS * axes.figure.dpi / 72
+    num_lines = max(_line_label(curve).count("\n") + 1 for curve in curves)
+    gap, highest = num_lines * line, axes.bbox.y1 - (num_lines - 1) * line / 2
     places = spread_apart([heights[i] for i in rising], gap)
-    for i, place in zip(rising, places, strict=True):
+    for n, i in enumerate(rising):
+        place = max(places[n], (n + 0.5) * gap)  # inside the figure, and clear of its title
+        place = min(place, highest - (len(rising) - 1 - n) * gap)
         axes.annotate(
             _line_label(curves[i]),
             xy=ends[i],
@@ -279,7 +286,13 @@ def _name_lines(axes: Axes, curves: Sequence[Curve], theme: Theme) -> None:
 
 
 def _line_label(curve: Curve) -> str:
-    return curve.label if _last_point(curve) else f"{curve.label} (undefined)"
+    text = curve.label if _last_point(curve) else f"{curve.label} (undefined)"
+    return fill(text, _LABEL_LETTERS)
+
+
+def _width_of(labels: Sequence[str]) -> float:
+    """Inches that labels of one or more lines take, with some air."""
+    return LETTER_INCHES * max(len(line) for text in labels for line in text.split("\n")) + 0.25
 
 
 def _last_point(curve: Curve) -> tuple[float, float] | None:

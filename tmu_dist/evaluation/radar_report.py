@@ -20,6 +20,7 @@ from tmu_dist.evaluation.rain import RadarSettings
 from tmu_dist.evaluation.result import FLOW, EvaluationResult
 from tmu_dist.evaluation.tables import (
     categorical_table,
+    ensemble_table,
     fss_table,
     markdown,
     score_table,
@@ -89,6 +90,8 @@ def radar_markdown(entries: Sequence[RunEntry]) -> str:
         "times; best values in bold.\n",
         markdown(score_table(entries)),
     ]
+    samples = ensemble_table(entries)
+    parts += [] if samples is None else ["Samples of stochastic networks:\n", markdown(samples)]
     radar = result.radar
     if radar is not None:
         parts += [f"{_capital(note)}.\n" for note in _flow_notes(entries)]

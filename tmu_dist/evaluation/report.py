@@ -53,6 +53,7 @@ from tmu_dist.evaluation.tables import (
     Cell,
     Row,
     TableData,
+    ensemble_table,
     format_difference,
     gate_table,
     score_table,
@@ -118,7 +119,8 @@ def write_comparison_page(
         ValueError: runs that cannot be compared, an unknown reference, or a broken log.
     """
     check_comparable(entries)
-    parts = [*_header(entries, settings), *_scores(entries), *radar_section(entries)]
+    parts = [*_header(entries, settings), *_scores(entries), *_ensembles(entries)]
+    parts += radar_section(entries)
     if settings.reference_label is not None and len(entries) > 1:
         parts += _paired_differences(entries, settings.reference_label)
     parts += [*_curves(entries), *_gates(entries), *_examples(examples)]
@@ -166,6 +168,20 @@ def _scores(entries: Sequence[RunEntry]) -> list[Html]:
     ]
 
 
+def _ensembles(entries: Sequence[RunEntry]) -> list[Html]:
+    """What the samples of stochastic networks are worth; nothing where there are none."""
+    rows = ensemble_table(entries)
+    if rows is None:
+        return []
+    explanation = (
+        "A stochastic network forecasts every sequence several times. Above stand the scores of "
+        "its best sample by SSIM, which is chosen with the truth at hand: not the score of a "
+        "single forecast. CRPS (lower is better; of a single forecast it is MAE / frame) and "
+        "diversity are of all samples together."
+    )
+    return [element("h2", "Samples of stochastic networks"), element("p", explanation), table(rows)]
+
+
 def _paired_differences(entries: Sequence[RunEntry], reference_label: str) -> list[Html]:
     """Each run minus the reference on the same sequences, as intervals and in words."""
     by_label = {entry.label: entry for entry in entries}
@@ -182,7 +198,7 @@ def _paired_differences(entries: Sequence[RunEntry], reference_label: str) -> li
         found = difference_from(reference, entry, "mse_per_frame")
         rows.append(
             Row(
-                entry.label,
+                entry.scored,
                 [
                     Cell(format_difference(found.mean)),
                     Cell(f"{format_difference(found.low)} to {format_difference(found.high)}"),
@@ -192,7 +208,7 @@ def _paired_differences(entries: Sequence[RunEntry], reference_label: str) -> li
             )
         )
         intervals.append(
-            Interval(label=entry.label, mean=found.mean, low=found.low, high=found.high, series=i)
+            Interval(label=entry.scored, mean=found.mean, low=found.low, high=found.high, series=i)
         )
 
     def draw(theme: Theme) -> Figure:

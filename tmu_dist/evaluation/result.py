@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tmu_dist.evaluation.categorical import Counts
+from tmu_dist.evaluation.ensemble import Ensemble
 from tmu_dist.evaluation.radar_result import RadarResult
 from tmu_dist.evaluation.score_table import Scores
 from tmu_dist.files import atomic_file, atomic_write_text
@@ -32,8 +33,18 @@ MODEL, PERSISTENCE = "model", "persistence"
 """The two forecasts that every evaluation scores."""
 FLOW = "optical_flow"
 """The third, of radar, where pysteps is installed."""
-FORECAST_LABELS = {PERSISTENCE: "persistence", FLOW: "optical flow", MODEL: "model"}
-"""For people, in the order in which they are shown."""
+ENSEMBLE_MEAN, MEAN_OVER_SAMPLES = "ensemble_mean", "mean_over_samples"
+"""Of stochastic networks: the mean forecast, and what one sample is expected to reach."""
+ENSEMBLE = "ensemble"
+"""Of stochastic networks: no forecast, but the scores of all samples together."""
+FORECAST_LABELS = {
+    PERSISTENCE: "persistence",
+    FLOW: "optical flow",
+    ENSEMBLE_MEAN: "ensemble mean",
+    MEAN_OVER_SAMPLES: "mean over samples",
+    MODEL: "model",
+}
+"""For people, in the order in which they are shown (`EvaluationResult.labels`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +128,9 @@ class EvaluationResult:
     """Averages of the model and of the baselines, with everything needed to read them.
 
     `overall[forecast][metric]` and `per_lead_time[forecast][metric]` hold the averages, with
-    forecast `model`, `persistence` or `optical_flow`. Only `psnr_db` can be infinite (see its
+    forecast `model`, `persistence` or `optical_flow`. Of a stochastic network, `model` is the best
+    of its samples by SSIM, and `ensemble_mean`, `mean_over_samples` and `ensemble` say what the
+    samples are worth otherwise (`Ensemble.definitions`). Only `psnr_db` can be infinite (see its
     definition); JSON has no infinity and holds null there. A number that is undefined because
     nothing was observed is NaN, and "undefined" in JSON. `per_sequence[forecast]` is present on a
     fresh result and on one that was loaded together with its npz file.
@@ -133,10 +146,18 @@ class EvaluationResult:
     runtime: Runtime
     radar: RadarResult | None = None
     """Scores at thresholds; None for video."""
+    ensemble: Ensemble | None = None
+    """How a stochastic network was sampled; None for deterministic ones."""
     per_sequence: Mapping[str, Scores] | None = None
     contingency: Mapping[str, Counts] | None = None
     """Of radar: counts of every sequence, lead time and threshold [N, T, K, 4] by forecast;
     present like `per_sequence`."""
+
+    @property
+    def labels(self) -> dict[str, str]:
+        """What each forecast is called, in the order in which they are shown."""
+        labels = {name: text for name, text in FORECAST_LABELS.items() if name in self.overall}
+        return labels if self.ensemble is None else labels | {MODEL: self.ensemble.selection}
 
     def to_dict(self) -> dict[str, Any]:
         """The averages as plain JSON values; per-sequence scores only by file name."""
@@ -153,6 +174,8 @@ class EvaluationResult:
             "parameters": asdict(self.parameters),
             "runtime": asdict(self.runtime),
         }
+        if self.ensemble is not None:
+            tree["ensemble"] = asdict(self.ensemble) | {"model": self.ensemble.selection}
         return tree if self.radar is None else tree | {"radar": self.radar.to_dict()}
 
     @classmethod
@@ -163,7 +186,7 @@ class EvaluationResult:
             ValueError: a part is missing or has unknown fields.
         """
         try:
-            gates, radar = tree["gates"], tree.get("radar")
+            gates, radar, ensemble = tree["gates"], tree.get("radar"), tree.get("ensemble")
             model = {**tree["model"], "teachers": tuple(tree["model"]["teachers"])}
             return cls(
                 model=EvaluatedModel(**model),
@@ -181,6 +204,9 @@ class EvaluationResult:
                 parameters=ParameterCounts(**tree["parameters"]),
                 runtime=Runtime(**tree["runtime"]),
                 radar=None if radar is None else RadarResult.from_dict(radar),
+                ensemble=None
+                if ensemble is None
+                else Ensemble(num_samples=ensemble["num_samples"], seed=ensemble["seed"]),
             )
         except (KeyError, TypeError) as error:
             raise ValueError(

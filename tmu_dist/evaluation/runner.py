@@ -6,14 +6,16 @@ data.
 
 Deliberately not here: opening runs and archives (the commands), files and figures (`report`).
 
-Shape letters: B batch, T time, C channels, H height, W width, L TMU layers, M teachers.
+Shape letters: B batch, D draws of one sequence, T time, C channels, H height, W width, L TMU
+layers, M teachers.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from itertools import islice
 from typing import NamedTuple
 
 import torch
@@ -30,13 +32,18 @@ from tmu_dist.evaluation.baselines import (
     OpticalFlow,
     persistence,
 )
+from tmu_dist.evaluation.ensemble import ENSEMBLE_DEFINITIONS, Ensemble
+from tmu_dist.evaluation.forecaster import Forecaster
 from tmu_dist.evaluation.metrics import METRIC_NAMES, PHYSICAL_METRIC_NAMES, SSIMMode
 from tmu_dist.evaluation.pass_tables import ForecastScores, ForecastTable, PassTables
 from tmu_dist.evaluation.radar_result import RadarResult
 from tmu_dist.evaluation.rain import RadarSettings, RadarTable, radar_definitions
 from tmu_dist.evaluation.result import (
+    ENSEMBLE,
+    ENSEMBLE_MEAN,
     FLOW,
     GATES_DEFINITION,
+    MEAN_OVER_SAMPLES,
     MODEL,
     PERSISTENCE,
     RUNTIME_DEFINITIONS,
@@ -47,10 +54,10 @@ from tmu_dist.evaluation.result import (
     Runtime,
     TransferGates,
 )
-from tmu_dist.evaluation.score_table import SampleRows, Scores, ScoreTable
-from tmu_dist.evaluation.timing import describe_device, latency_ms, predicting
+from tmu_dist.evaluation.score_table import RowTable, Scores, ScoreTable
+from tmu_dist.evaluation.timing import FlowTime, describe_device, latency_ms, predicting
 from tmu_dist.models.build import count_parameters
-from tmu_dist.models.rollout import Predictor, Rollout
+from tmu_dist.models.rollout import Predictor
 from tmu_dist.teachers.card import TeacherCard, same_scale
 from tmu_dist.teachers.store import LoadedModel
 
@@ -60,6 +67,8 @@ class PassScores(NamedTuple):
 
     forecasts: dict[str, ForecastScores]
     """The model and the baselines."""
+    ensemble: Scores | None
+    """All draws of a stochastic network together; None where it drew nothing."""
     definitions: dict[str, str]
     gates: TransferGates | None
     """None for a network without TMU layers; teachers are numbered, not named."""
@@ -93,6 +102,7 @@ def score_predictor(
     max_samples: int | None = None,
     radar: RadarSettings | None = None,
     flow: OpticalFlow | None = None,
+    ensemble: Ensemble | None = None,
 ) -> PassScores:
     """Predict closed-loop and score, each rank its slice; every rank gets the merged result.
 
@@ -111,23 +121,33 @@ def score_predictor(
         max_samples: score only the first so many samples of the split.
         radar: also score at these thresholds.
         flow: also score extrapolation along the optical flow, which takes its time.
+        ensemble: how often a stochastic network forecasts each sequence; the best forecast by
+            SSIM is the model's. None: once, without noise (the mean of its latents).
 
     Raises:
-        ValueError: sequences shorter than the window, or a prediction that is not finite.
+        ValueError: sequences shorter than the window, a prediction that is not finite, or an
+            ensemble whose SSIM is not asked for.
     """
+    if ensemble is not None and "ssim" not in metrics:
+        raise ValueError(f"The best sample is chosen by SSIM: add 'ssim' to {list(metrics)}.")
+    names = [MODEL, PERSISTENCE]
+    names += [] if flow is None else [FLOW]
+    names += [] if ensemble is None else [ENSEMBLE_MEAN, MEAN_OVER_SAMPLES]
 
     def new_tables() -> PassTables:
         return PassTables(
             {
                 name: ForecastTable(
                     ScoreTable(metrics, ssim_mode=ssim_mode, units=units),
-                    None if radar is None else RadarTable(radar),
+                    None if radar is None or name == MEAN_OVER_SAMPLES else RadarTable(radar),
                 )
-                for name in (MODEL, PERSISTENCE, *(() if flow is None else (FLOW,)))
-            }
+                for name in names
+            },
+            None if ensemble is None else RowTable(ENSEMBLE_DEFINITIONS),
         )
 
-    tables, flow_time = new_tables(), _FlowTime()
+    tables, flow_time = new_tables(), FlowTime()
+    forecaster = Forecaster(model, window, device)
     started = time.perf_counter()
 
     def score_own_slice() -> PassTables:
@@ -135,18 +155,20 @@ def score_predictor(
             for batch in batches:
                 whole = window_frames(batch.frames_BTCHW, window, units)
                 inputs, truth = _split(whole, window.num_input_frames)
-                weights_B = batch.weights_B
+                ids_B, weights_B = batch.sample_ids_B, batch.weights_B
                 if max_samples is not None:
-                    weights_B = weights_B * (batch.sample_ids_B < max_samples)
-                rollout = _roll_out(model, inputs.frames_BTCHW, window, device)
-                forecasts = {
-                    MODEL: rollout.predictions_BTCHW[:, window.num_input_frames - 1 :],
-                    PERSISTENCE: persistence(inputs.frames_BTCHW, window.num_target_frames),
-                }
+                    weights_B = weights_B * (ids_B < max_samples)
+                still_BTCHW = persistence(inputs.frames_BTCHW, window.num_target_frames)
+                forecasts = {PERSISTENCE: still_BTCHW}
                 if flow is not None:
                     forecasts[FLOW] = flow_time.extrapolate(flow, inputs, truth, weights_B)
-                tables.update(forecasts, truth, batch.sample_ids_B, weights_B)
-                tables.add_gates(rollout, batch.sample_ids_B, weights_B)
+                if ensemble is None:
+                    rollout = forecaster.roll_out(inputs.frames_BTCHW)
+                    forecasts[MODEL] = forecaster.target_frames(rollout)
+                    tables.add_gates(rollout, ids_B, weights_B)
+                else:
+                    _score_draws(tables, forecaster, ensemble, inputs, truth, ids_B, weights_B)
+                tables.update(forecasts, truth, ids_B, weights_B)
                 if max_samples is not None and batch.consumed >= max_samples:
                     break
         return tables
@@ -158,42 +180,13 @@ def score_predictor(
         merged.merge(part)
     return PassScores(
         forecasts={name: table.compute() for name, table in merged.forecasts.items()},
+        ensemble=None if merged.ensemble is None else merged.ensemble.compute(),
         definitions=merged.forecasts[MODEL].scores.definitions,
-        gates=_mean_gates(merged.gates, tables.layers) if tables.layers else None,
+        gates=merged.mean_gates(),
         batch_size=tables.batch_size,
         seconds_per_batch=seconds / max(tables.num_batches, 1),
         flow_ms_per_sequence=flow_time.ms_per_sequence,
     )
-
-
-class _FlowTime:
-    """Extrapolates the sequences of this rank, and measures how long that takes."""
-
-    def __init__(self) -> None:
-        self.seconds, self.num_sequences = 0.0, 0
-
-    def extrapolate(
-        self, flow: OpticalFlow, inputs: Window, truth: Window, weights_B: Tensor
-    ) -> Tensor:
-        """Forecast of a batch; padding is not worth the time and stays 0."""
-        started = time.perf_counter()
-        kept = weights_B > 0
-        forecast_BTCHW = torch.zeros_like(truth.frames_BTCHW)
-        if kept.any():
-            observed = inputs.observed_BTCHW
-            forecast_BTCHW[kept] = flow.forecast(
-                inputs.frames_BTCHW[kept],
-                None if observed is None else observed[kept],
-                forecast_BTCHW.shape[1],
-            )
-        self.seconds += time.perf_counter() - started
-        self.num_sequences += int(kept.sum())
-        return forecast_BTCHW
-
-    @property
-    def ms_per_sequence(self) -> float | None:
-        """None where nothing was extrapolated."""
-        return 1e3 * self.seconds / self.num_sequences if self.num_sequences else None
 
 
 def _split(whole: Window, num_input_frames: int) -> tuple[Window, Window]:
@@ -204,6 +197,38 @@ def _split(whole: Window, num_input_frames: int) -> tuple[Window, Window]:
         Window(frames[:, cut], None if observed is None else observed[:, cut]) for cut in cuts
     )
     return inputs, truth
+
+
+def _score_draws(
+    tables: PassTables,
+    forecaster: Forecaster,
+    ensemble: Ensemble,
+    inputs: Window,
+    truth: Window,
+    sample_ids_B: Tensor,
+    weights_B: Tensor,
+) -> None:
+    """Draw forecasts of the sequences of a batch, and score them.
+
+    The network makes as many draws at once as the batch has sequences. They are kept until those
+    of one sequence are complete: D of them, not B * D.
+    """
+    kept_B = weights_B > 0
+    ids, batch_size = sample_ids_B[kept_B], len(sample_ids_B)
+
+    def draws() -> Iterator[Tensor]:
+        drawn = forecaster.draw(inputs.frames_BTCHW[kept_B], ids, ensemble, batch_size=batch_size)
+        for numbers_B, rollout in drawn:
+            tables.add_gates(rollout, numbers_B, torch.ones(len(numbers_B)))
+            yield from forecaster.target_frames(rollout).cpu()
+
+    waiting = draws()
+    for row in kept_B.nonzero().flatten().tolist():
+        draws_DTCHW = torch.stack(list(islice(waiting, ensemble.num_samples)))
+        one = slice(row, row + 1)
+        observed = None if truth.observed_BTCHW is None else truth.observed_BTCHW[one]
+        own_truth = Window(truth.frames_BTCHW[one], observed)
+        tables.add_draws(int(sample_ids_B[row]), draws_DTCHW, own_truth)
 
 
 def evaluate(
@@ -218,6 +243,7 @@ def evaluate(
     ssim_mode: SSIMMode = "uint8_7x7",
     radar: RadarSettings | None = None,
     flow: OpticalFlow | FlowUnavailableError | None = None,
+    ensemble: Ensemble | None = None,
 ) -> EvaluationResult:
     """Everything that is reported about a trained model on one split.
 
@@ -230,6 +256,7 @@ def evaluate(
         device, collectives, ssim_mode: as in `score_predictor`.
         radar: `rain.radar_settings` of the archive; None for video.
         flow: also score optical flow; of radar, an error says in the report why it is missing.
+        ensemble: `choose_ensemble` of the model; None for deterministic ones.
 
     Raises:
         ValueError: as `score_predictor`.
@@ -247,6 +274,7 @@ def evaluate(
         ssim_mode=ssim_mode,
         radar=radar,
         flow=flow if isinstance(flow, OpticalFlow) else None,
+        ensemble=ensemble,
     )
     gates = scored.gates
     if gates is not None:
@@ -265,6 +293,8 @@ def evaluate(
     )
     own = count_parameters(model)
     errors = {name: forecast.scores for name, forecast in scored.forecasts.items()}
+    if scored.ensemble is not None:
+        errors[ENSEMBLE] = scored.ensemble
     contingency = {
         name: forecast.contingency_NTKX
         for name, forecast in scored.forecasts.items()
@@ -281,7 +311,7 @@ def evaluate(
             num_target_frames=window.num_target_frames,
         ),
         data=data,
-        definitions=_definitions(scored, radar),
+        definitions=_definitions(scored, radar, ensemble),
         overall={name: scores.overall() for name, scores in errors.items()},
         per_lead_time={
             name: {metric: tuple(v_T.tolist()) for metric, v_T in scores.per_lead_time().items()}
@@ -291,14 +321,18 @@ def evaluate(
         parameters=ParameterCounts(train=own + sum(card.teacher_parameters), test=own),
         runtime=runtime,
         radar=None if radar is None else _radar_result(scored, radar, flow),
+        ensemble=ensemble,
         per_sequence=errors,
         contingency=contingency or None,
     )
 
 
-def _definitions(scored: PassScores, radar: RadarSettings | None) -> dict[str, str]:
+def _definitions(
+    scored: PassScores, radar: RadarSettings | None, ensemble: Ensemble | None
+) -> dict[str, str]:
     """What every number of a result means."""
-    texts = scored.definitions | RUNTIME_DEFINITIONS
+    texts = scored.definitions | ({} if ensemble is None else ensemble.definitions)
+    texts |= RUNTIME_DEFINITIONS
     if scored.gates is not None:
         texts["gates"] = GATES_DEFINITION
     if radar is not None:
@@ -359,24 +393,3 @@ def check_archive_fits(card: TeacherCard, manifest: Manifest) -> None:
             f"{manifest.name} are {theirs_minutes} minutes apart: prepare the archive with the "
             "model's interval."
         )
-
-
-def _roll_out(
-    model: Predictor, inputs_BTCHW: Tensor, window: WindowConfig, device: torch.device
-) -> Rollout:
-    return model(
-        inputs_BTCHW.to(device),
-        num_input_frames=window.num_input_frames,
-        num_frames=window.num_frames,
-        diagnostics=True,
-    )
-
-
-def _mean_gates(rows: SampleRows, layers: tuple[int, ...]) -> TransferGates:
-    _, gates_NLM = rows.stacked()
-    means_LM = gates_NLM.mean(axis=0)
-    return TransferGates(
-        teachers=tuple(f"slot {m}" for m in range(means_LM.shape[1])),
-        layers=layers,
-        means_LM=tuple(tuple(row) for row in means_LM.tolist()),
-    )

@@ -7,7 +7,7 @@ id. One rank therefore equals N ranks bit for bit, given the same predictions.
 Deliberately not here: what is scored (`metrics`), who predicts (`runner`), scores of rain at
 thresholds (`rain`).
 
-Shape letters: B batch, N samples, T lead time, C channels, H height, W width.
+Shape letters: B batch, N samples, T lead time, C channels, H height, W width, Y metrics.
 """
 
 from __future__ import annotations
@@ -124,7 +124,39 @@ def mean_of_finite(values: FloatArray, *, axis: int) -> FloatArray:
     return np.where(count > 0, total / np.maximum(count, 1), nothing)
 
 
-class ScoreTable:
+class RowTable:
+    """Named numbers per lead time, one row a sample: enter / merge / compute.
+
+    Args:
+        definitions: what every number that `compute` returns means.
+        names: of the numbers in the order of the rows; None: those of the definitions.
+    """
+
+    def __init__(self, definitions: Mapping[str, str], names: Sequence[str] | None = None) -> None:
+        self.definitions = dict(definitions)
+        self.names = tuple(definitions if names is None else names)
+        self._rows = SampleRows()
+
+    def enter(self, sample_id: int, row_YT: FloatArray) -> None:
+        """Enter the numbers of one sample."""
+        self._rows.add(sample_id, row_YT)
+
+    def merge(self, other: RowTable) -> None:
+        """Take over the rows of another rank's table of the same numbers."""
+        if self.definitions != other.definitions:
+            raise ValueError(
+                f"Tables of different metrics cannot be merged: {list(self.definitions)} and "
+                f"{list(other.definitions)}, or another ssim_mode."
+            )
+        self._rows.merge(other._rows)
+
+    def compute(self) -> Scores:
+        """All rows so far, sorted by sample id."""
+        ids_N, rows_NYT = self._rows.stacked()
+        return Scores(ids_N, {name: rows_NYT[:, i] for i, name in enumerate(self.names)})
+
+
+class ScoreTable(RowTable):
     """Scores one prediction after another: update / merge / compute.
 
     Args:
@@ -139,18 +171,14 @@ class ScoreTable:
         units: Units | None = None,
     ) -> None:
         self.metrics = select_metrics(names, ssim_mode=ssim_mode, units=units)
-        self._rows = SampleRows()
-
-    @property
-    def definitions(self) -> dict[str, str]:
-        """What every number that `compute` returns means."""
         texts = {name: metric.definition for name, metric in self.metrics.items()}
         needs = {
             "identical_frames": {"psnr_db"},
             "unobserved_frames": {"observed_fraction"},
             "frames_without_ssim": {"observed_fraction", "ssim"},
         }
-        return texts | {n: text for n, text in COUNTS.items() if needs[n] <= set(self.metrics)}
+        counts = {n: text for n, text in COUNTS.items() if needs[n] <= set(self.metrics)}
+        super().__init__(texts | counts, tuple(self.metrics))
 
     def update(
         self,
@@ -180,21 +208,11 @@ class ScoreTable:
 
     def add(self, sample_id: int, pair: FramePair) -> None:
         """Score one sample."""
-        self._rows.add(sample_id, np.stack([m.score(pair) for m in self.metrics.values()]))
+        self.enter(sample_id, self.score(pair))
 
-    def merge(self, other: ScoreTable) -> None:
-        """Take over the rows of another rank's table of the same metrics."""
-        if self.definitions != other.definitions:
-            raise ValueError(
-                f"Tables of different metrics cannot be merged: {list(self.definitions)} and "
-                f"{list(other.definitions)}, or another ssim_mode."
-            )
-        self._rows.merge(other._rows)
-
-    def compute(self) -> Scores:
-        """All rows so far, sorted by sample id."""
-        ids_N, rows_NXT = self._rows.stacked()
-        return Scores(ids_N, {name: rows_NXT[:, i] for i, name in enumerate(self.metrics)})
+    def score(self, pair: FramePair) -> FloatArray:
+        """Every metric of every frame of one sample, [Y, T], entering nothing."""
+        return np.stack([metric.score(pair) for metric in self.metrics.values()])
 
 
 def frame_pairs(

@@ -6,19 +6,28 @@ Deliberately not here: layout (`terminal`, `page`).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
 from functools import partial
 
 from tmu_dist.evaluation.comparison import Contender, RunEntry, contenders
 from tmu_dist.evaluation.metrics import Metric, select_metrics, squared_unit
 from tmu_dist.evaluation.rain import RADAR_SCORE_NAMES, RadarScores
-from tmu_dist.evaluation.result import FLOW, MODEL, EvaluationResult, TransferGates
+from tmu_dist.evaluation.result import (
+    ENSEMBLE,
+    ENSEMBLE_MEAN,
+    FLOW,
+    MEAN_OVER_SAMPLES,
+    MODEL,
+    EvaluationResult,
+    TransferGates,
+)
 
 METRICS = select_metrics()
 _SCORE_COLUMNS = ("mse_per_frame", "mae_per_frame", "ssim", "psnr_db")
 _RADAR_COLUMNS = (*_SCORE_COLUMNS, "mse_physical", "mae_physical")
 _NARROW_RADAR_COLUMNS = ("mse_per_frame", "mae_physical", "ssim")
+_TOGETHER_COLUMNS = {"crps_per_frame": "CRPS / frame", "diversity_per_frame": "Diversity / frame"}
 _DECIMALS = {
     "mse_per_frame": 1,
     "mse_mean": 5,
@@ -28,6 +37,8 @@ _DECIMALS = {
     "mae_physical": 3,
     "psnr_db": 2,
     "ssim": 4,
+    "crps_per_frame": 1,
+    "diversity_per_frame": 1,
     "observed_fraction": 4,
     "identical_frames": 0,
     "unobserved_frames": 0,
@@ -134,6 +145,31 @@ def score_table(entries: Sequence[RunEntry], *, with_costs: bool = True) -> Tabl
             for r in rivals
         ]
     return _table(columns, rivals, _COST_COLUMNS if with_costs else (), costs)
+
+
+def ensemble_table(entries: Sequence[RunEntry]) -> TableData | None:
+    """Beside the best sample of each stochastic network, what its samples are worth otherwise.
+
+    None where every network is deterministic.
+    """
+    rows = []
+    for i, entry in enumerate(entries):
+        result = entry.result
+        if result.ensemble is None:
+            continue
+        for forecast in (MODEL, MEAN_OVER_SAMPLES, ENSEMBLE_MEAN):
+            cells = _cells(result.overall[forecast], _SCORE_COLUMNS)
+            cells += [Cell(_UNDEFINED)] * len(_TOGETHER_COLUMNS)
+            rows.append(Row(f"{entry.label}, {result.labels[forecast]}", cells, series=i))
+        cells = [Cell(_UNDEFINED)] * len(_SCORE_COLUMNS)
+        cells += _cells(result.overall[ENSEMBLE], _TOGETHER_COLUMNS)
+        rows.append(Row(f"{entry.label}, all samples together", cells, series=i))
+    headings = [METRICS[name].label for name in _SCORE_COLUMNS]
+    return TableData(["Method", *headings, *_TOGETHER_COLUMNS.values()], rows) if rows else None
+
+
+def _cells(scores: Mapping[str, float], names: Iterable[str]) -> list[Cell]:
+    return [Cell(format_score(name, scores[name])) for name in names]
 
 
 def categorical_table(entries: Sequence[RunEntry], k: int) -> TableData:

@@ -5,14 +5,16 @@ Deliberately not here: pages and figures (`report`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from textwrap import fill
 
 from rich.console import Group, JustifyMethod, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from tmu_dist.evaluation.comparison import RunEntry
-from tmu_dist.evaluation.result import FORECAST_LABELS, MODEL, EvaluationResult
+from tmu_dist.evaluation.ensemble import ENSEMBLE_DEFINITIONS
+from tmu_dist.evaluation.result import ENSEMBLE, FLOW, MODEL, PERSISTENCE, EvaluationResult
 from tmu_dist.evaluation.tables import (
     Cell,
     Row,
@@ -44,6 +46,7 @@ def terminal_summary(result: EvaluationResult) -> Group:
         f"{runtime.evaluation_batch_size} ({runtime.device})"
     )
     parts: list[RenderableType] = [title, _overall(result), *_radar(result), _lead_times(result)]
+    parts += _ensemble(result)
     if result.gates is not None:
         parts.append(_rich_table("Mean transfer gates", gate_table(result.gates)))
     spaced = [line for part in (*parts, costs) for line in (part, Text())]
@@ -56,12 +59,27 @@ def comparison_table(entries: Sequence[RunEntry]) -> Table:
 
 
 def _overall(result: EvaluationResult) -> Table:
-    shown = {name: label for name, label in FORECAST_LABELS.items() if name in result.overall}
     rows = [
-        Row(name, [Cell(format_score(name, result.overall[f][name])) for f in shown])
+        Row(name, [Cell(format_score(name, result.overall[f][name])) for f in result.labels])
         for name in result.overall[MODEL]
     ]
-    return _rich_table("Overall", TableData(["", *shown.values()], rows))
+    return _rich_table("Overall", TableData(["", *_narrow(result.labels.values())], rows))
+
+
+def _ensemble(result: EvaluationResult) -> list[RenderableType]:
+    """Scores of all samples of a stochastic network together, overall and at every lead time."""
+    if result.ensemble is None:
+        return []
+    overall, by_lead_time = result.overall[ENSEMBLE], result.per_lead_time[ENSEMBLE]
+    names = list(ENSEMBLE_DEFINITIONS)
+    rows = [
+        Row(str(t + 1), [Cell(format_score(name, by_lead_time[name][t])) for name in names])
+        for t in range(result.model.num_target_frames)
+    ]
+    rows.append(Row("all", [Cell(format_score(name, overall[name])) for name in names]))
+    count = result.ensemble.num_samples
+    title = f"{count} sample{'' if count == 1 else 's'} together (seed {result.ensemble.seed})"
+    return [_rich_table(title, TableData(["frame", *names], rows))]
 
 
 def _radar(result: EvaluationResult) -> list[RenderableType]:
@@ -93,7 +111,8 @@ def _sentence(note: str) -> str:
 def _lead_times(result: EvaluationResult) -> Table:
     """MSE per frame and SSIM of every forecast at every lead time; of radar, CSI."""
     columns = []
-    forecasts = [(label, f) for f, label in FORECAST_LABELS.items() if f in result.overall]
+    shown = [f for f in result.labels if f in (PERSISTENCE, FLOW, MODEL)]
+    forecasts = list(zip(_narrow([result.labels[f] for f in shown]), shown))
     if result.radar is None:
         for name in ("mse_per_frame", "ssim"):
             for label, forecast in forecasts:
@@ -111,6 +130,11 @@ def _lead_times(result: EvaluationResult) -> Table:
     ]
     headings = ["frame", *(heading for heading, _ in columns)]
     return _rich_table("By lead time", TableData(headings, rows))
+
+
+def _narrow(labels: Iterable[str]) -> list[str]:
+    """Labels as headings, on two lines where they are long: four columns fit a terminal."""
+    return [fill(label, 12) for label in labels]
 
 
 def _definitions(result: EvaluationResult) -> Table:

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from tmu_dist.config import WindowConfig
 from tmu_dist.data.manifest import Units
-from tmu_dist.data.transforms import window_frames
+from tmu_dist.data.transforms import Window, window_frames
+from tmu_dist.evaluation.baselines import OpticalFlow
 from tmu_dist.models.rollout import Predictor
 
 
@@ -68,6 +69,36 @@ def predicting(model: Predictor) -> Iterator[None]:
             yield
     finally:
         model.train(was_training)
+
+
+class FlowTime:
+    """Extrapolates the sequences of this rank, and measures how long that takes."""
+
+    def __init__(self) -> None:
+        self.seconds, self.num_sequences = 0.0, 0
+
+    def extrapolate(
+        self, flow: OpticalFlow, inputs: Window, truth: Window, weights_B: Tensor
+    ) -> Tensor:
+        """Forecast of a batch; padding is not worth the time and stays 0."""
+        started = time.perf_counter()
+        kept = weights_B > 0
+        forecast_BTCHW = torch.zeros_like(truth.frames_BTCHW)
+        if kept.any():
+            observed = inputs.observed_BTCHW
+            forecast_BTCHW[kept] = flow.forecast(
+                inputs.frames_BTCHW[kept],
+                None if observed is None else observed[kept],
+                forecast_BTCHW.shape[1],
+            )
+        self.seconds += time.perf_counter() - started
+        self.num_sequences += int(kept.sum())
+        return forecast_BTCHW
+
+    @property
+    def ms_per_sequence(self) -> float | None:
+        """None where nothing was extrapolated."""
+        return 1e3 * self.seconds / self.num_sequences if self.num_sequences else None
 
 
 def describe_device(device: torch.device) -> str:

@@ -2,32 +2,109 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import inspect
+from collections.abc import Callable
+from dataclasses import fields
+from importlib import import_module
+from typing import Any
 
+import torch
 from torch import nn
 
-from tmu_dist.config import ModelConfig, TMUConfig
-from tmu_dist.models.cells.base import RecurrentCell
-from tmu_dist.models.cells.convlstm import ConvLSTMCell
+from tmu_dist.backbones import BACKBONES
+from tmu_dist.config import ConfigError, ModelConfig, TMUConfig
+from tmu_dist.models.cells.base import FrameLoss, RecurrentCell
 from tmu_dist.models.patches import check_divisible
 from tmu_dist.models.rollout import Predictor
-from tmu_dist.models.stack import RecurrentStack
+from tmu_dist.models.shapes import FrameShape, MemoryShape
+from tmu_dist.models.stack import StackedPredictor
 from tmu_dist.models.tmu import MemoryTransfer, RecurrentLayer
 
+_ALWAYS_USED = ("cell", "norm_affine")
+_USED_BY_STACKS = ("num_layers", "hidden_channels", "patch_size")
 
-@dataclass(frozen=True, kw_only=True)
-class FrameShape:
-    """Channels and size of the frames that a network reads and predicts."""
 
-    channels: int
-    height: int
-    width: int
+class Layers:
+    """Makes a network's layers with a memory, from the input to the output, with TMUs around them.
+
+    A network calls this once for every layer, in order, so that "layer k" means the same in
+    settings, memories, teachers and logs.
+    """
+
+    def __init__(self, model: ModelConfig, tmu: TMUConfig | None, num_slots: int) -> None:
+        self._model = model
+        self._tmu = tmu if num_slots else None
+        self._num_slots = num_slots
+        self._made = 0
+
+    def __call__(
+        self,
+        kind: type[RecurrentCell],
+        in_channels: int,
+        hidden_channels: int,
+        *,
+        map_size: tuple[int, int],
+        **settings: Any,
+    ) -> RecurrentLayer:
+        """The next layer.
+
+        Args:
+            kind: class of the cell.
+            in_channels, hidden_channels, map_size: of the layer.
+            settings: further settings of the cell, instead of those of the same name in `model`.
+        """
+        tmu = self._tmu
+        if tmu is not None and tmu.layers != "all" and self._made not in tmu.layers:
+            tmu = None
+        self._made += 1
+        chosen = _settings(kind, self._model) | settings
+        if (
+            tmu is not None
+            and tmu.combine == "paper"
+            and self._model.forget_bias is None
+            and "forget_bias" in _parameters(kind)
+            and "forget_bias" not in settings
+        ):
+            chosen["forget_bias"] = 0.0  # Eq. 5 lets the memory grow (models_spec A6, B1)
+        make_cell: Callable[..., RecurrentCell] = kind
+        cell = make_cell(in_channels, hidden_channels, map_size=map_size, **chosen)
+        if tmu is None:
+            return RecurrentLayer(cell)
+        if cell.window > 1 and tmu.gate_kernel_size > 1:
+            raise ConfigError(
+                f"transfer.tmu.gate_kernel_size={tmu.gate_kernel_size} does not work with "
+                f"model.cell={self._model.cell}, whose maps hold {cell.window} time slices: use 1."
+            )
+        transfer = MemoryTransfer(
+            in_channels,
+            hidden_channels,
+            self._num_slots,
+            map_size=(cell.window * map_size[0], map_size[1]),
+            gate_kernel_size=tmu.gate_kernel_size,
+            gate_norm=tmu.gate_norm,
+            combine=tmu.combine,
+            norm_affine=self._model.norm_affine,
+        )
+        return RecurrentLayer(cell, transfer, hidden_from=tmu.hidden_from)
+
+    def check_complete(self) -> None:
+        """Refuse TMU layers that the network does not have.
+
+        Raises:
+            ConfigError: names the layers there are.
+        """
+        chosen = () if self._tmu is None or self._tmu.layers == "all" else self._tmu.layers
+        if bad := [k for k in chosen if k >= self._made]:
+            raise ConfigError(
+                f"transfer.tmu.layers={list(chosen)}: this network has layers 0 to "
+                f"{self._made - 1}, not {bad}."
+            )
 
 
 def build_predictor(
     frame: FrameShape, model: ModelConfig, *, tmu: TMUConfig | None = None, num_slots: int = 0
 ) -> Predictor:
-    """A network with freshly initialised weights (framework defaults, under torch's global seed).
+    """A network with freshly initialised weights (under torch's global seed).
 
     Args:
         frame: shape of the frames.
@@ -36,52 +113,85 @@ def build_predictor(
         num_slots: teachers that each TMU layer has room for (M); 0 builds the plain network.
 
     Raises:
+        ConfigError: a setting that this backbone does not have, or layers that do not exist.
         ValueError: the patch size does not tile the frames, or slots without TMU settings.
     """
-    check_divisible(frame.height, frame.width, model.patch_size)
     if num_slots and tmu is None:
         raise ValueError(f"A network with {num_slots} teacher slots needs TMU settings.")
-    map_size = (frame.height // model.patch_size, frame.width // model.patch_size)
-    patch_channels = frame.channels * model.patch_size**2
-    layers = []
-    for k in range(model.num_layers):
-        in_channels = patch_channels if k == 0 else model.hidden_channels
-        cell = _build_cell(model, in_channels, map_size)
-        if tmu is None or not num_slots or (tmu.layers != "all" and k not in tmu.layers):
-            layers.append(RecurrentLayer(cell))
-            continue
-        transfer = MemoryTransfer(
-            in_channels,
-            model.hidden_channels,
-            num_slots,
-            map_size=map_size,
-            gate_kernel_size=tmu.gate_kernel_size,
-            gate_norm=tmu.gate_norm,
-            combine=tmu.combine,
-            norm_affine=model.norm_affine,
-        )
-        layers.append(RecurrentLayer(cell, transfer, hidden_from=tmu.hidden_from))
-    return Predictor(
-        RecurrentStack(layers),
-        patch_size=model.patch_size,
-        image_channels=frame.channels,
-        hidden_channels=model.hidden_channels,
-    )
+    backbone = _backbone(model.cell)
+    layers = Layers(model, tmu, num_slots)
+    if issubclass(backbone, RecurrentCell):
+        network: Predictor = _stack(backbone, frame, model, layers)
+    else:
+        _refuse_unused(model, _parameters(backbone))
+        make_network: Callable[..., Predictor] = backbone
+        network = make_network(frame, layers, **_settings(backbone, model))
+    layers.check_complete()
+    return network
 
 
-def _build_cell(model: ModelConfig, in_channels: int, map_size: tuple[int, int]) -> RecurrentCell:
-    return ConvLSTMCell(
-        in_channels,
-        model.hidden_channels,
-        kernel_size=model.kernel_size,
-        map_size=map_size,
-        peephole=model.peephole,
-        forget_bias=model.forget_bias,
-        gate_norm=model.gate_norm,
-        norm_affine=model.norm_affine,
-    )
+def memory_shapes(frame: FrameShape, model: ModelConfig) -> tuple[MemoryShape, ...]:
+    """Shape of every layer's memory, found without making any weights."""
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        return build_predictor(frame, model).memory_shapes
+
+
+def frame_loss_of(model: ModelConfig) -> FrameLoss:
+    """What a backbone's own paper minimises."""
+    return _backbone(model.cell).frame_loss
 
 
 def count_parameters(module: nn.Module) -> int:
     """Number of weights, frozen ones included."""
     return sum(p.numel() for p in module.parameters())
+
+
+def _stack(
+    kind: type[RecurrentCell], frame: FrameShape, model: ModelConfig, layers: Layers
+) -> StackedPredictor:
+    check_divisible(frame.height, frame.width, model.patch_size)
+    kinds = [kind.of_layer(k) for k in range(model.num_layers)]
+    _refuse_unused(model, {name for each in kinds for name in _parameters(each)}, _USED_BY_STACKS)
+    map_size = (frame.height // model.patch_size, frame.width // model.patch_size)
+    in_channels = [frame.channels * model.patch_size**2]
+    in_channels += [model.hidden_channels] * (model.num_layers - 1)
+    return StackedPredictor(
+        [
+            layers(each, channels, model.hidden_channels, map_size=map_size)
+            for each, channels in zip(kinds, in_channels, strict=True)
+        ],
+        map_size=map_size,
+        patch_size=model.patch_size,
+        image_channels=frame.channels,
+    )
+
+
+def _backbone(name: str) -> type[RecurrentCell] | type[Predictor]:
+    module, _, attribute = BACKBONES[name].partition(":")
+    found: type[RecurrentCell] | type[Predictor] = getattr(import_module(module), attribute)
+    return found
+
+
+def _parameters(kind: type) -> set[str]:
+    """Names of a constructor's keyword-only arguments: the settings that a class takes."""
+    parameters = inspect.signature(kind).parameters.values()
+    return {p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
+
+
+def _settings(kind: type, model: ModelConfig) -> dict[str, Any]:
+    """The settings of a class that are said in the config; None leaves the class its default."""
+    names = _parameters(kind) & {entry.name for entry in fields(model)}
+    said = {name: getattr(model, name) for name in names}
+    return {name: value for name, value in said.items() if value is not None}
+
+
+def _refuse_unused(model: ModelConfig, used: set[str], also: tuple[str, ...] = ()) -> None:
+    for entry in fields(model):
+        value = getattr(model, entry.name)
+        if entry.name in used or entry.name in (*_ALWAYS_USED, *also):
+            continue
+        if value != getattr(ModelConfig(), entry.name):
+            raise ConfigError(
+                f"model.{entry.name}={value!r} has no effect with model.cell={model.cell}: leave "
+                f"it out. Settings of this backbone: {', '.join(sorted({*used, *also}))}."
+            )

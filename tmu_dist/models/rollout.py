@@ -1,19 +1,25 @@
-"""The predictor and the only loop over time: warm-up, sampling mask, free run, memory taps.
+"""The contract of a network, and the only loop over time: warm-up, sampling mask, memory taps.
 
-Legend: B batch, T time, K layers, L TMU layers, M teachers, C channels, P hidden channels,
+Legend: B batch, T time, K layers, L TMU layers, M teachers, C channels, P hidden channels, Z noise,
 H, W height and width.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from functools import partial
+from types import MappingProxyType
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from tmu_dist.models.patches import patchify, unpatchify
-from tmu_dist.models.stack import RecurrentStack
+from tmu_dist.models.cells.base import FrameLoss
+from tmu_dist.models.shapes import MemoryShape
 from tmu_dist.models.tmu import LayerStep
+
+NOTHING: Mapping[str, Tensor] = MappingProxyType({})
 
 
 class Diagnostics(NamedTuple):
@@ -22,8 +28,21 @@ class Diagnostics(NamedTuple):
     transfer_gates_BTLM: Tensor | None
     """Transfer gates a of every TMU layer and teacher (paper, Table 5); None without TMU layers."""
     forget_gates_BTK: Tensor
+    """NaN for layers whose cell has no such gate."""
     memory_rms_BTK: Tensor
     """Root mean square of each layer's memory; Eq. 5 lets it grow with M and time."""
+
+
+class Step(NamedTuple):
+    """One time step of a network."""
+
+    prediction_BCHW: Tensor
+    state: Any
+    """What the network remembers, of its own making."""
+    layers: Sequence[LayerStep]
+    """The layers that have a memory, from the input to the output."""
+    objectives: Mapping[str, Tensor] = NOTHING
+    """What only the network itself can compute of what its paper minimises (`Rollout`)."""
 
 
 class Rollout(NamedTuple):
@@ -35,31 +54,66 @@ class Rollout(NamedTuple):
     """What the network saw at each step: true frames, or its own predictions where masked out."""
     memories: tuple[Tensor, ...]
     """Per layer, the memory C of every step, [B, T, P, h, w]."""
-    imitations: dict[int, Tensor]
-    """Per TMU layer (by layer number), imitations of the teachers' memories [B, T, M, P, h, w]."""
+    imitations: dict[int, tuple[Tensor, ...]]
+    """Per TMU layer (by layer number), an imitation of each teacher's memory [B, T, P, h, w]."""
+    objectives: Mapping[str, Tensor] = NOTHING
+    """Only of networks that have them, and only where all targets were known:
+    "kl_BT", divergence of the latents' posterior from their prior, in nats;
+    "nll_BTCHW", negative log-likelihood of the true next frame, in nats."""
+    prior_predictions_BTCHW: Tensor | None = None
+    """Of stochastic networks in training: predictions from latents of the prior."""
     diagnostics: Diagnostics | None = None
 
 
-class Predictor(nn.Module):
+class Predictor(nn.Module, ABC):
     """Frames in, the next frame out, at every step (models_spec A3).
 
-    Args:
-        stack: the recurrent layers; the lowest reads patch maps, the top has `hidden_channels`.
-        patch_size: frame sub-scaling factor k.
-        image_channels: channels of the frames.
-        hidden_channels: channels of the top layer's hidden state.
+    A network says what one step does (`initial_state`, `step`); the loop over time is here.
     """
 
-    def __init__(
-        self, stack: RecurrentStack, *, patch_size: int, image_channels: int, hidden_channels: int
-    ) -> None:
+    frame_loss: FrameLoss = "l2"
+    """What the backbone's own paper minimises."""
+    learns_from_targets: ClassVar[bool] = False
+    """Whether `step` makes use of the true next frame where it is known."""
+    noise_size: int = 0
+    """Standard normal numbers that a step can make use of (Z); 0 for deterministic networks."""
+    unrolls_prior: bool = False
+    """Whether training also needs predictions whose steps know no targets beyond the inputs."""
+
+    def __init__(self, *, image_channels: int, memory_shapes: Sequence[MemoryShape]) -> None:
+        """Remember the shapes.
+
+        Args:
+            image_channels: channels of the frames.
+            memory_shapes: of the layers that have a memory, at the size the network was built for.
+        """
         super().__init__()
-        self.stack = stack
-        self.patch_size = patch_size
         self.image_channels = image_channels
-        self.output = nn.Conv2d(
-            hidden_channels, image_channels * patch_size**2, kernel_size=1, bias=False
-        )
+        self.memory_shapes = tuple(memory_shapes)
+
+    @abstractmethod
+    def initial_state(self, frame_BCHW: Tensor) -> Any:
+        """The state before the first step, for frames like this, the first one."""
+
+    @abstractmethod
+    def step(
+        self,
+        frame_BCHW: Tensor,
+        state: Any,
+        *,
+        target_BCHW: Tensor | None,
+        noise_BZ: Tensor | None,
+    ) -> Step:
+        """Read one frame and predict the next.
+
+        Args:
+            frame_BCHW: a true frame, or the network's own prediction of it.
+            state: as `initial_state` or the step before returned it.
+            target_BCHW: the true next frame where it may be known: in training, and among the
+                input frames. The prediction of a network with `learns_from_targets` depends on
+                it, so it is never shown where a forecast is made.
+            noise_BZ: standard normal numbers; None means the mean of whatever they would draw.
+        """
 
     def forward(
         self,
@@ -68,74 +122,135 @@ class Predictor(nn.Module):
         num_input_frames: int,
         num_frames: int,
         sampling_mask_BT: Tensor | None = None,
+        noise_BTZ: Tensor | None = None,
         diagnostics: bool = False,
     ) -> Rollout:
         """Unroll over `num_frames` frames.
 
         Args:
-            frames_BTCHW: true frames in [0, 1]: at least the input frames, and all but the last
-                one where a sampling mask is given.
+            frames_BTCHW: true frames in [0, 1]: at least the input frames; where a sampling mask
+                is given, all but the last one, and that too if the network learns from targets.
             num_input_frames: frames that are always read as they are.
             num_frames: input and predicted frames together; may exceed the frames given.
             sampling_mask_BT: bool [B, num_frames - num_input_frames - 1]; True lets the network
                 read the true frame at that step (scheduled sampling), False its own prediction.
-                Without a mask the network runs closed-loop on its own predictions.
+                Without a mask the network runs closed-loop on its own predictions and sees nothing
+                of the target frames.
+            noise_BTZ: [B, num_frames - 1, noise_size] standard normal numbers for a stochastic
+                network; None means no noise: the mean of its latents.
             diagnostics: also return gate and memory statistics (costs a little time).
 
         Raises:
-            ValueError: too few frames, wrong number of channels, or a mask of another shape.
+            ValueError: too few frames, wrong number of channels, or a mask or noise of another
+                shape.
         """
-        self._check(frames_BTCHW, num_input_frames, num_frames, sampling_mask_BT)
-        maps = patchify(frames_BTCHW, self.patch_size)
-        state = self.stack.initial_state(maps[:, 0])
+        self._check(frames_BTCHW, num_input_frames, num_frames, sampling_mask_BT, noise_BTZ)
+        unroll = partial(
+            self._unroll,
+            frames_BTCHW,
+            num_input_frames=num_input_frames,
+            num_frames=num_frames,
+            sampling_mask_BT=sampling_mask_BT,
+            noise_BTZ=noise_BTZ,
+        )
+        if sampling_mask_BT is None:
+            return unroll(num_known_frames=num_input_frames, diagnostics=diagnostics)
+        rollout = unroll(num_known_frames=num_frames, diagnostics=diagnostics)
+        if not (self.unrolls_prior and self.training):
+            return rollout
+        prior = unroll(num_known_frames=num_input_frames, diagnostics=False)
+        return rollout._replace(prior_predictions_BTCHW=prior.predictions_BTCHW)
+
+    def _unroll(
+        self,
+        frames_BTCHW: Tensor,
+        *,
+        num_input_frames: int,
+        num_frames: int,
+        num_known_frames: int,
+        sampling_mask_BT: Tensor | None,
+        noise_BTZ: Tensor | None,
+        diagnostics: bool,
+    ) -> Rollout:
+        """The loop over time; arguments as in `forward`, and how many frames targets may show."""
+        known = min(num_known_frames, frames_BTCHW.shape[1]) if self.learns_from_targets else 0
+        state = self.initial_state(frames_BTCHW[:, 0])
         predictions: list[Tensor] = []
         inputs: list[Tensor] = []
-        steps: list[list[LayerStep]] = []
+        layers: list[Sequence[LayerStep]] = []
+        objectives: list[Mapping[str, Tensor]] = []
         for t in range(num_frames - 1):
-            x = self._input(t, maps, predictions, num_input_frames, sampling_mask_BT)
-            state, layer_steps = self.stack(x, state)
+            x = self._input(t, frames_BTCHW, predictions, num_input_frames, sampling_mask_BT)
+            step = self.step(
+                x,
+                state,
+                target_BCHW=frames_BTCHW[:, t + 1] if t + 1 < known else None,
+                noise_BZ=None if noise_BTZ is None else noise_BTZ[:, t],
+            )
+            state = step.state
             # Predictions feed back as inputs, so they stay float32 even under autocast.
-            predictions.append(self.output(state.layers[-1].hidden_BPHW).to(maps.dtype))
+            predictions.append(step.prediction_BCHW.to(frames_BTCHW.dtype))
             inputs.append(x)
-            steps.append(layer_steps)
+            layers.append(step.layers)
+            objectives.append(step.objectives)
         return Rollout(
-            unpatchify(torch.stack(predictions, dim=1), self.patch_size),
-            unpatchify(torch.stack(inputs, dim=1), self.patch_size),
-            memories=tuple(_over_time([s.state.memory_BPHW for s in k]) for k in zip(*steps)),
-            imitations=_imitations(steps),
-            diagnostics=_diagnose(steps) if diagnostics else None,
+            _over_time(predictions),
+            _over_time(inputs),
+            memories=tuple(_over_time([s.state.memory_BPHW for s in k]) for k in zip(*layers)),
+            imitations=_imitations(layers),
+            objectives={name: _over_time([o[name] for o in objectives]) for name in objectives[-1]},
+            diagnostics=_diagnose(layers) if diagnostics else None,
         )
 
     @torch.no_grad()
-    def predict(self, input_frames_BTCHW: Tensor, num_target_frames: int) -> Tensor:
+    def predict(
+        self,
+        input_frames_BTCHW: Tensor,
+        num_target_frames: int,
+        *,
+        noise_BTZ: Tensor | None = None,
+    ) -> Tensor:
         """Continue the given frames closed-loop by any number of frames.
+
+        Args:
+            input_frames_BTCHW: the frames that are known.
+            num_target_frames: how many to predict.
+            noise_BTZ: as in `forward`, for input and target frames less one.
 
         Returns:
             Predicted frames [B, num_target_frames, C, H, W].
         """
         given = input_frames_BTCHW.shape[1]
         rollout = self(
-            input_frames_BTCHW, num_input_frames=given, num_frames=given + num_target_frames
+            input_frames_BTCHW,
+            num_input_frames=given,
+            num_frames=given + num_target_frames,
+            noise_BTZ=noise_BTZ,
         )
         return rollout.predictions_BTCHW[:, given - 1 :]
 
     def _input(
         self,
         t: int,
-        maps_BTCHW: Tensor,
+        frames_BTCHW: Tensor,
         predictions: list[Tensor],
         num_input_frames: int,
         sampling_mask_BT: Tensor | None,
     ) -> Tensor:
         if t < num_input_frames:
-            return maps_BTCHW[:, t]
+            return frames_BTCHW[:, t]
         if sampling_mask_BT is None:
             return predictions[-1]
         sees_truth = sampling_mask_BT[:, t - num_input_frames, None, None, None]
-        return torch.where(sees_truth, maps_BTCHW[:, t], predictions[-1])
+        return torch.where(sees_truth, frames_BTCHW[:, t], predictions[-1])
 
     def _check(
-        self, frames_BTCHW: Tensor, num_input_frames: int, num_frames: int, mask_BT: Tensor | None
+        self,
+        frames_BTCHW: Tensor,
+        num_input_frames: int,
+        num_frames: int,
+        mask_BT: Tensor | None,
+        noise_BTZ: Tensor | None,
     ) -> None:
         batch, given, channels = frames_BTCHW.shape[:3]
         if channels != self.image_channels:
@@ -148,7 +263,8 @@ class Predictor(nn.Module):
                 f"num_input_frames={num_input_frames} must be at least 1 and less than "
                 f"num_frames={num_frames}."
             )
-        needed = num_input_frames if mask_BT is None else num_frames - 1
+        with_mask = num_frames if self.learns_from_targets else num_frames - 1
+        needed = num_input_frames if mask_BT is None else with_mask
         if given < needed:
             raise ValueError(
                 f"{needed} true frames are needed ({num_input_frames} inputs"
@@ -160,31 +276,43 @@ class Predictor(nn.Module):
                 f"sampling_mask_BT must have shape {shape} (batch, predicted frames fed back), "
                 f"got {tuple(mask_BT.shape)}."
             )
+        noise_shape = (batch, num_frames - 1, self.noise_size)
+        if noise_BTZ is not None and tuple(noise_BTZ.shape) != noise_shape:
+            raise ValueError(
+                f"noise_BTZ must have shape {noise_shape} (batch, steps, noise_size of this network), "
+                f"got {tuple(noise_BTZ.shape)}."
+            )
 
 
 def _over_time(maps: list[Tensor]) -> Tensor:
     return torch.stack(maps, dim=1)
 
 
-def _imitations(steps: list[list[LayerStep]]) -> dict[int, Tensor]:
+def _imitations(steps: list[Sequence[LayerStep]]) -> dict[int, tuple[Tensor, ...]]:
     return {
-        k: _over_time([s.imitations_BMPHW for s in over_time if s.imitations_BMPHW is not None])
+        k: _over_time(
+            [s.imitations_BMPHW for s in over_time if s.imitations_BMPHW is not None]
+        ).unbind(2)
         for k, over_time in enumerate(zip(*steps))
         if over_time[0].imitations_BMPHW is not None
     }
 
 
 @torch.no_grad()
-def _diagnose(steps: list[list[LayerStep]]) -> Diagnostics:
+def _diagnose(steps: list[Sequence[LayerStep]]) -> Diagnostics:
     def mean_per_layer(tensors: list[list[Tensor]]) -> Tensor:
         """Stack [time][layer] tensors of shape [B, ..., P, H, W] and average the last three."""
         means = [torch.stack([x.float().mean((-3, -2, -1)) for x in row], 1) for row in tensors]
         return torch.stack(means, 1)
 
+    def forget_gate(step: LayerStep) -> Tensor:
+        gate = step.forget_BPHW
+        return torch.full_like(step.state.memory_BPHW, torch.nan) if gate is None else gate
+
     gates = [[s.gates_BMPHW for s in row if s.gates_BMPHW is not None] for row in steps]
     return Diagnostics(
         transfer_gates_BTLM=mean_per_layer(gates) if gates[0] else None,
-        forget_gates_BTK=mean_per_layer([[s.forget_BPHW for s in row] for row in steps]),
+        forget_gates_BTK=mean_per_layer([[forget_gate(s) for s in row] for row in steps]),
         memory_rms_BTK=mean_per_layer(
             [[s.state.memory_BPHW.float().square() for s in row] for row in steps]
         ).sqrt(),

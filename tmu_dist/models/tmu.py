@@ -84,7 +84,7 @@ class LayerStep(NamedTuple):
 
     state: CellState
     carry: Carry
-    forget_BPHW: Tensor
+    forget_BPHW: Tensor | None
     imitations_BMPHW: Tensor | None = None
     gates_BMPHW: Tensor | None = None
 

@@ -1,21 +1,33 @@
 """Flying digits: teachers learn one and two digits, the student must predict three (Table 1).
 
 Each recipe exists in two sizes: `digits-*` finishes in minutes on two cores, and
-`paper-digits-*` is the paper's protocol (Sec. 4 and 4.1).
+`paper-digits-*` is the paper's protocol (Sec. 4 and 4.1). Both exist for every backbone:
+`digits-mim-*` is `digits-*` with the MIM network (Table 2), and so on.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
-from tmu_dist.config import ModelConfig, ScheduleConfig, TrainingConfig, WindowConfig
+from tmu_dist.config import (
+    AdversarialConfig,
+    KLConfig,
+    ModelConfig,
+    SAVPConfig,
+    ScheduleConfig,
+    TrainingConfig,
+    VPNConfig,
+    WindowConfig,
+)
 from tmu_dist.recipes.base import Archives, ExperimentSize, Recipe, in_workspace, transfer_recipes
 
 SOURCES = ("1", "2")
 TARGET = "3"
 """Digits in a sequence."""
+STACKS = {"predrnn": "predrnn", "mim": "mim", "e3d": "e3d_lstm"}
+"""Backbones that differ from ConvLSTM in their cell alone, by their name in recipes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,10 +38,13 @@ class Size(ExperimentSize):
     """Training, validation and test sequences of the 1- and 2-digit archives."""
     target_sequences: tuple[int, int, int]
     archive_arguments: tuple[str, ...]
+    archive_prefix: str
+    """First part of the archives' names; backbones share archives."""
 
 
 SMALL = Size(
     prefix="digits",
+    archive_prefix="digits",
     source_sequences=(2000, 100, 100),
     # A target with few sequences: the situation that the paper's method is for.
     target_sequences=(200, 100, 500),
@@ -48,6 +63,7 @@ SMALL = Size(
 
 PAPER = Size(
     prefix="paper-digits",
+    archive_prefix="paper-digits",
     source_sequences=(10_000, 2_000, 3_000),
     target_sequences=(10_000, 2_000, 3_000),
     archive_arguments=(),
@@ -59,16 +75,83 @@ PAPER = Size(
 )
 
 
+SMALL_SAVP = ModelConfig(
+    cell="savp", savp=SAVPConfig(base_channels=8, latent_size=8, posterior_channels=16)
+)
+SMALL_VPN = ModelConfig(
+    cell="vpn",
+    hidden_channels=16,
+    kernel_size=3,
+    vpn=VPNConfig(channels=8, num_encoder_blocks=2, num_decoder_blocks=3, likelihood="bernoulli"),
+)
+
+SAVP_TRAINING = TrainingConfig(
+    num_steps=300_000,
+    batch_size=16,
+    learning_rate=2e-4,
+    decay_from=200_000,
+    adam_beta1=0.5,
+    reverse_input="off",
+    sampling="inverse_sigmoid",
+    frame_weight=100.0,
+    adversarial=AdversarialConfig(video_weight=0.1, feature_weight=10.0),
+)
+"""As published (Lee et al. 2018)."""
+SMALL_SAVP_TRAINING = replace(
+    SAVP_TRAINING,
+    num_steps=SMALL.training.num_steps,
+    batch_size=SMALL.training.batch_size,
+    learning_rate=1e-3,
+    decay_from=None,
+    sampling_scale=60.0,
+    kl=KLConfig(anneal_from=100, anneal_until=300),
+    adversarial=replace(SAVP_TRAINING.adversarial, base_channels=8),
+)
+
+
+def sizes() -> list[Size]:
+    """Both sizes, for every backbone."""
+    found = [SMALL, PAPER]
+    for size in (SMALL, PAPER):
+        found += [
+            _with(size, name, replace(size.model, cell=cell)) for name, cell in STACKS.items()
+        ]
+    small_vpn = replace(SMALL.training, sampling="always")
+    paper_vpn = replace(PAPER.training, sampling="always", learning_rate=3e-4)
+    return [
+        *found,
+        _with(SMALL, "savp", SMALL_SAVP, SMALL_SAVP_TRAINING),
+        _with(PAPER, "savp", ModelConfig(cell="savp"), SAVP_TRAINING),
+        _with(SMALL, "vpn", SMALL_VPN, small_vpn),
+        _with(PAPER, "vpn", ModelConfig(cell="vpn"), paper_vpn),
+    ]
+
+
 def recipes() -> dict[str, Callable[[], Recipe]]:
     """Every recipe of this file, by name."""
     found: dict[str, Callable[[], Recipe]] = {}
-    for size in (SMALL, PAPER):
+    for size in sizes():
         found |= transfer_recipes(size, partial(_archive, size), sources=SOURCES, target=TARGET)
     return found
 
 
+def _with(
+    size: Size, backbone: str, model: ModelConfig, training: TrainingConfig | None = None
+) -> Size:
+    """The same experiment with another backbone."""
+    training = training or size.training
+    same_length = training.num_steps == size.training.num_steps
+    return replace(
+        size,
+        prefix=f"{size.prefix}-{backbone}",
+        model=model,
+        training=training,
+        teacher_steps=size.teacher_steps if same_length else training.num_steps,
+    )
+
+
 def _archive(size: Size, digits: str) -> Archives:
-    url = in_workspace(f"archives/{size.prefix}-{digits}")
+    url = in_workspace(f"archives/{size.archive_prefix}-{digits}")
     sequences = size.target_sequences if digits == TARGET else size.source_sequences
     counts = zip(("--train", "--val", "--test"), map(str, sequences), strict=True)
     arguments = (

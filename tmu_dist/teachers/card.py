@@ -14,7 +14,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from tmu_dist.config import ModelConfig, TMUConfig, WindowConfig
 from tmu_dist.data.manifest import Manifest, Units
-from tmu_dist.models.build import FrameShape
+from tmu_dist.models.shapes import FrameShape
 
 CARD_SCHEMA_VERSION = 1
 
@@ -118,48 +118,3 @@ def same_scale(one: Units, other: Units) -> bool:
         return units.quantity, units.unit, units.scale, units.offset, units.max_code
 
     return meaning(one) == meaning(other)
-
-
-def check_fits(
-    card: TeacherCard, *, frame: FrameShape, model: ModelConfig, data: DataFacts
-) -> None:
-    """Refuse a teacher whose memories cannot be compared with the student's, element by element.
-
-    The paper's rule (Sec. 4, Implementation): source and target states match in channels, width
-    and height. Layer k teaches layer k. Units, normalisation and frame interval must match too:
-    the same number must mean the same thing. Where the pixels lie, and whether some are missing,
-    may differ: a source without missing pixels may teach a target that has them.
-
-    Raises:
-        TeacherError: lists every mismatch and what to change.
-    """
-
-    def grid(shape: FrameShape, settings: ModelConfig) -> str:
-        k = settings.patch_size
-        return f"{shape.height // k}x{shape.width // k}"
-
-    def frames(shape: FrameShape) -> str:
-        return f"{shape.channels}x{shape.height}x{shape.width}"
-
-    compared = [
-        ("hidden channels", card.model.hidden_channels, model.hidden_channels),
-        ("layers", card.model.num_layers, model.num_layers),
-        ("patch size", card.model.patch_size, model.patch_size),
-        ("memory grid", grid(card.frame, card.model), grid(frame, model)),
-        ("frames", frames(card.frame), frames(frame)),
-        ("normalisation", card.data.normalisation, data.normalisation),
-        ("frame interval [min]", card.data.frame_interval_minutes, data.frame_interval_minutes),
-    ]
-    wrong = [
-        f"{what}: teacher {theirs}, student {ours}"
-        for what, theirs, ours in compared
-        if theirs != ours
-    ]
-    if not same_scale(card.data.units, data.units):
-        wrong.append(f"units: teacher {card.data.units}, student {data.units}")
-    if wrong:
-        raise TeacherError(
-            f"Teacher {card.name!r} does not fit the student ({'; '.join(wrong)}). Memories are "
-            "compared element by element (paper, Sec. 4): change the student's model.* settings "
-            "or the archive to match, or pretrain the teacher with the student's."
-        )

@@ -103,7 +103,8 @@ class SavedState:
     progress: Progress
     data: dict[str, Any]
     """What the data position depends on (`SequenceLoader.state`)."""
-    optimizer: dict[str, Any]
+    training_step: dict[str, Any]
+    """State of the training step: optimisers, and what training has beside the student."""
     rng_by_rank: list[dict[str, Any]]
 
 
@@ -133,7 +134,7 @@ class CheckpointStore:
         self,
         model: Predictor,
         card: TeacherCard,
-        optimizer: torch.optim.Optimizer,
+        training_step: dict[str, Any],
         *,
         progress: Progress,
         data: dict[str, Any],
@@ -144,7 +145,7 @@ class CheckpointStore:
         Args:
             model: the student.
             card: describes it.
-            optimizer: its state is saved.
+            training_step: state of the training step (`TrainingStep.state_dict`).
             progress: how far the run is.
             data: what the data position depends on (`SequenceLoader.state`).
             rng_by_rank: every rank's `rng_state`.
@@ -155,7 +156,7 @@ class CheckpointStore:
         """
         # Through memory: torch's own file writer does not report a full disk as an OSError.
         buffer = io.BytesIO()
-        state = {"optimizer": optimizer.state_dict(), "rng_by_rank": rng_by_rank}
+        state = {"training_step": training_step, "rng_by_rank": rng_by_rank}
         torch.save(state, buffer)
         network = model_files(model, card)
         facts = {
@@ -208,7 +209,7 @@ class CheckpointStore:
         if facts.get("weights_sha256", saved_card.weights_sha256) != saved_card.weights_sha256:
             raise _damaged(folder, WEIGHTS_FILE)  # whole, but of another checkpoint
         load_state(model, weights, where=folder)
-        return SavedState(progress, facts["data"], state["optimizer"], state["rng_by_rank"])
+        return SavedState(progress, facts["data"], state["training_step"], state["rng_by_rank"])
 
     def offer(self, model: Predictor, card: TeacherCard) -> None:
         """Make these weights the ones that the run offers to evaluation and as a teacher."""

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
 from tmu_dist.collectives import Collectives
 from tmu_dist.config import RunConfig, to_json
@@ -27,17 +26,16 @@ from tmu_dist.data.transforms import check_long_enough, window_frames
 from tmu_dist.evaluation.metrics import ERROR_METRIC_NAMES
 from tmu_dist.evaluation.runner import score_predictor
 from tmu_dist.folders import write_text
-from tmu_dist.models.build import FrameShape
-from tmu_dist.models.rollout import Predictor
+from tmu_dist.models.shapes import FrameShape
 from tmu_dist.run_folder import CONFIG_FILE, RESULT_FILE, Event
 from tmu_dist.teachers.card import DataFacts, TeacherCard
+from tmu_dist.training.build import build_step
 from tmu_dist.training.checkpoint import CheckpointStore, Progress, rng_state, set_rng_state
 from tmu_dist.training.run_lock import RunLock, lock_run
 from tmu_dist.training.run_log import RunLog, git_revision, write_provenance
-from tmu_dist.training.schedules import sampling_mask, sampling_probability
-from tmu_dist.training.step import TrainingStep
+from tmu_dist.training.schedules import sampling_mask, sampling_probability, sequence_noise
 from tmu_dist.transfer import PreparedTransfer, prepare_transfer
-from tmu_dist.transfer.base import Forward, TrainingBatch
+from tmu_dist.transfer.base import TrainingBatch
 
 
 class NonFiniteLossError(RuntimeError):
@@ -110,14 +108,8 @@ class Run:
         self.progress = Progress()
         self._log: RunLog | None = None
         self._lock: RunLock | None = None
-        self.training_step = TrainingStep(
-            self.transfer.method,
-            self._data_parallel(self.student),
-            self.optimizer,
-            device=device,
-            reverse_input=config.training.reverse_input,
-            grad_clip_norm=config.training.grad_clip_norm,
-            precision=config.training.precision,
+        self.training_step = build_step(
+            config, self.transfer.method, self.student, self.card.frame, device, collectives
         )
         self._probe: TrainingBatch | None = None
         self._interval = _Interval()
@@ -147,9 +139,6 @@ class Run:
         self.transfer = prepare_transfer(config, frame, data, self.device)
         torch.manual_seed(config.training.seed)
         self.student = self.transfer.method.build_student().to(self.device)
-        self.optimizer = torch.optim.Adam(
-            self.student.parameters(), lr=config.training.learning_rate
-        )
         self.card = _card(config, frame, data, self.transfer)
         self.checkpoints = CheckpointStore(
             self.folder,
@@ -163,7 +152,7 @@ class Run:
         started = time.perf_counter()
         waited = started - self._interval.ready
         step = self.progress.step + 1
-        probability = sampling_probability(step, stop_step=self.config.training.sampling_stop_step)
+        probability = sampling_probability(step, self.config.training)
         training_batch = self._prepare(batch, step, probability)
         if self._probe is None:
             self._probe = training_batch
@@ -238,7 +227,7 @@ class Run:
                 self.checkpoints.save(
                     self.student,
                     replace(self.card, step=self.progress.step),
-                    self.optimizer,
+                    self.training_step.state_dict(),
                     progress=self.progress,
                     data=self.loader.state(),
                     rng_by_rank=rng_by_rank,
@@ -337,7 +326,7 @@ class Run:
         """Continue from a checkpoint; no collectives."""
         saved = self.checkpoints.restore(checkpoint, self.student)
         self.loader.check_state(saved.data)
-        self.optimizer.load_state_dict(saved.optimizer)
+        self.training_step.load_state_dict(saved.training_step)
         self.progress = saved.progress
         rank = self.collectives.ranks.rank
         if rank < len(saved.rng_by_rank):
@@ -345,15 +334,6 @@ class Run:
         if self.collectives.ranks.is_main and saved.progress.offered_step is not None:
             # The run may have offered something newer before it was killed.
             self.checkpoints.offer_again(saved.progress.offered_step)
-
-    def _data_parallel(self, student: Predictor) -> Forward:
-        if self.collectives.ranks.world_size == 1:
-            return student
-        return DistributedDataParallel(
-            student,
-            device_ids=[self.device.index] if self.device.type == "cuda" else None,
-            gradient_as_bucket_view=True,
-        )
 
     def _prepare(self, batch: Batch, step: int, probability: float) -> TrainingBatch:
         """Frames to the device and to [0, 1], masks, and weights that average globally."""
@@ -367,6 +347,13 @@ class Run:
             seed=self.config.training.seed,
             step=step,
         )
+        noise = sequence_noise(
+            batch.sample_ids_B,
+            window.num_frames - 1,
+            self.student.noise_size,
+            seed=self.config.training.seed,
+            step=step,
+        )
         # Data-parallel training averages gradients over ranks, hence the world size.
         scale = self.collectives.ranks.world_size / batch.global_count
         return TrainingBatch(
@@ -374,6 +361,8 @@ class Run:
             observed_BTCHW=observed_BTCHW,
             sampling_mask_BT=mask.to(self.device, non_blocking=True),
             weights_B=(batch.weights_B * scale).to(self.device, non_blocking=True),
+            noise_BTZ=None if noise is None else noise.to(self.device, non_blocking=True),
+            step=step,
         )
 
     def _check_liveness(self) -> None:
@@ -381,7 +370,7 @@ class Run:
         if probe is None:
             return
         report = self.collectives.on_main(
-            lambda: self.transfer.method.liveness(self.student, probe)
+            lambda: self.transfer.method.liveness(self.training_step.trainee, probe)
         )
         if report is not None:
             self._write("liveness", **asdict(report))

@@ -1,29 +1,49 @@
-"""Scheduled sampling: how often a step reads the true frame, and which steps do.
+"""What depends on the iteration: the learning rate, scheduled sampling, and random draws.
 
-The draws are a pure function of (seed, step, sample), not of a generator's state: they do not
-depend on the number of ranks, on restarts, or on anything else that draws random numbers.
+Draws are pure functions of (seed, step, sample), not of a generator's state: they do not depend on
+the number of ranks, on restarts, or on anything else that draws random numbers.
 
-Legend: B batch, T predicted steps that feed back.
+Legend: B batch, T predicted steps that feed back, S steps of a rollout, Z noise.
 """
 
 from __future__ import annotations
+
+import math
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from tmu_dist.data.order import keyed_hash
+from tmu_dist.config import TrainingConfig
+from tmu_dist.draws import keyed_normal, keyed_uniform
 
-_SAMPLING = 0x5A3B
-"""Sets these draws apart from the data order, which hashes with the same seed."""
+# Uses of the hash; the data order hashes with the same seed.
+_SAMPLING, _NOISE, _CLIP = 0x5A3B, 0x401E, 0xC11B
 
 
-def sampling_probability(step: int, *, stop_step: int) -> float:
-    """Probability of a true input at iteration `step` (from 1): linear from 1 to 0 at `stop_step`.
+def learning_rate(step: int, settings: TrainingConfig) -> float:
+    """Learning rate of an iteration (from 1): constant, then linear to 0 after the last one."""
+    start = settings.decay_from
+    if start is None or step <= start:
+        return settings.learning_rate
+    return settings.learning_rate * (settings.num_steps + 1 - step) / (settings.num_steps - start)
 
-    With the default stop_step of 50,000 this is the field's decrement of 2e-5 an iteration.
+
+def sampling_probability(step: int, settings: TrainingConfig) -> float:
+    """Probability of a true input at iteration `step` (from 1).
+
+    "linear" falls from 1 to 0 at `sampling_stop_step`; with the default of 50,000 this is the
+    field's decrement of 2e-5 an iteration. "inverse_sigmoid" is k / (k + exp(n / k)), and 0 once
+    it is below 0.001 (SAVP's public code). "always" is 1.
     """
-    return 1.0 - step / stop_step if step < stop_step else 0.0
+    if settings.sampling == "always":
+        return 1.0
+    if settings.sampling == "linear":
+        stop = settings.sampling_stop_step
+        return 1.0 - step / stop if step < stop else 0.0
+    scale = settings.sampling_scale
+    probability = scale / (scale + math.exp(min(step / scale, 700.0)))
+    return probability if probability >= 0.001 else 0.0
 
 
 def sampling_mask(
@@ -33,6 +53,22 @@ def sampling_mask(
 
     Each sequence and step draws on its own; the whole frame shares the draw.
     """
-    draws = sample_ids_B.numpy()[:, None] * num_steps + np.arange(num_steps)
-    uniform = (keyed_hash(draws, _SAMPLING, seed, step) >> np.uint64(11)) * 2.0**-53
-    return torch.from_numpy(uniform < probability)
+    draws_BT = sample_ids_B.numpy()[:, None] * num_steps + np.arange(num_steps)
+    return torch.from_numpy(keyed_uniform(draws_BT, _SAMPLING, seed, step) < probability)
+
+
+def sequence_noise(
+    sample_ids_B: Tensor, num_steps: int, noise_size: int, *, seed: int, step: int
+) -> Tensor | None:
+    """Standard normal numbers [B, num_steps, noise_size] of a batch; None where none are used."""
+    if not noise_size:
+        return None
+    count = num_steps * noise_size
+    draws_BN = sample_ids_B.numpy()[:, None] * count + np.arange(count)
+    noise_BN = keyed_normal(draws_BN, _NOISE, seed, step).astype(np.float32)
+    return torch.from_numpy(noise_BN).unflatten(1, (num_steps, noise_size))
+
+
+def random_index(count: int, *, seed: int, step: int, use: int) -> int:
+    """One of 0..count - 1, the same for the whole global batch."""
+    return int(keyed_uniform(np.arange(1), _CLIP, seed, step, use)[0] * count)

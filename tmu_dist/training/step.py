@@ -5,24 +5,29 @@ Legend: B batch, T time, C channels, H, W height, width.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from tmu_dist.transfer.base import Forward, TrainingBatch, TransferMethod
+from tmu_dist.models.rollout import Predictor
+from tmu_dist.transfer.base import Forward, LossTerms, TrainingBatch, TransferMethod
 
 
 class TrainingStep:
-    """Minimises a transfer method's objective.
+    """Minimises a transfer method's objective with Adam.
 
     With `reverse_input` every sequence is also learned backwards in time: "update" makes a second
     update with the same sampling mask (so one iteration is two updates), "average" one update on
     the mean of both losses, "off" neither.
 
     Args:
-        forward: the student, wrapped for data-parallel training where there are several ranks.
+        student: the network that the run is about.
+        trainee: the module that is trained, which contains the student (`TransferMethod.trainee`).
+        forward: the trainee, wrapped for data-parallel training where there are several ranks.
+        learning_rate: of an iteration.
         precision: "bf16" runs the convolutions in bfloat16 under autocast; weights, memories and
             losses stay float32.
     """
@@ -30,23 +35,33 @@ class TrainingStep:
     def __init__(
         self,
         method: TransferMethod,
+        student: Predictor,
+        trainee: nn.Module,
         forward: Forward,
-        optimizer: torch.optim.Optimizer,
         *,
         device: torch.device,
+        learning_rate: Callable[[int], float],
+        adam_beta1: float = 0.9,
         reverse_input: Literal["update", "average", "off"],
-        grad_clip_norm: float | None,
-        precision: Literal["fp32", "bf16"],
+        grad_clip_norm: float | None = None,
+        precision: Literal["fp32", "bf16"] = "fp32",
     ) -> None:
         self.method = method
+        self.trainee = trainee
         self.forward = forward
-        self.optimizer = optimizer
         self.device = device
+        self.learning_rate = learning_rate
         self.reverse_input = reverse_input
         self.grad_clip_norm = grad_clip_norm
         self.precision = precision
-        self._parameters: list[nn.Parameter] = [
-            p for group in optimizer.param_groups for p in group["params"]
+        self._parameters = list(trainee.parameters())
+        self._adam_betas = (adam_beta1, 0.999)
+        self.optimizer = self.adam(self._parameters)
+        of_student = {id(value) for value in student.state_dict(keep_vars=True).values()}
+        self._beside_student = [
+            name
+            for name, value in trainee.state_dict(keep_vars=True).items()
+            if id(value) not in of_student
         ]
 
     def __call__(self, batch: TrainingBatch) -> dict[str, float]:
@@ -59,23 +74,56 @@ class TrainingStep:
         for index, one_pass in enumerate(passes):
             if index == 0 or self.reverse_input == "update":
                 self.optimizer.zero_grad(set_to_none=True)
-            logs.append(self._backward(one_pass, scale))
+            logs.append(self.backward(one_pass, scale))
             if index == len(passes) - 1 or self.reverse_input == "update":
-                self._update()
+                self._update(batch.step)
         return {name: sum(log[name] for log in logs) / len(logs) for name in logs[0]}
 
-    def _backward(self, batch: TrainingBatch, scale: float) -> dict[str, float]:
-        with torch.autocast(
-            self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16"
-        ):
-            terms = self.method.loss(self.forward, batch)
+    def backward(self, batch: TrainingBatch, scale: float) -> dict[str, float]:
+        """Add the gradient of `scale` times the objective to the trainee's; returns its terms."""
+        with self.autocast():
+            terms = self.loss(batch)
         (terms.total() * scale).backward()
         return terms.to_log()
 
-    def _update(self) -> None:
+    def loss(self, batch: TrainingBatch) -> LossTerms:
+        """What the trainee minimises on this batch."""
+        return self.method.loss(self.forward, batch)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that training has beside the student's weights."""
+        values = self.trainee.state_dict()
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            "trainee": {name: values[name] for name in self._beside_student},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where `state_dict` was taken; the student's weights are loaded already."""
+        self.optimizer.load_state_dict(state["optimizer"])
+        values: dict[str, Tensor] = state["trainee"]
+        self.trainee.load_state_dict(self.trainee.state_dict() | values)
+
+    def adam(self, parameters: list[nn.Parameter]) -> torch.optim.Adam:
+        """An optimiser with the run's settings; its learning rate is set before every update."""
+        return torch.optim.Adam(parameters, lr=self.learning_rate(1), betas=self._adam_betas)
+
+    def autocast(self) -> torch.autocast:
+        """The run's precision."""
+        return torch.autocast(
+            self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16"
+        )
+
+    def update(self, optimizer: torch.optim.Optimizer, step: int) -> None:
+        """One update at the iteration's learning rate."""
+        for group in optimizer.param_groups:
+            group["lr"] = self.learning_rate(step)
+        optimizer.step()
+
+    def _update(self, step: int) -> None:
         if self.grad_clip_norm is not None:
             nn.utils.clip_grad_norm_(self._parameters, self.grad_clip_norm)
-        self.optimizer.step()
+        self.update(self.optimizer, step)
 
 
 def _backwards(batch: TrainingBatch) -> TrainingBatch:

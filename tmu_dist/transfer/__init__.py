@@ -6,15 +6,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from tmu_dist.config import RunConfig
-from tmu_dist.models.build import FrameShape
-from tmu_dist.teachers.bank import ReplicatedBank
-from tmu_dist.teachers.card import DataFacts, TeacherCard, check_fits
+from tmu_dist.models.build import frame_loss_of, memory_shapes
+from tmu_dist.models.shapes import FrameShape
+from tmu_dist.teachers.adapter import StudentFacts, TeacherPlan, plan_teacher
+from tmu_dist.teachers.bank import FrozenTeacher, ReplicatedBank
+from tmu_dist.teachers.card import DataFacts, TeacherCard
 from tmu_dist.teachers.store import LoadedModel, load_model
-from tmu_dist.transfer.base import TransferMethod
+from tmu_dist.transfer.base import Objective, TransferMethod, annealed
 from tmu_dist.transfer.finetune import Finetune
 from tmu_dist.transfer.scratch import Scratch
 from tmu_dist.transfer.tmu import MemoryDistillation
@@ -38,46 +41,70 @@ def prepare_transfer(
     Raises:
         TeacherError: a teacher is missing, damaged or does not fit.
     """
-    loaded = [load_model(source, device=device) for source in config.transfer.teachers]
-    for teacher in loaded:
-        check_fits(teacher.card, frame=frame, model=config.model, data=data)
-    method = _make_method(config, frame, loaded)
+    transfer = config.transfer
+    loaded = [load_model(source, device=device) for source in transfer.teachers]
+    student = StudentFacts(
+        frame=frame,
+        memories=memory_shapes(frame, config.model),
+        data=data,
+        taught=transfer.tmu.layers,
+    )
+    adapter = transfer.adapter if transfer.method == "tmu" else None
+    plans = [plan_teacher(t.card, t.model.memory_shapes, student, adapter) for t in loaded]
+    method = _make_method(config, frame, loaded, plans)
     resident = method.bank.parameters_per_teacher if isinstance(method, MemoryDistillation) else ()
     return PreparedTransfer(method, tuple(t.card for t in loaded), resident)
 
 
 def _make_method(
-    config: RunConfig, frame: FrameShape, teachers: list[LoadedModel]
+    config: RunConfig,
+    frame: FrameShape,
+    teachers: list[LoadedModel],
+    plans: list[TeacherPlan],
 ) -> TransferMethod:
     transfer = config.transfer
     num_input_frames = config.window.num_input_frames
-    reduction = config.training.loss_reduction
+    objective = _objective(config)
     if transfer.method == "tmu":
         return MemoryDistillation(
             frame,
             config.model,
+            objective,
             tmu=transfer.tmu,
-            bank=ReplicatedBank([teacher.model for teacher in teachers]),
+            bank=ReplicatedBank(
+                [FrozenTeacher(t.model, plan) for t, plan in zip(teachers, plans, strict=True)]
+            ),
             beta=transfer.beta,
             teacher_input=transfer.teacher_input,
             num_input_frames=num_input_frames,
-            reduction=reduction,
         )
     if transfer.method == "finetune":
         (start,) = teachers
         return Finetune(
             frame,
             config.model,
+            objective,
             num_input_frames=num_input_frames,
-            reduction=reduction,
             start_name=start.card.name,
             start_weights=start.model.state_dict(),
         )
     return Scratch(
         frame,
         config.model,
+        objective,
         num_input_frames=num_input_frames,
-        reduction=reduction,
         tmu=transfer.tmu,
         num_slots=transfer.num_slots,
+    )
+
+
+def _objective(config: RunConfig) -> Objective:
+    training = config.training
+    chosen = training.frame_loss
+    kl = training.kl
+    return Objective(
+        frame_loss_of(config.model) if chosen == "backbone" else chosen,
+        frame_weight=training.frame_weight,
+        kl_weight=partial(annealed, kl.weight, start=kl.anneal_from, stop=kl.anneal_until),
+        reduction=training.loss_reduction,
     )

@@ -7,53 +7,60 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from tmu_dist.models.patches import patchify
+from tmu_dist.models.cells.base import FrameLoss
 from tmu_dist.models.rollout import Predictor, Rollout
+from tmu_dist.models.shapes import MemoryShape
 
 Reduction = Literal["mean", "sum"]
 Forward = Callable[..., Rollout]
-"""The student's forward pass as the training loop calls it: a `Predictor`, or one wrapped for
-data-parallel training."""
+"""The trainee's forward pass as the training loop calls it: arguments and result of
+`Predictor.forward`, whether or not it is wrapped for data-parallel training."""
+
+
+class Term(NamedTuple):
+    """One term of an objective."""
+
+    value: Tensor
+    """Scalar: this rank's share of the mean over the global batch."""
+    weight: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class LossTerms:
-    """Every scalar that the optimiser sees, by name.
+    """Every scalar that the optimiser sees, by name, and the rollout that they judge.
 
     A method returns this and nothing else, so that a term cannot be computed and then forgotten:
     `total` is the only way to `.backward()`. A term of weight 0 is left out altogether, so that
     it cannot change a single bit.
     """
 
-    prediction: Tensor
-    extra: Mapping[str, Tensor] = field(default_factory=dict)
-    weights: Mapping[str, float] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if self.extra.keys() != self.weights.keys():
-            raise ValueError(
-                f"Loss terms {sorted(self.extra)} and weights {sorted(self.weights)} must have "
-                "the same names; use weight 0.0 to switch a term off."
-            )
+    terms: Mapping[str, Term]
+    rollout: Rollout
 
     def total(self) -> Tensor:
         """The objective (Eq. 6)."""
-        total = self.prediction
-        for name, term in self.extra.items():
-            if self.weights[name]:
-                total = total + self.weights[name] * term
-        return total
+        weighted_terms = [
+            term.value if term.weight == 1.0 else term.weight * term.value
+            for term in self.terms.values()
+            if term.weight
+        ]
+        return sum(weighted_terms[1:], start=weighted_terms[0])
+
+    def with_terms(self, more: Mapping[str, Term]) -> LossTerms:
+        """The same with further terms."""
+        return replace(self, terms={**self.terms, **more})
 
     def to_log(self) -> dict[str, float]:
-        """Detached values for the log."""
-        terms = {"prediction": self.prediction, **self.extra, "total": self.total()}
-        return {f"loss/{name}": float(value.detach()) for name, value in terms.items()}
+        """Detached values for the log, without their weights, and their weighted sum."""
+        values = {name: term.value for name, term in self.terms.items()} | {"total": self.total()}
+        return {f"loss/{name}": float(value.detach()) for name, value in values.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +75,10 @@ class TrainingBatch:
     """Which predicted steps read the true frame (scheduled sampling)."""
     weights_B: Tensor
     """Weight of each sequence in the mean over the *global* batch; 0 for padding."""
+    noise_BTZ: Tensor | None = None
+    """Standard normal numbers of a stochastic student and its teachers."""
+    step: int = 0
+    """The iteration, from 1, for weights and schedules that depend on it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,8 +92,8 @@ class Liveness:
     """Mean transfer gate by TMU layer, then by teacher."""
     memory_correlation: list[list[float]]
     """Pearson correlation of imitation and teacher memory, by TMU layer, then by teacher."""
-    forget_gate_means: list[float]
-    """By layer."""
+    forget_gate_means: list[float | None]
+    """By layer; None where the cell has no such gate."""
     memory_rms: list[float]
     """By layer; Eq. 5 lets it grow with the number of teachers and time."""
 
@@ -94,19 +105,27 @@ class DeadDistillationError(RuntimeError):
 class TransferMethod(ABC):
     """How a student is built and what it minimises. The training loop never asks which one."""
 
-    def __init__(self, *, num_input_frames: int, reduction: Reduction) -> None:
+    def __init__(self, objective: Objective, *, num_input_frames: int) -> None:
+        self.objective = objective
         self.num_input_frames = num_input_frames
-        self.reduction = reduction
 
     @abstractmethod
     def build_student(self) -> Predictor:
         """The network to train, freshly initialised under torch's global seed."""
 
+    def trainee(self, student: Predictor) -> nn.Module:
+        """The module that is trained: the student, with what training alone needs around it.
+
+        It is called like the student, and its parameters are the optimiser's. Whatever it has
+        beside the student is kept in checkpoints and left out of the model that a run offers.
+        """
+        return student
+
     @abstractmethod
     def loss(self, forward: Forward, batch: TrainingBatch) -> LossTerms:
-        """Run the student once and return its loss terms."""
+        """Run the trainee once and return its loss terms."""
 
-    def liveness(self, student: Predictor, batch: TrainingBatch) -> Liveness | None:
+    def liveness(self, trainee: nn.Module, batch: TrainingBatch) -> Liveness | None:
         """Measure whether teachers influence the student; None where a method has no such path.
 
         Raises:
@@ -117,24 +136,65 @@ class TransferMethod(ABC):
     def unroll(
         self, forward: Forward, batch: TrainingBatch, *, diagnostics: bool = False
     ) -> Rollout:
-        """Run the student over a training batch with its sampling mask."""
+        """Run the trainee over a training batch with its sampling mask."""
         return forward(
             batch.frames_BTCHW,
             num_input_frames=self.num_input_frames,
             num_frames=batch.frames_BTCHW.shape[1],
             sampling_mask_BT=batch.sampling_mask_BT,
+            noise_BTZ=batch.noise_BTZ,
             diagnostics=diagnostics,
         )
 
-    def prediction_loss(self, rollout: Rollout, batch: TrainingBatch) -> Tensor:
-        """Squared error of the observed pixels of frames 2..T, the first term of Eq. 6."""
-        error = rollout.predictions_BTCHW - batch.frames_BTCHW[:, 1:]
-        if batch.observed_BTCHW is None:
-            return weighted(reduce_squares(error, self.reduction), batch)
-        observed = batch.observed_BTCHW[:, 1:]
-        # Not times 0: whatever stands at a missing pixel, even NaN, must leave no trace.
-        error = error.masked_fill(~observed, 0.0)
-        return weighted(reduce_squares(error, self.reduction, observed), batch)
+
+class Objective:
+    """What a network minimises apart from any transfer: the first term of Eq. 6.
+
+    Args:
+        frame_loss: what the frames 2..T are compared by; "likelihood" is computed by the network.
+        frame_weight: of that loss.
+        kl: weight, at an iteration, of the divergence of stochastic networks.
+        reduction: over time, channels and pixels of a sequence: their mean, or their sum.
+    """
+
+    def __init__(
+        self,
+        frame_loss: FrameLoss = "l2",
+        *,
+        frame_weight: float = 1.0,
+        kl_weight: Callable[[int], float] = lambda step: 1.0,
+        reduction: Reduction = "mean",
+    ) -> None:
+        self.frame_loss = frame_loss
+        self.frame_weight = frame_weight
+        self.kl_weight = kl_weight
+        self.reduction = reduction
+
+    def terms(self, rollout: Rollout, batch: TrainingBatch) -> dict[str, Term]:
+        """The objective of one rollout, masked to the observed pixels."""
+        found = {"prediction": Term(self._frame_loss(rollout, batch), self.frame_weight)}
+        if (kl_BT := rollout.objectives.get("kl_BT")) is not None:
+            found["kl"] = Term(weighted(kl_BT.mean(1), batch), self.kl_weight(batch.step))
+        return found
+
+    def _frame_loss(self, rollout: Rollout, batch: TrainingBatch) -> Tensor:
+        observed = None if batch.observed_BTCHW is None else batch.observed_BTCHW[:, 1:]
+        if self.frame_loss == "likelihood":
+            error = rollout.objectives["nll_BTCHW"]
+        else:
+            error = rollout.predictions_BTCHW - batch.frames_BTCHW[:, 1:]
+        if observed is not None:
+            # Not times 0: whatever stands at a missing pixel, even NaN, must leave no trace.
+            error = error.masked_fill(~observed, 0.0)
+        if self.frame_loss == "likelihood":
+            per_sequence_B = reduce_values(error, self.reduction, observed)
+        else:
+            per_sequence_B = torch.zeros_like(batch.weights_B)
+            if self.frame_loss in ("l1", "l1l2"):
+                per_sequence_B = reduce_values(error.abs(), self.reduction, observed)
+            if self.frame_loss in ("l2", "l1l2"):
+                per_sequence_B = per_sequence_B + reduce_squares(error, self.reduction, observed)
+        return weighted(per_sequence_B, batch)
 
 
 def reduce_squares(error: Tensor, reduction: Reduction, weights: Tensor | None = None) -> Tensor:
@@ -147,27 +207,49 @@ def reduce_squares(error: Tensor, reduction: Reduction, weights: Tensor | None =
             error's; None: all count 1. The mean divides by the sum of the weights, and is 0 for a
             sequence in which nothing counts.
     """
-    squares = error.float().square() if error.dtype.itemsize < 4 else error.square()
+    return reduce_values(
+        error.float().square() if error.dtype.itemsize < 4 else error.square(), reduction, weights
+    )
+
+
+def reduce_values(values: Tensor, reduction: Reduction, weights: Tensor | None = None) -> Tensor:
+    """Like `reduce_squares`, of the values themselves."""
     if weights is None:
-        flat = squares.flatten(1)
+        flat = values.flatten(1)
         return flat.mean(1) if reduction == "mean" else flat.sum(1)
-    sums = (squares * weights).flatten(1).sum(1)
+    sums = (values * weights).flatten(1).sum(1)
     if reduction == "sum":
         return sums
-    counted = weights.flatten(1).sum(1) * (error[0].numel() // weights[0].numel())
+    counted = weights.flatten(1).sum(1) * (values[0].numel() // weights[0].numel())
     return sums / torch.where(counted > 0, counted, 1)
 
 
-def observed_share(observed_BTCHW: Tensor, patch_size: int, dtype: torch.dtype) -> Tensor:
+def observed_share(observed_BTCHW: Tensor, memory_BTPHW: Tensor, shape: MemoryShape) -> Tensor:
     """Share of observed pixels in the patch under each element of a memory, [B, T, 1, h, w].
 
     Step t of an unrolled network reads frame t, so the shares of frames 1..T-1 belong to its
     memories. Where a step reads a prediction instead (scheduled sampling), the share is that of
     the true frame at its place: there is nothing else to compare a memory with.
+
+    Args:
+        observed_BTCHW: of the frames that the T steps read.
+        memory_BTPHW: the memory; only its size and type are used.
+        shape: of that memory at the size the network was built for.
     """
-    return patchify(observed_BTCHW.to(dtype), patch_size).mean(2, keepdim=True)
+    rows = memory_BTPHW.shape[-2] // shape.slices
+    share_NHW = observed_BTCHW.to(memory_BTPHW.dtype).mean(2).flatten(0, 1)
+    share_N1HW = F.adaptive_avg_pool2d(share_NHW.unsqueeze(1), (rows, memory_BTPHW.shape[-1]))
+    share_BT1HW = share_N1HW.unflatten(0, observed_BTCHW.shape[:2])
+    return share_BT1HW.repeat(1, 1, 1, shape.slices, 1)
 
 
 def weighted(per_sequence_B: Tensor, batch: TrainingBatch) -> Tensor:
     """This rank's share of the mean over the global batch."""
     return (per_sequence_B * batch.weights_B).sum()
+
+
+def annealed(weight: float, step: int, *, start: int, stop: int) -> float:
+    """A weight that is 0 up to one iteration and rises linearly until another."""
+    if step >= stop:
+        return weight
+    return weight * max(0.0, (step - start) / (stop - start))

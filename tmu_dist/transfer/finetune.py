@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from tmu_dist.config import ModelConfig
-from tmu_dist.models.build import FrameShape
 from tmu_dist.models.rollout import Predictor
+from tmu_dist.models.shapes import FrameShape
 from tmu_dist.teachers.store import load_state
-from tmu_dist.transfer.base import Reduction
+from tmu_dist.transfer.base import Objective
 from tmu_dist.transfer.scratch import Scratch
 
 log = logging.getLogger(__name__)
@@ -24,13 +24,13 @@ class Finetune(Scratch):
         self,
         frame: FrameShape,
         model: ModelConfig,
+        objective: Objective,
         *,
         num_input_frames: int,
-        reduction: Reduction,
         start_name: str,
         start_weights: Mapping[str, Tensor],
     ) -> None:
-        super().__init__(frame, model, num_input_frames=num_input_frames, reduction=reduction)
+        super().__init__(frame, model, objective, num_input_frames=num_input_frames)
         self.start_name = start_name
         self.start_weights = dict(start_weights)
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from tmu_dist.config import ModelConfig, TMUConfig
-from tmu_dist.models.build import FrameShape, build_predictor
+from tmu_dist.models.build import build_predictor
 from tmu_dist.models.rollout import Predictor
-from tmu_dist.transfer.base import Forward, LossTerms, Reduction, TrainingBatch, TransferMethod
+from tmu_dist.models.shapes import FrameShape
+from tmu_dist.transfer.base import Forward, LossTerms, Objective, TrainingBatch, TransferMethod
 
 
 class Scratch(TransferMethod):
@@ -20,13 +21,13 @@ class Scratch(TransferMethod):
         self,
         frame: FrameShape,
         model: ModelConfig,
+        objective: Objective,
         *,
         num_input_frames: int,
-        reduction: Reduction,
         tmu: TMUConfig | None = None,
         num_slots: int = 0,
     ) -> None:
-        super().__init__(num_input_frames=num_input_frames, reduction=reduction)
+        super().__init__(objective, num_input_frames=num_input_frames)
         self.frame = frame
         self.model = model
         self.tmu = tmu
@@ -36,4 +37,5 @@ class Scratch(TransferMethod):
         return build_predictor(self.frame, self.model, tmu=self.tmu, num_slots=self.num_slots)
 
     def loss(self, forward: Forward, batch: TrainingBatch) -> LossTerms:
-        return LossTerms(prediction=self.prediction_loss(self.unroll(forward, batch), batch))
+        rollout = self.unroll(forward, batch)
+        return LossTerms(terms=self.objective.terms(rollout, batch), rollout=rollout)

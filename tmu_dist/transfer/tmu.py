@@ -5,21 +5,26 @@ Legend: B batch, T time, M teachers, P hidden channels, H, W height, width.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tmu_dist.config import ModelConfig, TMUConfig
-from tmu_dist.models.build import FrameShape, build_predictor
+from tmu_dist.models.build import build_predictor
 from tmu_dist.models.rollout import Predictor, Rollout
+from tmu_dist.models.shapes import FrameShape
+from tmu_dist.teachers.adapter import LayerPlan
 from tmu_dist.teachers.bank import Memories, TeacherBank
 from tmu_dist.transfer.base import (
     DeadDistillationError,
     Forward,
     Liveness,
     LossTerms,
-    Reduction,
+    Objective,
+    Term,
     TrainingBatch,
     TransferMethod,
     observed_share,
@@ -29,7 +34,7 @@ from tmu_dist.transfer.base import (
 
 
 class MemoryDistillation(TransferMethod):
-    """A TMU student whose memories imitate those of M frozen teachers.
+    """A TMU student whose memories imitate those of M frozen teachers, of any kind.
 
     The objective is Eq. 6: prediction error plus beta times the distance between imitations and
     teacher memories, summed over teachers and layers (Eq. 4). With beta = 0 the teachers are not
@@ -45,15 +50,15 @@ class MemoryDistillation(TransferMethod):
         self,
         frame: FrameShape,
         model: ModelConfig,
+        objective: Objective,
         *,
         tmu: TMUConfig,
         bank: TeacherBank,
         beta: float,
         teacher_input: Literal["own", "student", "truth"],
         num_input_frames: int,
-        reduction: Reduction,
     ) -> None:
-        super().__init__(num_input_frames=num_input_frames, reduction=reduction)
+        super().__init__(objective, num_input_frames=num_input_frames)
         self.frame = frame
         self.model = model
         self.tmu = tmu
@@ -62,25 +67,35 @@ class MemoryDistillation(TransferMethod):
         self.teacher_input = teacher_input
 
     def build_student(self) -> Predictor:
-        num_slots = len(self.bank.parameters_per_teacher)
+        num_slots = len(self.bank.plans)
         return build_predictor(self.frame, self.model, tmu=self.tmu, num_slots=num_slots)
+
+    def trainee(self, student: Predictor) -> nn.Module:
+        """The student, and a projection for each teacher and layer whose channels differ."""
+        shapes = {
+            (k, m): layer
+            for m, plan in enumerate(self.bank.plans)
+            for k, layer in plan.layers.items()
+            if layer.is_projected
+        }
+        # Without distillation they would be parameters without a gradient.
+        if not self.beta or not shapes:
+            return student
+        return ProjectedStudent(student, shapes)
 
     def loss(self, forward: Forward, batch: TrainingBatch) -> LossTerms:
         rollout = self.unroll(forward, batch)
-        prediction = self.prediction_loss(rollout, batch)
+        terms = LossTerms(terms=self.objective.terms(rollout, batch), rollout=rollout)
         if not self.beta:
-            return LossTerms(prediction=prediction)
-        return LossTerms(
-            prediction=prediction,
-            extra={"distillation": self._distillation(rollout, self._teach(rollout, batch), batch)},
-            weights={"distillation": self.beta},
-        )
+            return terms
+        distillation = self._distillation(rollout, self._teach(rollout, batch), batch)
+        return terms.with_terms({"distillation": Term(distillation, self.beta)})
 
     def _teach(self, rollout: Rollout, batch: TrainingBatch) -> Memories:
         """The teachers' memories for this batch."""
         frames, mask = batch.frames_BTCHW, batch.sampling_mask_BT
         if self.teacher_input == "student":
-            frames = rollout.inputs_BTCHW.detach()
+            frames = torch.cat([rollout.inputs_BTCHW.detach(), frames[:, -1:]], dim=1)
         if self.teacher_input != "own":
             mask = torch.ones_like(mask)
         return self.bank.memories(
@@ -88,6 +103,7 @@ class MemoryDistillation(TransferMethod):
             num_input_frames=self.num_input_frames,
             num_frames=batch.frames_BTCHW.shape[1],
             sampling_mask_BT=mask,
+            noise_BTZ=batch.noise_BTZ,
         )
 
     def _distillation(self, rollout: Rollout, memories: Memories, batch: TrainingBatch) -> Tensor:
@@ -95,33 +111,35 @@ class MemoryDistillation(TransferMethod):
 
         An element of a memory counts as much as its patch was observed (`observed_share`).
         """
-        share_BT1HW = self._observed_share(batch)
+        reduction = self.objective.reduction
         per_sequence_B = torch.stack(
             [
-                reduce_squares(imitations_BTMPHW[:, :, m] - memory[k], self.reduction, share_BT1HW)
-                for k, imitations_BTMPHW in rollout.imitations.items()
-                for m, memory in enumerate(memories)
+                reduce_squares(imitation - memory[k], reduction, self._share(batch, imitation, k))
+                for k, imitations in rollout.imitations.items()
+                for imitation, memory in zip(imitations, memories, strict=True)
             ]
         ).sum(0)
         return weighted(per_sequence_B, batch)
 
-    def _observed_share(self, batch: TrainingBatch) -> Tensor | None:
+    def _share(self, batch: TrainingBatch, memory_BTPHW: Tensor, layer: int) -> Tensor | None:
         """What each memory element of steps 1..T-1 counts, [B, T-1, 1, h, w]; None: 1."""
         if batch.observed_BTCHW is None:
             return None
-        dtype = batch.frames_BTCHW.dtype
-        return observed_share(batch.observed_BTCHW[:, :-1], self.model.patch_size, dtype)
+        shape = self.bank.plans[0].layers[layer].student
+        return observed_share(batch.observed_BTCHW[:, :-1], memory_BTPHW, shape)
 
-    def liveness(self, student: Predictor, batch: TrainingBatch) -> Liveness | None:
-        share_BT1HW = self._observed_share(batch)
-        if not self.beta or _nothing_counts(share_BT1HW, batch):
+    def liveness(self, trainee: nn.Module, batch: TrainingBatch) -> Liveness | None:
+        if not self.beta or _nothing_counts(batch):
             return None
-        rollout = self.unroll(student, batch, diagnostics=True)
+        rollout = self.unroll(trainee, batch, diagnostics=True)
         memories = self._teach(rollout, batch)
         distillation = self.beta * self._distillation(rollout, memories, batch)
+        # Of the student alone: projections could learn from imitations that are constant.
+        student = trainee.student if isinstance(trainee, ProjectedStudent) else trainee
         parameters = [p for p in student.parameters() if p.requires_grad]
         distilled = _gradient_norm(distillation, parameters)
-        predicted = _gradient_norm(self.prediction_loss(rollout, batch), parameters)
+        own = LossTerms(terms=self.objective.terms(rollout, batch), rollout=rollout).total()
+        predicted = _gradient_norm(own, parameters)
         # A gradient this far below the other one cannot move a float32 weight any more.
         if not distilled > 1e-7 * predicted:
             raise DeadDistillationError(
@@ -138,14 +156,76 @@ class MemoryDistillation(TransferMethod):
             gate_means=diagnostics.transfer_gates_BTLM.mean((0, 1)).tolist(),
             memory_correlation=[
                 [
-                    _correlation(imitations[:, :, m], memory[k], share_BT1HW)
-                    for m, memory in enumerate(memories)
+                    _correlation(imitation, memory[k], self._share(batch, imitation, k))
+                    for imitation, memory in zip(imitations, memories, strict=True)
                 ]
                 for k, imitations in rollout.imitations.items()
             ],
-            forget_gate_means=diagnostics.forget_gates_BTK.mean((0, 1)).tolist(),
+            forget_gate_means=[
+                None if math.isnan(mean) else mean
+                for mean in diagnostics.forget_gates_BTK.mean((0, 1)).tolist()
+            ],
             memory_rms=diagnostics.memory_rms_BTK.square().mean((0, 1)).sqrt().tolist(),
         )
+
+
+class ProjectedStudent(nn.Module):
+    """A student whose imitations are compared in the teachers' own channels.
+
+    A learned 1x1 convolution without bias stands behind the distiller of every teacher and layer
+    whose memory has another number of channels. It changes the imitation for the loss alone: what
+    the transfer gates let into the student's memory stays in the student's channels. Were the
+    teacher's memory projected instead, projecting everything to 0 would be a solution.
+
+    Args:
+        student: the network, which is trained and offered.
+        layers: what is compared, by layer of the student and teacher.
+    """
+
+    def __init__(self, student: Predictor, layers: Mapping[tuple[int, int], LayerPlan]) -> None:
+        super().__init__()
+        self.student = student
+        self.projections = nn.ModuleDict(
+            {
+                _name(k, m): nn.Conv2d(plan.student.channels, plan.teacher.channels, 1, bias=False)
+                for (k, m), plan in layers.items()
+            }
+        )
+
+    def forward(
+        self,
+        frames_BTCHW: Tensor,
+        *,
+        num_input_frames: int,
+        num_frames: int,
+        sampling_mask_BT: Tensor | None = None,
+        noise_BTZ: Tensor | None = None,
+        diagnostics: bool = False,
+    ) -> Rollout:
+        """The student's rollout with its imitations projected; as `Predictor.forward`."""
+        rollout = self.student(
+            frames_BTCHW,
+            num_input_frames=num_input_frames,
+            num_frames=num_frames,
+            sampling_mask_BT=sampling_mask_BT,
+            noise_BTZ=noise_BTZ,
+            diagnostics=diagnostics,
+        )
+        projected = {
+            k: tuple(self._project(imitation, _name(k, m)) for m, imitation in enumerate(each))
+            for k, each in rollout.imitations.items()
+        }
+        return rollout._replace(imitations=projected)
+
+    def _project(self, imitation_BTPHW: Tensor, name: str) -> Tensor:
+        if name not in self.projections:
+            return imitation_BTPHW
+        projected_NPHW = self.projections[name](imitation_BTPHW.flatten(0, 1))
+        return projected_NPHW.unflatten(0, imitation_BTPHW.shape[:2])
+
+
+def _name(layer: int, teacher: int) -> str:
+    return f"layer{layer}_teacher{teacher}"
 
 
 def _gradient_norm(loss: Tensor, parameters: list[torch.nn.Parameter]) -> float:
@@ -154,9 +234,12 @@ def _gradient_norm(loss: Tensor, parameters: list[torch.nn.Parameter]) -> float:
     return float(torch.stack(squares).sum().sqrt()) if squares else 0.0
 
 
-def _nothing_counts(share_BT1HW: Tensor | None, batch: TrainingBatch) -> bool:
+def _nothing_counts(batch: TrainingBatch) -> bool:
     """Whether no frame that is read has an observed pixel, so that nothing can be distilled."""
-    return share_BT1HW is not None and not weighted(share_BT1HW.flatten(1).sum(1), batch) > 0
+    observed = batch.observed_BTCHW
+    if observed is None:
+        return False
+    return not weighted(observed[:, :-1].flatten(1).sum(1), batch) > 0
 
 
 def _correlation(first: Tensor, second: Tensor, weights: Tensor | None) -> float:

@@ -10,13 +10,23 @@ Legend: B batch, C input channels, P hidden channels, H, W map height and width.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 from torch import Tensor, nn
 
-Carry = tuple[Tensor, ...]
-"""What travels up the stack within one time step: nothing for ConvLSTM, the zig-zag memory for
-ST-LSTM. The top layer's carry enters the lowest layer at the next time step."""
+FrameLoss = Literal["l2", "l1l2", "l1", "likelihood"]
+"""What a backbone's own paper minimises: mean squared error, mean squared plus mean absolute
+error, mean absolute error, or the negative log-likelihood that the network itself computes."""
+
+
+class Carry(NamedTuple):
+    """What travels up the stack within one time step."""
+
+    zigzag_BPHW: Tensor | None = None
+    """ST-LSTM's spatiotemporal memory M. The top layer's enters the lowest layer at the next time
+    step; None before the first."""
+    difference_BPHW: Tensor | None = None
+    """MIM: the output D of the MIM-N below; it ends at the top layer."""
 
 
 class CellState(NamedTuple):
@@ -24,8 +34,9 @@ class CellState(NamedTuple):
 
     hidden_BPHW: Tensor
     memory_BPHW: Tensor
-    extra: tuple[Tensor, ...] = ()
-    """Further memories of cells that have them."""
+    """The memory C as it was fused (Eq. 5), whatever the cell's output gate has read."""
+    extra: Any = ()
+    """Further memories of cells that have them: a tuple of tensors, of the cell's own making."""
 
 
 class Proposal(NamedTuple):
@@ -35,18 +46,42 @@ class Proposal(NamedTuple):
     """The candidate memory C-tilde."""
     output_BPHW: Tensor
     """Pre-activation of the output gate, without the memory's own contribution."""
-    forget_BPHW: Tensor
-    """The forget gate in [0, 1], for diagnostics."""
-    extra: tuple[Tensor, ...] = ()
+    forget_BPHW: Tensor | None
+    """The gate in [0, 1] that keeps the old memory, for diagnostics; None where there is none."""
+    extra: Any = ()
+    """Whatever else `emit` needs, of the cell's own making."""
 
 
 class RecurrentCell(nn.Module, ABC):
-    """One layer's recurrent cell."""
+    """One layer's recurrent cell.
 
-    def __init__(self, in_channels: int, hidden_channels: int) -> None:
+    Settings are the keyword arguments of the constructor: `map_size`, the (height, width) of the
+    maps, and any field of `config.ModelConfig` by its name (`models.build`). A field whose value
+    is None keeps the constructor's own default.
+    """
+
+    frame_loss: ClassVar[FrameLoss] = "l2"
+    output_bias: ClassVar[bool] = False
+    """Whether the convolution from the top hidden state to the frame has a bias."""
+
+    def __init__(self, in_channels: int, hidden_channels: int, *, window: int = 1) -> None:
+        """Remember the sizes.
+
+        Args:
+            in_channels: channels of the layer's input.
+            hidden_channels: channels of hidden state and memory (P).
+            window: time slices of the cell's maps. With L > 1 slices every map at the border of
+                this contract has L * H rows, the oldest slice on top.
+        """
         super().__init__()
         self.in_channels = in_channels
         self.hidden_channels = hidden_channels
+        self.window = window
+
+    @classmethod
+    def of_layer(cls, layer: int) -> type[RecurrentCell]:
+        """The cell of a layer (from 0, bottom to top), for networks that mix cells."""
+        return cls
 
     def initial_state(self, x_BCHW: Tensor) -> CellState:
         """All-zero state for inputs like `x`; memories are float32 even under autocast."""

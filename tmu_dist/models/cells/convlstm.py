@@ -25,6 +25,7 @@ class ConvLSTMCell(RecurrentCell):
             `map_size`) or "none". Zero-initialised, so all three start equal.
         forget_bias: constant added to the forget gate's pre-activation.
         gate_norm: "layer" normalises the 4P pre-activations together before the peepholes.
+        norm_affine: gain and shift of that normalisation.
     """
 
     def __init__(
@@ -94,4 +95,4 @@ class ConvLSTMCell(RecurrentCell):
         if self.peepholes is not None:
             o = o + self.peepholes[2] * memory_BPHW
         hidden = torch.sigmoid(o) * torch.tanh(memory_BPHW)
-        return CellState(hidden, memory_BPHW), ()
+        return CellState(hidden, memory_BPHW), Carry()

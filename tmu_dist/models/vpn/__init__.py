@@ -1,0 +1,1 @@
+"""The video pixel network: frames whose pixels are predicted one after the other."""

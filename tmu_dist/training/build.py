@@ -1,0 +1,77 @@
+"""From a run's settings to its training step: the one place that chooses the kind of step."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from tmu_dist.collectives import Collectives
+from tmu_dist.config import RunConfig
+from tmu_dist.models.rollout import Predictor
+from tmu_dist.models.shapes import FrameShape
+from tmu_dist.training.schedules import learning_rate
+from tmu_dist.training.step import TrainingStep
+from tmu_dist.transfer.base import TransferMethod
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def build_step(
+    config: RunConfig,
+    method: TransferMethod,
+    student: Predictor,
+    frame: FrameShape,
+    device: torch.device,
+    collectives: Collectives,
+) -> TrainingStep:
+    """The step that trains a student, on all ranks; call it on all of them at once.
+
+    Args:
+        config: the run.
+        method: whose objective is minimised.
+        student: on `device`.
+        frame: shape of the frames.
+        device: of this rank.
+        collectives: the ranks.
+    """
+    training = config.training
+    trainee = method.trainee(student).to(device)
+    wrap = partial(_data_parallel, device=device, collectives=collectives)
+    step: dict[str, Any] = {
+        "method": method,
+        "student": student,
+        "trainee": trainee,
+        "forward": wrap(trainee),
+        "device": device,
+        "learning_rate": partial(learning_rate, settings=training),
+        "adam_beta1": training.adam_beta1,
+        "reverse_input": training.reverse_input,
+        "grad_clip_norm": training.grad_clip_norm,
+        "precision": training.precision,
+    }
+    if not training.adversarial.is_on:
+        return TrainingStep(**step)
+
+    from tmu_dist.training.adversarial import PRIOR, ROLLOUT, AdversarialStep, Discriminators
+
+    kinds = (ROLLOUT, PRIOR) if student.noise_size else (ROLLOUT,)
+    clip_length = min(training.adversarial.clip_length, config.window.num_frames - 1)
+    discriminators = Discriminators(frame, kinds, clip_length, training.adversarial).to(device)
+    student.unrolls_prior = PRIOR in kinds
+    return AdversarialStep(
+        discriminators, wrap(discriminators), training.adversarial, seed=training.seed, **step
+    )
+
+
+def _data_parallel(module: Module, *, device: torch.device, collectives: Collectives) -> nn.Module:
+    if collectives.ranks.world_size == 1:
+        return module
+    return DistributedDataParallel(
+        module,
+        device_ids=[device.index] if device.type == "cuda" else None,
+        gradient_as_bucket_view=True,
+    )
