@@ -27,7 +27,7 @@ import shlex
 import statistics
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -65,8 +65,7 @@ class Student(NamedTuple):
     clip: float | None
     seed: int
 
-    def name(self) -> str:
-        """Of its run folder."""
+    def __str__(self) -> str:
         clip = "off" if self.clip is None else f"{self.clip:g}"
         return f"{self.teachers}-teachers-{self.combine}-clip-{clip}-seed-{self.seed}"
 
@@ -77,7 +76,7 @@ def teacher_configs(work: Path, steps: int) -> list[RunConfig]:
         with_overrides(
             get_recipe(f"digits-teacher-{source}").config,
             {
-                "output": str(work / f"teacher-{source}-seed-{seed}"),
+                "output": f"{work}/teacher-{source}-seed-{seed}",
                 "training.seed": seed,
                 **_length(steps),
                 "schedule.validate_every": steps,
@@ -104,7 +103,7 @@ def student_config(work: Path, student: Student, folders: Sequence[str], steps: 
     return with_overrides(
         get_recipe("digits-tmu").config,
         {
-            "output": str(work / student.name()),
+            "output": f"{work}/{student}",
             "transfer.teachers": tuple(folders[: student.teachers]),
             "transfer.tmu.combine": student.combine,
             "training.grad_clip_norm": student.clip,
@@ -134,9 +133,11 @@ def run(config: RunConfig) -> None:
     try:
         train(config, Collectives(), torch.device("cpu"))
     except (NonFiniteLossError, DeadDistillationError, ValueError) as error:
-        if not read_log(folder):
-            raise  # nothing was trained: the settings are wrong
-        (folder / STOPPED_FILE).write_text(f"{type(error).__name__}: {error}\n")
+        # A forecast that is not finite cannot be validated; other values are wrong settings.
+        if isinstance(error, ValueError) and "diverged" not in str(error):
+            raise
+        why, *_ = str(error).split(". ")  # what follows is advice, and names folders
+        (folder / STOPPED_FILE).write_text(f"{type(error).__name__}: {why}\n")
 
 
 def run_all(what: str, configs: Iterable[RunConfig], processes: int) -> None:
@@ -147,8 +148,9 @@ def run_all(what: str, configs: Iterable[RunConfig], processes: int) -> None:
             print(time.strftime("%H:%M:%S"), f"{what}: {number} of {len(waiting)}", flush=True)
 
 
-def summary(student: Student, folder: Path) -> dict[str, Any]:
+def summary(student: Student, config: RunConfig) -> dict[str, Any]:
     """What the log of a student's run says."""
+    folder = Path(config.output)
     events = read_log(folder)
     probes = [event for event in events if event["event"] == "liveness"]
     validations = [event for event in events if event["event"] == "validation"]
@@ -176,7 +178,7 @@ def main() -> None:
     parser.add_argument("--teacher-steps", type=int, default=420)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--work", type=Path, default=Path("runs/many-teachers"))
-    parser.add_argument("--out", type=Path, default=Path("docs/results/many-teachers"))
+    parser.add_argument("--out", type=Path, help="docs/results/many-teachers; of --quick, --work")
     chosen = parser.parse_args()
     steps, teacher_steps = chosen.steps, chosen.teacher_steps
     counts: Sequence[int] = COUNTS
@@ -189,7 +191,9 @@ def main() -> None:
     for name in ("digits-tmu", *(f"digits-teacher-{source}" for source in SOURCES)):
         recipe = get_recipe(name)
         make_archive(recipe, recipe.config.data.url)
-    work = chosen.work.absolute()
+    # Runs of other lengths are other runs.
+    work = chosen.work.absolute() / f"teachers-{teacher_steps}-students-{steps}"
+    out: Path = chosen.out or (work if chosen.quick else Path("docs/results/many-teachers"))
     run_all("teachers", teacher_configs(work, teacher_steps), chosen.processes)
     # The longest first, so that no process waits for one at the end.
     students = [
@@ -206,11 +210,11 @@ def main() -> None:
         "minutes": round((time.monotonic() - started) / 60, 1),
         "steps": steps,
         "teacher_steps": teacher_steps,
-        "runs": [summary(student, work / student.name()) for student in reversed(students)],
+        "runs": [summary(*pair) for pair in zip(students, configs)],
     }
-    chosen.out.mkdir(parents=True, exist_ok=True)
-    (chosen.out / "results.json").write_text(json.dumps(record, indent=1) + "\n")
-    (chosen.out / "table.md").write_text(table(record))
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "results.json").write_text(json.dumps(record, indent=1) + "\n")
+    (out / "table.md").write_text(table(record))
     print(table(record))
 
 
@@ -220,7 +224,7 @@ def table(record: Mapping[str, Any]) -> str:
     for found in record["runs"]:
         key = (found["teachers"], found["combine"], found["clip"])
         groups.setdefault(key, []).append(found)
-    ordered = sorted(groups, key=lambda key: (key[0], -COMBINATIONS.index(key[1]), key[2] or 0.0))
+    ordered = sorted(groups, key=lambda key: (key[0], COMBINATIONS.index(key[1]), key[2] or 0.0))
     lines = [
         "| teachers | combine | clip | RMS of memories at the start | largest | at the end "
         "| largest gradient norm | validation MSE/frame, last | best | given up |",
@@ -233,8 +237,8 @@ def table(record: Mapping[str, Any]) -> str:
             str(count),
             combine,
             "off" if clip is None else f"{clip:g}",
-            *_growth(own),
-            f"{max(max(max(n) for n in found['gradient_norms'].values()) for found in own):.3g}",
+            *_growth([found for found in own if found["memory_rms"]]),
+            _largest_gradient(own),
             _mean([found["validation_mse_per_frame"][-1] for found in _finished(own)]),
             _mean([min(found["validation_mse_per_frame"]) for found in _finished(own)]),
             f"{sum(found['stopped'] is not None for found in own)} of {len(own)}",
@@ -243,18 +247,23 @@ def table(record: Mapping[str, Any]) -> str:
     return "\n".join([*lines, "", *_differences(groups), "", *_given_up(record["runs"])]) + "\n"
 
 
-def _growth(runs: Sequence[Found]) -> list[str]:
-    """Root mean squares of the memories of each layer: median over seeds at the start and the end,
-    and the largest ever probed."""
+def _growth(probed: Sequence[Found]) -> list[str]:
+    """Root mean squares of the memories by layer: at the start and at the end (medians over seeds),
+    and between them the largest of all probes."""
 
-    def shown(by_layer: Iterable[Sequence[float]], pick: Any) -> str:
+    def shown(by_layer: Iterable[Sequence[float]], pick: Callable[[Sequence[float]], float]) -> str:
         return " / ".join(f"{pick(values):.3g}" for values in zip(*by_layer))
 
     return [
-        shown((found["memory_rms"][0] for found in runs), statistics.median),
-        shown((probe for found in runs for probe in found["memory_rms"]), max),
-        shown((found["memory_rms"][-1] for found in runs), statistics.median),
+        shown((found["memory_rms"][0] for found in probed), statistics.median),
+        shown((probe for found in probed for probe in found["memory_rms"]), max),
+        shown((found["memory_rms"][-1] for found in probed), statistics.median),
     ]
+
+
+def _largest_gradient(runs: Sequence[Found]) -> str:
+    norms = [n for found in runs for term in found["gradient_norms"].values() for n in term]
+    return f"{max(norms):.3g}" if norms else ""
 
 
 def _differences(groups: Mapping[tuple[int, str, float | None], list[Found]]) -> list[str]:

@@ -249,6 +249,8 @@ _LINK = re.compile(r"\]\(([^)\s]+)\)|\b(?:src|href)=\"([^\"]+)\"")
 _FILE = re.compile(r"(?<![\w./-])((?:[\w-]+/)*[\w-]+\.py)\b(?::([A-Za-z_][\w.]*\w))?")
 _MODULE = re.compile(r"(?<![\w./-])((?:tmu_dist|data_prep)(?:\.[A-Za-z_]\w*)+)(?::([\w.]*\w))?")
 _FLAG = re.compile(rf"--((?:{SECTIONS})\.[\w.-]*\w)")
+TO_BE_WRITTEN = {"tmu_dist.models.cells.coupled:CoupledConvLSTMCell"}
+"""The file that docs/adding_a_backbone.md walks through."""
 _SETTING = re.compile(rf"`((?:{SECTIONS})\.(?!py\b)[a-z_.]*\w)(?:=[^`]*)?`")
 
 
@@ -314,7 +316,7 @@ def test_what_a_document_names_exists(document: Path) -> None:
         if path is None or (attribute and attribute not in names_in(path)):
             missing.append(f"{name}:{attribute}" if attribute else name)
     for dotted, attribute in _MODULE.findall(text):
-        if not module_exists(dotted, attribute):
+        if not module_exists(dotted, attribute) and f"{dotted}:{attribute}" not in TO_BE_WRITTEN:
             missing.append(f"{dotted}:{attribute}" if attribute else dotted)
     for setting in {*_FLAG.findall(text), *_SETTING.findall(text)}:
         if not setting_exists(setting) and not module_exists(f"tmu_dist.{setting}", ""):

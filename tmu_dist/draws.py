@@ -19,16 +19,17 @@ def keyed_hash(values: NDArray[np.integer], *key: int) -> NDArray[np.uint64]:
     return _splitmix64(_splitmix64(values.astype(np.uint64)) ^ state)
 
 
-def keyed_uniform(values: NDArray[np.integer], *key: int) -> NDArray[np.float64]:
+def keyed_uniform(values: NDArray[np.integer], *key: int) -> NDArray[np.floating]:
     """Uniform numbers in [0, 1), one an integer."""
     return (keyed_hash(values, *key) >> np.uint64(11)) * 2.0**-53
 
 
-def keyed_normal(values: NDArray[np.integer], *key: int) -> NDArray[np.float64]:
+def keyed_normal(values: NDArray[np.integer], *key: int) -> NDArray[np.floating]:
     """Standard normal numbers, one an integer (Box and Muller 1958)."""
     radius = np.sqrt(-2.0 * np.log1p(-keyed_uniform(values, *key, 1)))
-    angle = 2.0 * np.pi * keyed_uniform(values, *key, 2)
-    return np.asarray(radius * np.cos(angle), np.float64)
+    cosine = np.cos(2.0 * np.pi * keyed_uniform(values, *key, 2))
+    normal: NDArray[np.floating] = radius * cosine
+    return normal
 
 
 def _splitmix64(x: NDArray[np.uint64]) -> NDArray[np.uint64]:

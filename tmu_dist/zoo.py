@@ -14,14 +14,14 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
 from tmu_dist.commands import command_errors
-from tmu_dist.config import WindowConfig
+from tmu_dist.config import ModelConfig, WindowConfig, flatten
 from tmu_dist.data.archive import open_archive
 from tmu_dist.data.manifest import Units
 from tmu_dist.data.storage import join_url, list_objects
@@ -174,17 +174,23 @@ def _report(imported: Imported, console: Console) -> None:
         console.print(f"note: {note}")
 
 
+def _network(model: ModelConfig) -> str:
+    """The backbone, and the settings that are not its defaults."""
+    default = dict(flatten(asdict(ModelConfig())))
+    chosen = {name: value for name, value in flatten(asdict(model)) if value != default[name]}
+    return " ".join([model.cell, *(f"{k}={v}" for k, v in chosen.items() if k != "cell")])
+
+
 def _table(cards: list[TeacherCard], zoo: str) -> Table:
     table = Table(title=f"{zoo}: {len(cards)} teacher(s)")
     for heading in ("name", "method", "network", "frames", "archive", "step", "validation MSE"):
         table.add_column(heading)
     for card in cards:
-        model, frame = card.model, card.frame
         table.add_row(
             card.name,
             card.method,
-            f"{model.cell} {model.num_layers}x{model.hidden_channels}, patch {model.patch_size}",
-            f"{frame.channels}x{frame.height}x{frame.width}",
+            _network(card.model),
+            str(card.frame),
             card.data.archive,
             str(card.step),
             f"{card.scores['mse_per_frame']:.2f}" if "mse_per_frame" in card.scores else "-",

@@ -11,11 +11,10 @@ medians of the ratios to the plain ConvLSTM within a round.
 
 A training step is one update (forward, backward, Adam) on a batch of 8, teachers included; with
 training.reverse_input=update an iteration has two. Half of the inputs after the first frames are
-true. SAVP is trained without discriminators, VPN on true frames only. A forecast is one sequence;
-VPN decodes pixel after pixel, so only its first predicted frame is waited for, and no ratio is
-formed. Operations are those of convolutions and matrix products, a product with its sum counted as
-two. Memory is what a step needs beyond the libraries: weights, teachers, Adam's moments and
-activations.
+true. SAVP is trained without discriminators, VPN on true frames only. A forecast is that of one
+sequence, closed-loop, with noise where a network takes any. Operations are those of convolutions
+and matrix products, a product with its sum counted as two. Memory is what a step needs beyond the
+libraries: weights, teachers, Adam's moments and activations.
 
 Needs torch, numpy, pydantic and pyyaml only. Writes results.json and table.md.
 """
@@ -165,7 +164,6 @@ def main() -> None:
         "git_revision": chosen.revision or _git_revision(),
         "size": chosen.size,
         "device": chosen.device,
-        "target_frames": SIZES[chosen.size].window.num_target_frames,
         "rounds": chosen.rounds,
         "machine": _machine(chosen.device),
         "versions": {name: _version(name) for name in ("tmu-dist", "torch", "numpy")},

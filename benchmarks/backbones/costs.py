@@ -120,20 +120,19 @@ def prepare_training(case: Case) -> tuple[Callable[[], object], Cell]:
 
 
 def prepare_forecast(case: Case) -> tuple[Callable[[], object], Cell]:
-    """A closed-loop forecast of one sequence; its operations, and how many frames it predicts."""
+    """A closed-loop forecast of one sequence, and its operations."""
     size, device = SIZES[case.size], torch.device(case.device)
     torch.manual_seed(0)
     network = build(size, case.backbone, NUM_TEACHERS if case.variant == "tmu" else 0)
     network = network.to(device).eval()
     window = size.window
-    frames = 1 if network.frame_loss == "likelihood" else window.num_target_frames
     inputs_BTCHW = _frames(1, window.num_input_frames, size.frame, device)
-    noise_BTZ = _noise(network, 1, window.num_input_frames + frames - 1, device)
+    noise_BTZ = _noise(network, 1, window.num_frames - 1, device)
 
     def run() -> Tensor:
-        return network.predict(inputs_BTCHW, frames, noise_BTZ=noise_BTZ)
+        return network.predict(inputs_BTCHW, window.num_target_frames, noise_BTZ=noise_BTZ)
 
-    return run, {"frames": frames, "flops": count_operations(run)}
+    return run, {"flops": count_operations(run)}
 
 
 def make_method(size: Size, backbone: str, variant: str, device: torch.device) -> TransferMethod:

@@ -11,8 +11,8 @@ VARIANTS = ("plain", "tmu")
 PARTS = ("train", "test")
 
 Cell: TypeAlias = dict[str, Any]
-"""What was measured of one part of one network: `seconds` of every round, `flops`, `peak_bytes`,
-`frames` that were predicted; and why it was `stopped`."""
+"""What was measured of one part of one network: `seconds` of every round, `flops` and
+`peak_bytes` of one; and why it was `stopped`."""
 
 
 class Stated(NamedTuple):
@@ -58,12 +58,12 @@ def _line(record: Mapping[str, Any], label: str, network: Mapping[str, Any]) -> 
     columns = [
         label,
         f"{counts['test']:,} / {counts['train']:,}",
-        _once(test, "flops", 1e9, ",.1f") + _only(record, test),
+        _once(test, "flops", 1e9, ",.1f"),
         _once(train, "flops", 1e9, ",.0f"),
         _once(train, "peak_bytes", 2**20, ",.0f"),
         _spread(train, 1.0, 3),
         _shown(_ratio(record, network, "train")),
-        _spread(test, 1e3, 1) + _only(record, test),
+        _spread(test, 1e3, 1),
         _shown(_ratio(record, network, "test")),
     ]
     return f"| {' | '.join(columns)} |"
@@ -94,7 +94,7 @@ def _beside_paper(record: Mapping[str, Any]) -> list[str]:
 def _ratio(record: Mapping[str, Any], network: Mapping[str, Any], part: str) -> float | None:
     """Median over rounds of the ratio to the plain ConvLSTM; None where there is no such ratio."""
     yardstick = record["networks"].get(YARDSTICK, {}).get("plain")
-    if yardstick is None or _only(record, network[part]):
+    if yardstick is None:
         return None
     pairs = list(zip(network[part]["seconds"], yardstick[part]["seconds"]))
     return statistics.median(own / other for own, other in pairs) if pairs else None
@@ -102,12 +102,6 @@ def _ratio(record: Mapping[str, Any], network: Mapping[str, Any], part: str) -> 
 
 def _shown(ratio: float | None) -> str:
     return "" if ratio is None else f"{ratio:.2f}"
-
-
-def _only(record: Mapping[str, Any], test: Cell) -> str:
-    """Says that only the first frames of a forecast were measured."""
-    frames, wanted = test.get("frames"), record["target_frames"]
-    return "" if frames in (None, wanted) else f", {frames} of {wanted} frames"
 
 
 def _once(cell: Cell, name: str, unit: float, style: str) -> str:

@@ -215,7 +215,7 @@ def test_wrong_input_is_explained(network: Predictor) -> None:
         )
     with pytest.raises(ValueError, match="less than num_frames=4"):
         network(frames(), num_input_frames=4, num_frames=4)
-    with pytest.raises(ValueError, match="noise_size of this network"):
+    with pytest.raises(ValueError, match="this network's noise_size"):
         network(
             frames(),
             num_input_frames=4,

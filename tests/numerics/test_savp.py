@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tmu_dist.config import ModelConfig, SAVPConfig, TMUConfig
-from tmu_dist.models.build import build_predictor, memory_shapes
+from tmu_dist.models.build import build_predictor
 from tmu_dist.models.cells.base import Carry, CellState
 from tmu_dist.models.rollout import Predictor, Rollout
-from tmu_dist.models.savp.blocks import BlockTable, InstanceNorm, block_table, upsampled
+from tmu_dist.models.savp.blocks import InstanceNorm, upsampled
 from tmu_dist.models.savp.cell import NormalisedConvLSTMCell
 from tmu_dist.models.savp.discriminators import ImageDiscriminator, VideoDiscriminator
 from tmu_dist.models.savp.latents import LSTM, Gaussian, GaussianHead, LSTMState, Posterior
@@ -395,10 +395,13 @@ def test_two_steps_are_the_specified_encoder_and_decoder() -> None:
 )
 def test_frames_choose_the_blocks(size: tuple[int, int], expected: str) -> None:
     frame = FrameShape(channels=1, height=size[0], width=size[1])
-    model = ModelConfig(cell="savp", savp=SAVPConfig(**SMALL))
-    assert " ".join(map(str, memory_shapes(frame, model))) == expected
-    table = block_table(frame)
-    assert isinstance(table, BlockTable) and len(table.encoder) == len(table.decoder)
+    network = build(frame=frame)
+    assert " ".join(map(str, network.memory_shapes)) == expected
+    given = frames(1, 1, frame).float()
+    with torch.no_grad():
+        rollout = network(given, num_input_frames=1, num_frames=3)
+    assert [m.shape[2:] for m in rollout.memories] == [s[:3] for s in network.memory_shapes]
+    assert rollout.predictions_BTCHW.shape == (1, 2, 1, *size)
 
 
 def test_sizes_that_cannot_be_halved_are_refused() -> None:
@@ -518,7 +521,7 @@ def test_without_a_latent_the_network_is_deterministic() -> None:
     network = randomised(build(latent_size=0)).train()
     given = frames()
     rollout = network(given, **WINDOW, sampling_mask_BT=everything_shown())
-    assert network.noise_size == 0 and network.latents is None
+    assert network.noise_size == 0 and not network.learns_from_targets and not network.latents
     assert not rollout.objectives
     changed = given.clone()
     changed[:, 4] = 0.0  # only ever a target

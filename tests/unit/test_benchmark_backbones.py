@@ -1,8 +1,10 @@
-"""The cost table of backbones: what it counts, and what it says of what was not measured."""
+"""The studies of networks: what the cost table of backbones counts, and what both tables say, also
+of what was not measured."""
 
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,17 +21,19 @@ from benchmarks.backbones.costs import (
     prepare_training,
 )
 from benchmarks.backbones.report import table
+from benchmarks.many_teachers import Student, student_config, teacher_configs, teacher_folders
+from benchmarks.many_teachers import table as teachers_table
 
 
 def measured(*seconds: float, **facts: object) -> dict[str, Any]:
     return {"seconds": list(seconds), "flops": 2_000_000_000, **facts}
 
 
-def network(*seconds: float, frames: int = 10) -> dict[str, Any]:
+def network(*seconds: float) -> dict[str, Any]:
     return {
         "parameters": {"test": 1000, "train": 3000},
         "train": measured(*seconds, peak_bytes=2**30),
-        "test": measured(*seconds, frames=frames),
+        "test": measured(*seconds),
     }
 
 
@@ -37,7 +41,6 @@ def record(size: str = "paper") -> dict[str, Any]:
     """Two rounds of the ConvLSTM."""
     return {
         "size": size,
-        "target_frames": 10,
         "rounds": 2,
         "machine": {"processor": "GPU", "threads": 1},
         "versions": {"torch": "2"},
@@ -67,16 +70,14 @@ def test_the_paper_stands_beside_its_own_size_only() -> None:
 def test_what_was_not_measured_says_why() -> None:
     run = record()
     run["absent"] = {"mim": "there is no tmu_dist.models.cells.mim"}
-    run["networks"]["vpn"] = {"plain": network(8.0, 8.0, frames=1), "tmu": network(9.0)}
+    run["networks"]["vpn"] = {"tmu": network(9.0)}
     run["networks"]["vpn"]["tmu"]["train"] = {"seconds": [], "stopped": "more than 9 s"}
     run["networks"]["vpn"]["tmu"]["test"]["stopped"] = "more than 9 s"
     text = table(run)
     assert "| mim | not measured: there is no tmu_dist.models.cells.mim |" in text
-    forecast, ratio = columns(text, "vpn, plain")[-2:]
-    assert (forecast, ratio) == ("8,000.0 (8,000.0 - 8,000.0), 1 of 10 frames", "")
-    tmu = columns(text, "vpn, tmu")
-    assert tmu[2:6] == ["not measured", "not measured", "not measured: more than 9 s", ""]
-    assert tmu[6] == "9,000.0 (9,000.0 - 9,000.0, 1 round(s))"
+    training, forecast = columns(text, "vpn, tmu")[3:6], columns(text, "vpn, tmu")[6]
+    assert training == ["not measured", "not measured: more than 9 s", ""]
+    assert forecast == "9,000.0 (9,000.0 - 9,000.0, 1 round(s))"
 
 
 @pytest.mark.parametrize("backbone", SIZES["paper"].models)
@@ -95,7 +96,7 @@ def test_operations_of_a_forecast_are_those_of_its_convolutions() -> None:
     _, facts = prepare_forecast(Case("small", "convlstm", "plain", "test", "cpu"))
     pixels, hidden, patch, steps = 8 * 8, 32, 16, 9
     gates = 25 * 4 * hidden * ((patch + hidden) + (hidden + hidden))
-    assert facts == {"frames": 5, "flops": 2 * steps * pixels * (gates + hidden * patch)}
+    assert facts == {"flops": 2 * steps * pixels * (gates + hidden * patch)}
 
 
 def test_attention_is_counted() -> None:
@@ -130,6 +131,51 @@ def test_a_process_times_and_one_that_fails_says_why() -> None:
         worker.time(0.01)
         worker.close()
     (seconds,) = good.cell["seconds"]
-    assert 0 < seconds < 60 and good.cell["frames"] == 5
+    assert 0 < seconds < 60 and good.cell["flops"] > 0
     if not torch.cuda.is_available():
         assert bad.cell["seconds"] == [] and bad.cell["stopped"]
+
+
+def student(combine: str, seed: int, *errors: float, stopped: str | None = None) -> dict[str, Any]:
+    """A run with two teachers in the record of many teachers."""
+    return {
+        **Student(2, combine, None, seed)._asdict(),
+        "memory_rms": [[1.0, 2.0 + seed], [3.0, 9.0], [1.5, 1.0]][: len(errors)],
+        "gradient_norms": {"prediction": [0.1, 7.0], "distillation": [0.5, 0.2]},
+        "validation_mse_per_frame": list(errors),
+        "stopped": stopped,
+    }
+
+
+def test_paper_and_mean_are_compared_by_seed() -> None:
+    runs = [student("paper", seed, 50.0, 40.0, 41.0 + seed) for seed in (0, 1)]
+    runs += [student("mean", seed, 50.0, 40.0, 40.0) for seed in (0, 1)]
+    text = teachers_table({"runs": runs})
+    rms = "1 / 2.5 | 3 / 9 | 1.5 / 1 | 7"
+    assert f"| 2 | paper | off | {rms} | 41.50 ± 0.71 | 40.00 ± 0.00 | 0 of 2 |" in text
+    assert "| 2 | off | +1.50 ± 0.71 | +1.00, +2.00 |" in text
+    assert "No run was given up." in text
+
+
+def test_a_run_that_was_given_up_says_why_and_has_no_score() -> None:
+    runs = [student("paper", 0, stopped="NonFiniteLossError: NaN at step 20")]
+    runs += [student("paper", 1, 50.0, 40.0, 43.0), student("mean", 0, 50.0, 40.0, 40.0)]
+    text = teachers_table({"runs": runs})
+    assert "| 43.00 | 40.00 | 1 of 2 |" in text
+    assert "- 2 teachers, paper, clip None, seed 0: NonFiniteLossError: NaN at step 20" in text
+    assert "| 2 | off |  |  |" in text  # no seed has both
+
+
+def test_the_first_teachers_are_the_longest_trained_and_all_differ(tmp_path: Path) -> None:
+    folders = teacher_folders(tmp_path, 70)
+    assert len(set(folders)) == len(folders) == 42
+    assert all(folder.endswith("checkpoints/step-00000070") for folder in folders[:6])
+    kept = {
+        f"{config.output}/checkpoints/step-{step:08d}"
+        for config in teacher_configs(tmp_path, 70)
+        for step in range(config.schedule.checkpoint_every, 71, config.schedule.checkpoint_every)
+    }
+    assert kept == set(folders)
+    config = student_config(tmp_path, Student(41, "mean", 1.0, 2), folders, 100)
+    assert (len(config.transfer.teachers), config.transfer.tmu.combine) == (41, "mean")
+    assert (config.training.grad_clip_norm, config.training.seed) == (1.0, 2)

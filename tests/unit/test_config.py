@@ -48,7 +48,7 @@ def test_settings_that_belong_together_may_come_in_any_order() -> None:
         ({"transfer.method": "finetune", "transfer.teachers": ["a", "b"]}, "exactly one teacher"),
         ({"transfer.num_slots": 2}, "only has an effect with transfer.method=tmu_scratch"),
         (
-            {"transfer.method": "tmu_scratch", "transfer.num_slots": 1, "transfer.tmu.layers": [1, 1]},
+            {"transfer.method": "tmu", "transfer.teachers": ["a"], "transfer.tmu.layers": [1, 1]},
             "must be different numbers from 0 on",
         ),
         ({"transfer.beta": 0.5}, "transfer.beta only has an effect with transfer.method=tmu"),

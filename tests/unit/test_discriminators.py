@@ -180,9 +180,9 @@ def test_learns_to_tell_moving_clips_from_still_ones() -> None:
     moving = clips(batch=4)
     still = moving[:, :1].expand_as(moving)
     optimizer = torch.optim.Adam(network.parameters(), lr=1e-2)
-    for _ in range(30):
+    for _ in range(12):
         optimizer.zero_grad()
-        loss = ((network(moving)[0] - 1).square() + network(still)[0].square()).mean()
-        loss.backward()
+        gap = (network(moving)[0] - network(still)[0]).mean()
+        (-gap).backward()
         optimizer.step()
-    assert loss < 0.05
+    assert gap > 1

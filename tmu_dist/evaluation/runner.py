@@ -56,8 +56,9 @@ from tmu_dist.evaluation.result import (
 )
 from tmu_dist.evaluation.score_table import RowTable, Scores, ScoreTable
 from tmu_dist.evaluation.timing import FlowTime, describe_device, latency_ms, predicting
-from tmu_dist.models.build import count_parameters
+from tmu_dist.models.build import count_parameters, weight_shapes
 from tmu_dist.models.rollout import Predictor
+from tmu_dist.models.shapes import FrameShape
 from tmu_dist.teachers.card import TeacherCard, same_scale
 from tmu_dist.teachers.store import LoadedModel
 
@@ -369,16 +370,15 @@ def check_archive_fits(card: TeacherCard, manifest: Manifest) -> None:
         ValueError: other channels, frame size (where the network is tied to one), frame interval,
             or another meaning of the numbers; names what the model has and what the archive has.
     """
-    mine = (card.frame.channels, card.frame.height, card.frame.width)
-    theirs = (manifest.channels, manifest.height, manifest.width)
-    has_norms = card.num_slots > 0 or card.model.gate_norm == "layer"
-    is_tied_to_size = card.model.peephole == "full" or (
-        has_norms and card.model.norm_affine == "full"
+    archive = FrameShape(channels=manifest.channels, height=manifest.height, width=manifest.width)
+    mine, theirs = (
+        weight_shapes(frame, card.model, tmu=card.tmu, num_slots=card.num_slots)
+        for frame in (card.frame, archive)
     )
-    if mine[0] != theirs[0] or (is_tied_to_size and mine != theirs):
+    if mine != theirs:
         raise ValueError(
             f"{card.name} was made for frames of channels x height x width = "
-            f"{'x'.join(map(str, mine))}, but {manifest.name} has {'x'.join(map(str, theirs))}: "
+            f"{card.frame}, but {manifest.name} has {archive}: "
             "evaluate on an archive of that shape."
         )
     if not same_scale(card.data.units, manifest.units):

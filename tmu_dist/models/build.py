@@ -21,7 +21,6 @@ from tmu_dist.models.stack import StackedPredictor
 from tmu_dist.models.tmu import MemoryTransfer, RecurrentLayer
 
 _ALWAYS_USED = ("cell", "norm_affine")
-_USED_BY_STACKS = ("num_layers", "hidden_channels", "patch_size")
 
 
 class Layers:
@@ -36,6 +35,8 @@ class Layers:
         self._tmu = tmu if num_slots else None
         self._num_slots = num_slots
         self._made = 0
+        self.used: set[str] = set()
+        """Settings that cells were made with."""
 
     def __call__(
         self,
@@ -57,6 +58,7 @@ class Layers:
         if tmu is not None and tmu.layers != "all" and self._made not in tmu.layers:
             tmu = None
         self._made += 1
+        self.used |= _parameters(kind) - settings.keys()
         chosen = _settings(kind, self._model) | settings
         if (
             tmu is not None
@@ -123,17 +125,25 @@ def build_predictor(
     if issubclass(backbone, RecurrentCell):
         network: Predictor = _stack(backbone, frame, model, layers)
     else:
-        _refuse_unused(model, _parameters(backbone))
         make_network: Callable[..., Predictor] = backbone
         network = make_network(frame, layers, **_settings(backbone, model))
+        layers.used |= _parameters(backbone)
+    _refuse_unused(model, layers.used)
     layers.check_complete()
     return network
 
 
 def memory_shapes(frame: FrameShape, model: ModelConfig) -> tuple[MemoryShape, ...]:
-    """Shape of every layer's memory, found without making any weights."""
-    with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        return build_predictor(frame, model).memory_shapes
+    """Shape of every layer's memory."""
+    return _without_weights(frame, model, None, 0).memory_shapes
+
+
+def weight_shapes(
+    frame: FrameShape, model: ModelConfig, *, tmu: TMUConfig | None = None, num_slots: int = 0
+) -> dict[str, torch.Size]:
+    """Shape of every weight; two frames whose networks have the same can share a network."""
+    network = _without_weights(frame, model, tmu, num_slots)
+    return {name: value.shape for name, value in network.state_dict().items()}
 
 
 def frame_loss_of(model: ModelConfig) -> FrameLoss:
@@ -146,12 +156,19 @@ def count_parameters(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
+def _without_weights(
+    frame: FrameShape, model: ModelConfig, tmu: TMUConfig | None, num_slots: int
+) -> Predictor:
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        return build_predictor(frame, model, tmu=tmu, num_slots=num_slots)
+
+
 def _stack(
     kind: type[RecurrentCell], frame: FrameShape, model: ModelConfig, layers: Layers
 ) -> StackedPredictor:
     check_divisible(frame.height, frame.width, model.patch_size)
     kinds = [kind.of_layer(k) for k in range(model.num_layers)]
-    _refuse_unused(model, {name for each in kinds for name in _parameters(each)}, _USED_BY_STACKS)
+    layers.used |= {"num_layers", "hidden_channels", "patch_size"}
     map_size = (frame.height // model.patch_size, frame.width // model.patch_size)
     in_channels = [frame.channels * model.patch_size**2]
     in_channels += [model.hidden_channels] * (model.num_layers - 1)
@@ -185,13 +202,13 @@ def _settings(kind: type, model: ModelConfig) -> dict[str, Any]:
     return {name: value for name, value in said.items() if value is not None}
 
 
-def _refuse_unused(model: ModelConfig, used: set[str], also: tuple[str, ...] = ()) -> None:
+def _refuse_unused(model: ModelConfig, used: set[str]) -> None:
     for entry in fields(model):
         value = getattr(model, entry.name)
-        if entry.name in used or entry.name in (*_ALWAYS_USED, *also):
+        if entry.name in {*used, *_ALWAYS_USED} or value == getattr(ModelConfig(), entry.name):
             continue
-        if value != getattr(ModelConfig(), entry.name):
-            raise ConfigError(
-                f"model.{entry.name}={value!r} has no effect with model.cell={model.cell}: leave "
-                f"it out. Settings of this backbone: {', '.join(sorted({*used, *also}))}."
-            )
+        names = sorted({each.name for each in fields(model)} & used)
+        raise ConfigError(
+            f"model.{entry.name}={value!r} has no effect with model.cell={model.cell}: leave it "
+            f"out. Settings of this backbone: {', '.join(names)}."
+        )

@@ -279,8 +279,8 @@ class Predictor(nn.Module, ABC):
         noise_shape = (batch, num_frames - 1, self.noise_size)
         if noise_BTZ is not None and tuple(noise_BTZ.shape) != noise_shape:
             raise ValueError(
-                f"noise_BTZ must have shape {noise_shape} (batch, steps, noise_size of this network), "
-                f"got {tuple(noise_BTZ.shape)}."
+                f"noise_BTZ must have shape {noise_shape} (batch, steps, this network's "
+                f"noise_size), got {tuple(noise_BTZ.shape)}."
             )
 
 

@@ -14,6 +14,9 @@ class FrameShape:
     height: int
     width: int
 
+    def __str__(self) -> str:
+        return f"{self.channels}x{self.height}x{self.width}"
+
 
 class MemoryShape(NamedTuple):
     """One layer's memory: channels, map size, and time slices that lie below each other in it."""

@@ -116,7 +116,7 @@ def sizes() -> list[Size]:
         found += [
             _with(size, name, replace(size.model, cell=cell)) for name, cell in STACKS.items()
         ]
-    small_vpn = replace(SMALL.training, sampling="always")
+    small_vpn = replace(SMALL.training, sampling="always", reverse_input="off")
     paper_vpn = replace(PAPER.training, sampling="always", learning_rate=3e-4)
     return [
         *found,

@@ -174,8 +174,7 @@ def _frame_differences(teacher: FrameShape, student: FrameShape) -> list[_Differ
     bridge = "transfer.adapter.frames=resize"
     if teacher.channels != student.channels and {teacher.channels, student.channels} != {1, 3}:
         bridge = "only grey and RGB can be converted to each other"
-    theirs, ours = (f"{f.channels}x{f.height}x{f.width}" for f in (teacher, student))
-    return [_Difference("frames", theirs, ours, bridge)]
+    return [_Difference("frames", teacher, student, bridge)]
 
 
 def _data_differences(teacher: DataFacts, student: DataFacts) -> list[_Difference]:

@@ -56,7 +56,6 @@ class SAVP(Predictor):
     """
 
     frame_loss = "l1"
-    learns_from_targets = True
 
     def __init__(self, frame: FrameShape, layers: Layers, *, savp: SAVPConfig) -> None:
         table = block_table(frame)
@@ -71,6 +70,7 @@ class SAVP(Predictor):
             ],
         )
         self.noise_size = savp.latent_size
+        self.learns_from_targets = savp.latent_size > 0  # type: ignore[misc]
         self._num_input_frames = 1  # of the rollout that runs; `forward` sets it
         self.latents = (
             LatentPath(

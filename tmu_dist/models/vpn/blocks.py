@@ -26,8 +26,9 @@ def convolution(
     """An ordinary convolution that begins with normal weights of variance 1 / (inputs it sees).
 
     The source gives no initial weights. Two multiplicative units in a row nearly extinguish signals
-    that the framework's default, a third of this variance, has shrunk already: with it a small
-    network had not begun to use the frames before after 600 iterations, with this it had after 200.
+    that the framework's default, a third of this variance, has shrunk already. On wandering squares
+    of 9x9 pixels a network of three blocks with it had not begun to use the frames before after 600
+    iterations (14 nats a frame); with this it had after 400 (3 nats).
     """
     padding = dilation * (size // 2)
     layer = nn.Conv2d(in_channels, out_channels, size, padding=padding, dilation=dilation)
@@ -121,7 +122,7 @@ class CausalConv2d(nn.Module):
         ).to(mask)
         mask[:, :, -1, size // 2 + 1 :] = 0
         self.register_buffer("mask", mask, persistent=False)
-        num_seen = mask.sum((1, 2, 3), keepdim=True)
+        num_seen = mask.sum((1, 2, 3), keepdim=True).clamp(min=1)
         self.weight = nn.Parameter(torch.randn(mask.shape) / num_seen.sqrt())  # as `convolution`
         self.bias = nn.Parameter(torch.zeros(out_channels))
 

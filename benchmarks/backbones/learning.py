@@ -1,0 +1,124 @@
+"""Question: does every backbone learn real digits, as a teacher and as a TMU student?
+
+    python -m benchmarks.backbones.learning                          # all backbones, seed 0
+    python -m benchmarks.backbones.learning --backbones mim savp --seeds 0 1 2 --steps 300
+
+Trains the recipes digits-BACKBONE-* (two teachers, and students of few three-digit sequences),
+scores each on the test split of what it learned, and writes results.json and table.md: beside each
+backbone stands persistence, which any network must beat. Stochastic networks are scored on the
+mean of their latents. Runs are resumable: the same command continues, and adds to the record.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from tmu_dist.collectives import Collectives
+from tmu_dist.config import with_overrides
+from tmu_dist.evaluate import evaluate_model
+from tmu_dist.evaluation.result import MODEL
+from tmu_dist.recipes import get_recipe
+from tmu_dist.train import run_recipe
+from tmu_dist.training.run_log import git_revision
+
+PREFIXES = {
+    "convlstm": "digits",
+    "predrnn": "digits-predrnn",
+    "mim": "digits-mim",
+    "e3d_lstm": "digits-e3d",
+    "savp": "digits-savp",
+    "vpn": "digits-vpn",
+}
+"""First part of the names of each backbone's recipes."""
+RUNS = {
+    "teacher-1": "teacher, 1 digit",
+    "teacher-2": "teacher, 2 digits",
+    "scratch": "student from scratch",
+    "tmu": "TMU student of both",
+}
+PERSISTENCE = "persistence"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--backbones", nargs="+", choices=tuple(PREFIXES), default=list(PREFIXES))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the students")
+    parser.add_argument("--steps", type=int, help="iterations of every run (default: the recipe's)")
+    parser.add_argument("--out", type=Path, default=Path("docs/results/backbones-digits"))
+    chosen = parser.parse_args()
+    for backbone in chosen.backbones:
+        scores = {
+            run: [
+                _scores(f"{PREFIXES[backbone]}-{run}", seed, chosen.steps)
+                for seed in (chosen.seeds if not run.startswith("teacher") else [0])
+            ]
+            for run in RUNS
+        }
+        _add(chosen.out, backbone, {"steps": chosen.steps, "seeds": chosen.seeds, "runs": scores})
+
+
+def _scores(name: str, seed: int, steps: int | None) -> dict[str, dict[str, float]]:
+    """Train a recipe and score it on the test split, beside persistence."""
+    recipe = get_recipe(name)
+    changes: dict[str, object] = {"training.seed": seed, "launch.launcher": "local"}
+    if steps:
+        changes["training.num_steps"] = steps
+    if seed:
+        changes["output"] = f"{recipe.config.output}-seed-{seed}"
+    config = with_overrides(recipe.config, changes)
+    run = run_recipe(replace(recipe, config=config), Collectives())
+    overall = evaluate_model(run, config.data.url).overall
+    return {name: dict(overall[name]) for name in (MODEL, PERSISTENCE)}
+
+
+def _add(out: Path, backbone: str, found: Mapping[str, Any]) -> None:
+    """Write one backbone's scores into the record, keeping the others'."""
+    file = out / "results.json"
+    record = json.loads(file.read_text()) if file.exists() else {"backbones": {}}
+    record["backbones"][backbone] = {"git_revision": git_revision(), **found}
+    out.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(record, indent=2) + "\n")
+    (out / "table.md").write_text(table(record))
+
+
+def table(record: Mapping[str, Any]) -> str:
+    """Markdown: MSE per frame and SSIM of every run, mean ± standard deviation over seeds."""
+    lines = [
+        f"| MSE/frame (SSIM) | {' | '.join(RUNS.values())} |",
+        "|---" * (len(RUNS) + 1) + "|",
+    ]
+    backbones = [name for name in PREFIXES if name in record["backbones"]]
+    if backbones:
+        runs = record["backbones"][backbones[0]]["runs"]
+        lines.append(_row(PERSISTENCE, [[s[PERSISTENCE] for s in runs[run]][:1] for run in RUNS]))
+    for name in backbones:
+        runs = record["backbones"][name]["runs"]
+        lines.append(_row(name, [[s[MODEL] for s in runs[run]] for run in RUNS]))
+    return "\n".join(lines) + "\n"
+
+
+def _row(label: str, cells: Sequence[Sequence[Mapping[str, float]]]) -> str:
+    texts = [
+        f"{_number([s['mse_per_frame'] for s in by_seed], 1)} "
+        f"({_number([s['ssim'] for s in by_seed], 3)})"
+        for by_seed in cells
+    ]
+    return f"| {label} | {' | '.join(texts)} |"
+
+
+def _number(values: Sequence[float], decimals: int) -> str:
+    mean = f"{statistics.fmean(values):.{decimals}f}"
+    if len(values) == 1:
+        return mean
+    return f"{mean} ± {statistics.stdev(values):.{decimals}f}"
+
+
+if __name__ == "__main__":
+    main()
