@@ -1,6 +1,6 @@
 """Question: does a student train stably as its teachers grow from 1 to 41?
 
-    python -m benchmarks.many_teachers [--quick] [--steps N] [--processes 2] [--out FOLDER]
+    python -m benchmarks.many_teachers [--quick] [--steps N] [--seeds 0 1 2] [--processes 2]
 
 The combination of Eq. 5 as printed (transfer.tmu.combine=paper) multiplies the memory by up to
 1 + M a step; `mean` divides the same sum by 1 + M. Students of the recipe digits-tmu (two layers of
@@ -176,13 +176,16 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="few steps, one seed: a smoke test")
     parser.add_argument("--steps", type=int, default=300, help="iterations of every student")
     parser.add_argument("--teacher-steps", type=int, default=420)
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="of the students")
+    parser.add_argument("--no-clip", action="store_true", help="leave out clipped gradients")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--work", type=Path, default=Path("runs/many-teachers"))
     parser.add_argument("--out", type=Path, help="docs/results/many-teachers; of --quick, --work")
     chosen = parser.parse_args()
     steps, teacher_steps = chosen.steps, chosen.teacher_steps
     counts: Sequence[int] = COUNTS
-    seeds: Sequence[int] = SEEDS
+    seeds: Sequence[int] = chosen.seeds
+    clips = CLIPS[:1] if chosen.no_clip else CLIPS
     if chosen.quick:
         steps, teacher_steps, counts, seeds = 4, CHECKPOINTS, (1, 4, 41), (0,)
     if teacher_steps % CHECKPOINTS:
@@ -198,7 +201,7 @@ def main() -> None:
     # The longest first, so that no process waits for one at the end.
     students = [
         Student(*settings)
-        for settings in itertools.product(sorted(counts, reverse=True), COMBINATIONS, CLIPS, seeds)
+        for settings in itertools.product(sorted(counts, reverse=True), COMBINATIONS, clips, seeds)
     ]
     folders = teacher_folders(work, teacher_steps)
     configs = [student_config(work, student, folders, steps) for student in students]

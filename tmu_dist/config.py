@@ -193,8 +193,8 @@ class ModelConfig:
     peephole: Literal["channel", "none", "full"] = "channel"
     """ConvLSTM: shape of the peephole weights of Eq. 2 and 5; `full` ties it to one frame size."""
     forget_bias: float | None = None
-    """Added to the forget gate of the memory C. None: 0 in ConvLSTM, 1 in ST-LSTM and SAVP; in
-    ST-LSTM 0 where transfer.tmu.combine=paper lets the memory grow."""
+    """Added to the forget gate of the memory C. None: 0 in ConvLSTM, 1 in ST-LSTM, but 0 in its TMU
+    layers with transfer.tmu.combine=paper, which lets the memory grow."""
     gate_norm: Literal["none", "layer"] = "none"
     """Layer normalisation over the pre-activations of the cell's gates, after each convolution."""
     bias: bool | None = None

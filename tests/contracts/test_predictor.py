@@ -142,7 +142,7 @@ def test_sampling_mask_shows_the_true_frame(network: Predictor) -> None:
 def test_steps_one_by_one_are_the_rollout(network: Predictor) -> None:
     given, draws = frames(), noise(network)
     rollout = network(given, num_input_frames=4, num_frames=6, noise_BTZ=None)
-    state = network.initial_state(given[:, 0])
+    state = network.initial_state(given[:, 0], num_input_frames=4)
     prediction = given[:, 0]
     with torch.no_grad():
         for t in range(5):

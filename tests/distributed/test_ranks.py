@@ -128,21 +128,25 @@ def _backbone_update(collectives: Collectives, cell: str, folder: str) -> None:
     """One iteration of a backbone's own kind of step, in float64, on this rank's sequences."""
     torch.set_default_dtype(torch.float64)
     torch.manual_seed(0)
-    model = MODELS.get(cell) or ModelConfig(
-        cell=cell, num_layers=2, hidden_channels=4, kernel_size=3
+    adversarial = AdversarialConfig(
+        video_weight=0.1, image_weight=0.1, feature_weight=1.0, base_channels=2
     )
-    adversarial = AdversarialConfig(video_weight=0.1, image_weight=0.1, feature_weight=1.0)
+    if cell in ("vpn", "savp-learned-prior"):
+        adversarial = AdversarialConfig()
+    if cell in BACKBONES:
+        model = MODELS.get(cell) or ModelConfig(
+            cell=cell, num_layers=2, hidden_channels=4, kernel_size=3
+        )
+    else:
+        model = replace(MODELS["savp"], savp=replace(MODELS["savp"].savp, prior="learned"))
     config = RunConfig(
         window=WindowConfig(num_input_frames=3, num_target_frames=2),
         model=model,
-        training=TrainingConfig(
-            sampling="always",
-            adversarial=AdversarialConfig()
-            if cell == "vpn"
-            else replace(adversarial, base_channels=2),
-        ),
+        training=TrainingConfig(sampling="always", adversarial=adversarial),
     )
-    method = Scratch(FRAME, model, Objective(frame_loss_of(model)), num_input_frames=3)
+    kl_weight = 0.5 if cell in BACKBONES else 0.0
+    objective = Objective(frame_loss_of(model), kl_weight=lambda step: kl_weight)
+    method = Scratch(FRAME, model, objective, num_input_frames=3)
     student = method.build_student()
     step = build_step(config, method, student, FRAME, CPU, collectives)
     ranks = collectives.ranks
@@ -165,9 +169,9 @@ def _backbone_update(collectives: Collectives, cell: str, folder: str) -> None:
     torch.save(state, f"{folder}/{ranks.world_size}-{ranks.rank}.pt")
 
 
-@pytest.mark.parametrize("cell", BACKBONES)
+@pytest.mark.parametrize("cell", [*BACKBONES, "savp-learned-prior"])
 def test_two_ranks_equal_one_process_with_every_backbone(cell: str, tmp_path: Path) -> None:
-    """Discriminators and their optimiser, too."""
+    """Discriminators and their optimiser, too; and a prior whose divergence weighs 0 for now."""
     for world_size in (1, 2):
         spawn(world_size, _backbone_update, cell, str(tmp_path))
     one, *two = (

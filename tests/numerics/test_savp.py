@@ -370,7 +370,7 @@ def test_two_steps_are_the_specified_encoder_and_decoder() -> None:
         sampling_mask_BT=torch.ones(2, 0, dtype=torch.bool),
         noise_BTZ=noise,
     )
-    state = network.initial_state(given[:, 0])
+    state = network.initial_state(given[:, 0], num_input_frames=2)
     smoothed, states = state.latent.smoothed, list(state.layers)
     for t in range(2):
         posterior = network.latents.posterior(given[:, t], given[:, t + 1])

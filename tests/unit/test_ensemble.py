@@ -72,7 +72,7 @@ class Guess(Predictor):
     def __init__(self) -> None:
         super().__init__(image_channels=1, memory_shapes=(MemoryShape(1, 1, 1),))
 
-    def initial_state(self, frame_BCHW: Tensor) -> None:
+    def initial_state(self, frame_BCHW: Tensor, *, num_input_frames: int) -> None:
         return None
 
     def step(

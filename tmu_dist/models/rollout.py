@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -73,7 +73,7 @@ class Predictor(nn.Module, ABC):
 
     frame_loss: FrameLoss = "l2"
     """What the backbone's own paper minimises."""
-    learns_from_targets: ClassVar[bool] = False
+    learns_from_targets: bool = False
     """Whether `step` makes use of the true next frame where it is known."""
     noise_size: int = 0
     """Standard normal numbers that a step can make use of (Z); 0 for deterministic networks."""
@@ -92,8 +92,13 @@ class Predictor(nn.Module, ABC):
         self.memory_shapes = tuple(memory_shapes)
 
     @abstractmethod
-    def initial_state(self, frame_BCHW: Tensor) -> Any:
-        """The state before the first step, for frames like this, the first one."""
+    def initial_state(self, frame_BCHW: Tensor, *, num_input_frames: int) -> Any:
+        """The state before the first step.
+
+        Args:
+            frame_BCHW: the first frame.
+            num_input_frames: frames that will be read as they are.
+        """
 
     @abstractmethod
     def step(
@@ -174,7 +179,7 @@ class Predictor(nn.Module, ABC):
     ) -> Rollout:
         """The loop over time; arguments as in `forward`, and how many frames targets may show."""
         known = min(num_known_frames, frames_BTCHW.shape[1]) if self.learns_from_targets else 0
-        state = self.initial_state(frames_BTCHW[:, 0])
+        state = self.initial_state(frames_BTCHW[:, 0], num_input_frames=num_input_frames)
         predictions: list[Tensor] = []
         inputs: list[Tensor] = []
         layers: list[Sequence[LayerStep]] = []

@@ -94,7 +94,7 @@ class StackedPredictor(Predictor):
             )
         )
 
-    def initial_state(self, frame_BCHW: Tensor) -> PredictorState:
+    def initial_state(self, frame_BCHW: Tensor, *, num_input_frames: int) -> PredictorState:
         """All-zero states; before the first frame lie zeros."""
         x_BCHW = self._patches(frame_BCHW)
         earlier = (torch.zeros_like(x_BCHW),) * (self.window - 1)

@@ -34,8 +34,8 @@ from tmu_dist.training.checkpoint import CheckpointStore, Progress, rng_state, s
 from tmu_dist.training.run_lock import RunLock, lock_run
 from tmu_dist.training.run_log import RunLog, git_revision, write_provenance
 from tmu_dist.training.schedules import sampling_mask, sampling_probability, sequence_noise
-from tmu_dist.transfer import PreparedTransfer, prepare_transfer
 from tmu_dist.transfer.base import TrainingBatch
+from tmu_dist.transfer.prepare import PreparedTransfer, prepare_transfer
 
 
 class NonFiniteLossError(RuntimeError):

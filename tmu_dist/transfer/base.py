@@ -37,8 +37,9 @@ class LossTerms:
     """Every scalar that the optimiser sees, by name, and the rollout that they judge.
 
     A method returns this and nothing else, so that a term cannot be computed and then forgotten:
-    `total` is the only way to `.backward()`. A term of weight 0 is left out altogether, so that
-    it cannot change a single bit.
+    `total` is the only way to `.backward()`. A term that a method has switched off is not here at
+    all. One whose weight is 0 for now (an annealed one) adds zeros to the gradient, so that every
+    parameter has one, as data-parallel training needs it.
     """
 
     terms: Mapping[str, Term]
@@ -49,7 +50,7 @@ class LossTerms:
         weighted_terms = [
             term.value if term.weight == 1.0 else term.weight * term.value
             for term in self.terms.values()
-            if term.weight
+            if term.weight or term.value.requires_grad
         ]
         return sum(weighted_terms[1:], start=weighted_terms[0])
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tmu_dist.config import SAVPConfig
 from tmu_dist.models.build import Layers
 from tmu_dist.models.cells.base import Carry, CellState
-from tmu_dist.models.rollout import NOTHING, Predictor, Rollout, Step
+from tmu_dist.models.rollout import NOTHING, Predictor, Step
 from tmu_dist.models.savp.blocks import (
     Block,
     BlockTable,
@@ -70,8 +70,7 @@ class SAVP(Predictor):
             ],
         )
         self.noise_size = savp.latent_size
-        self.learns_from_targets = savp.latent_size > 0  # type: ignore[misc]
-        self._num_input_frames = 1  # of the rollout that runs; `forward` sets it
+        self.learns_from_targets = savp.latent_size > 0
         self.latents = (
             LatentPath(
                 frame.channels,
@@ -97,28 +96,7 @@ class SAVP(Predictor):
             num_candidates=savp.num_transformed + 2,
         )
 
-    def forward(
-        self,
-        frames_BTCHW: Tensor,
-        *,
-        num_input_frames: int,
-        num_frames: int,
-        sampling_mask_BT: Tensor | None = None,
-        noise_BTZ: Tensor | None = None,
-        diagnostics: bool = False,
-    ) -> Rollout:
-        """Unroll, as every network does; a learned prior counts the input frames."""
-        self._num_input_frames = num_input_frames
-        return super().forward(
-            frames_BTCHW,
-            num_input_frames=num_input_frames,
-            num_frames=num_frames,
-            sampling_mask_BT=sampling_mask_BT,
-            noise_BTZ=noise_BTZ,
-            diagnostics=diagnostics,
-        )
-
-    def initial_state(self, frame_BCHW: Tensor) -> SAVPState:
+    def initial_state(self, frame_BCHW: Tensor, *, num_input_frames: int) -> SAVPState:
         """All-zero states; the first frame is kept.
 
         Raises:
@@ -130,7 +108,7 @@ class SAVP(Predictor):
             latent=(
                 None
                 if self.latents is None
-                else self.latents.initial_state(frame_BCHW, self._num_input_frames)
+                else self.latents.initial_state(frame_BCHW, num_input_frames)
             ),
             layers=tuple(
                 block.layer.cell.initial_state(frame_BCHW[..., :: block.stride, :: block.stride])

@@ -144,7 +144,7 @@ class VideoPixelNetwork(Predictor):
             num_logits=LIKELIHOODS[vpn.likelihood].num_logits,
         )
 
-    def initial_state(self, frame_BCHW: Tensor) -> CellState:
+    def initial_state(self, frame_BCHW: Tensor, *, num_input_frames: int) -> CellState:
         """All-zero state of the ConvLSTM, whose maps have the size of the frames."""
         return self.memory.cell.initial_state(frame_BCHW)
 
