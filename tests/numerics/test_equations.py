@@ -5,8 +5,16 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
 
+from tests.numerics.reference import (
+    Array,
+    LayerOutcome,
+    conv,
+    cut,
+    fuse,
+    parameters_of,
+    sigmoid,
+)
 from tmu_dist.config import ModelConfig, TMUConfig
 from tmu_dist.models.build import build_predictor
 from tmu_dist.models.cells.base import Carry, CellState
@@ -14,87 +22,28 @@ from tmu_dist.models.rollout import Predictor
 from tmu_dist.models.shapes import FrameShape
 from tmu_dist.models.tmu import RecurrentLayer
 
-Array = NDArray[np.float64]
-
-
-def sigmoid(x: Array) -> Array:
-    return 1 / (1 + np.exp(-x))
-
-
-def conv(x_CHW: Array, weight_OCRS: Array) -> Array:
-    """Zero-padded "same" cross-correlation, summed pixel by pixel."""
-    reach = weight_OCRS.shape[-1] // 2
-    padded = np.pad(x_CHW, ((0, 0), (reach, reach), (reach, reach)))
-    out = np.zeros((weight_OCRS.shape[0], *x_CHW.shape[1:]))
-    for row in range(x_CHW.shape[1]):
-        for column in range(x_CHW.shape[2]):
-            window = padded[:, row : row + 2 * reach + 1, column : column + 2 * reach + 1]
-            out[:, row, column] = (weight_OCRS * window).sum((1, 2, 3))
-    return out
-
-
-def layer_norm(x: Array, gain: Array, shift: Array) -> Array:
-    return (x - x.mean()) / np.sqrt(x.var() + 1e-5) * gain + shift
-
-
-class Weights:
-    """The parameters of one layer, cut into the matrices that the equations name."""
-
-    def __init__(self, layer: RecurrentLayer) -> None:
-        self.p = {name: value.detach().numpy() for name, value in layer.named_parameters()}
-        self.inputs = layer.cell.in_channels
-        self.width = layer.cell.hidden_channels
-
-    def gate(self, index: int) -> tuple[Array, Array, Array]:
-        """W_x, W_h and b of gate `index` in the order i, f, o, g."""
-        rows = slice(index * self.width, (index + 1) * self.width)
-        weight = self.p["cell.gates.weight"][rows]
-        bias = self.p["cell.gates.bias"][rows][:, None, None]
-        return weight[:, : self.inputs], weight[:, self.inputs :], bias
-
-    def peephole(self, index: int) -> Array:
-        return self.p["cell.peepholes"][index]
-
 
 def reference_step(
-    w: Weights, x: Array, h: Array, c: Array, *, num_teachers: int, combine: str = "paper"
-) -> tuple[Array, Array, Array]:
-    """Eqs. 2, 3 and 5 for one sample; returns H, C and the imitations."""
-    (xi, hi, bi), (xf, hf, bf), (xo, ho, bo), (xg, hg, bg) = (w.gate(k) for k in range(4))
-    g = np.tanh(conv(x, xg) + conv(h, hg) + bg)
-    i = sigmoid(conv(x, xi) + conv(h, hi) + w.peephole(0) * c + bi)
-    f = sigmoid(conv(x, xf) + conv(h, hf) + w.peephole(1) * c + bf)
-    own = f * c + i * g
-
-    imitations = np.zeros((num_teachers, *own.shape))
-    fused = own.copy()
-    if num_teachers:
-        weight = w.p["transfer.gates.weight"]
-        a = conv(x, weight[:, : w.inputs]) + conv(h, weight[:, w.inputs :])
-        a = a + w.p["transfer.gates.bias"][:, None, None]
-        a = layer_norm(a, w.p["transfer.gate_norm.gain"], w.p["transfer.gate_norm.shift"])
-        a = sigmoid(a)
-    for m in range(num_teachers):
-        rows = slice(m * w.width, (m + 1) * w.width)
-        imitations[m] = layer_norm(
-            conv(own, w.p["transfer.distillers.weight"][rows]),
-            w.p["transfer.distiller_norm.gain"][rows],
-            w.p["transfer.distiller_norm.shift"][rows],
-        )
-        fused = fused + a[rows] * imitations[m] + (1 - a[rows]) * own
-    if combine == "mean":
-        fused = fused / (1 + num_teachers)
-
-    o = sigmoid(conv(x, xo) + conv(h, ho) + w.peephole(2) * fused + bo)
-    return o * np.tanh(fused), fused, imitations
+    layer: RecurrentLayer, x: Array, h: Array, c: Array, tmu: TMUConfig, num_teachers: int
+) -> LayerOutcome:
+    """Eqs. 2, 3 and 5 for one sample."""
+    p = parameters_of(layer)
+    gates = cut(conv(np.concatenate([x, h]), p, "cell.gates"), "i f o g")
+    of_input, of_forget, of_output = p["cell.peepholes"]
+    g = np.tanh(gates["g"])
+    i = sigmoid(gates["i"] + of_input * c)
+    f = sigmoid(gates["f"] + of_forget * c)
+    fused, imitations = fuse(f * c + i * g, x, h, p, tmu, num_teachers)
+    o = sigmoid(gates["o"] + of_output * fused)
+    return LayerOutcome(o * np.tanh(fused), fused, imitations)
 
 
-def random_network(num_slots: int, **tmu: str) -> Predictor:
+def random_network(num_slots: int, tmu: TMUConfig) -> Predictor:
     torch.manual_seed(3)
     network = build_predictor(
         FrameShape(channels=2, height=6, width=10),
         ModelConfig(num_layers=2, hidden_channels=3, kernel_size=5, patch_size=2),
-        tmu=TMUConfig(**tmu),  # type: ignore[arg-type]
+        tmu=tmu,
         num_slots=num_slots,
     ).double()
     for parameter in network.parameters():
@@ -105,26 +54,29 @@ def random_network(num_slots: int, **tmu: str) -> Predictor:
 @pytest.mark.parametrize("combine", ["paper", "mean"])
 @pytest.mark.parametrize("num_teachers", [0, 1, 3])
 def test_three_steps_follow_the_paper(num_teachers: int, combine: str) -> None:
-    layer = random_network(num_teachers, combine=combine).stack.layers[1]
-    weights = Weights(layer)
+    tmu = TMUConfig(combine=combine)  # type: ignore[arg-type]
+    layer = random_network(num_teachers, tmu).stack.layers[1]
     batch, size = 2, (3, 5)
     state = CellState(torch.randn(batch, 3, *size).double(), torch.randn(batch, 3, *size).double())
-    expected = [(state.hidden_BPHW[b].numpy(), state.memory_BPHW[b].numpy()) for b in range(batch)]
+    expected = [
+        LayerOutcome(state.hidden_BPHW[b].numpy(), state.memory_BPHW[b].numpy(), [])
+        for b in range(batch)
+    ]
     for _ in range(3):
         x = torch.randn(batch, 3, *size).double()
         step = layer(x, state, Carry())
         state = step.state
         for b in range(batch):
-            hidden, memory, imitations = reference_step(
-                weights, x[b].numpy(), *expected[b], num_teachers=num_teachers, combine=combine
+            before = expected[b]
+            expected[b] = after = reference_step(
+                layer, x[b].numpy(), before.hidden_PHW, before.memory_PHW, tmu, num_teachers
             )
-            expected[b] = hidden, memory
-            np.testing.assert_allclose(state.hidden_BPHW[b].detach(), hidden, atol=1e-12)
-            np.testing.assert_allclose(state.memory_BPHW[b].detach(), memory, atol=1e-12)
+            np.testing.assert_allclose(state.hidden_BPHW[b].detach(), after.hidden_PHW, atol=1e-12)
+            np.testing.assert_allclose(state.memory_BPHW[b].detach(), after.memory_PHW, atol=1e-12)
             if num_teachers:
                 assert step.imitations_BMPHW is not None
                 np.testing.assert_allclose(
-                    step.imitations_BMPHW[b].detach(), imitations, atol=1e-12
+                    step.imitations_BMPHW[b].detach(), np.stack(after.imitations), atol=1e-12
                 )
 
 

@@ -142,6 +142,13 @@ def test_every_backbone_teaches_learns_and_continues(tiny_config: RunConfig, cel
     events = read_log(Path(continued.run))
     terms = [event for event in events if event["event"] == "train"][-1]
     assert terms["loss/distillation"] > 0
+    finetuned = replace(
+        student,
+        output=student.output + "-finetuned",
+        training=replace(training, num_steps=3),
+        transfer=TransferConfig(method="finetune", teachers=student.transfer.teachers),
+    )
+    run(finetuned)
     if cell == "savp":
         assert {"loss/kl", "loss/adversarial_video", "loss/feature_matching"} <= terms.keys()
     assert any(event["event"] == "liveness" for event in events)

@@ -391,8 +391,9 @@ class Run:
         return NonFiniteLossError(
             f"{what} not finite at step {self.progress.step}. The newest checkpoint in "
             f"{self.folder}/checkpoints is from before. Start again in another `output` folder "
-            "with training.grad_clip_norm=1.0, a smaller training.learning_rate, or "
-            "transfer.tmu.combine=mean (with many teachers the memory of Eq. 5 can grow)."
+            "with training.grad_clip_norm=1.0, a smaller training.learning_rate, "
+            "transfer.tmu.combine=mean (with many teachers the memory of Eq. 5 can grow), or, with "
+            "model.cell=predrnn or mim on frames that can be empty, model.bias=true."
         )
 
     def _write(self, event: str, **values: object) -> None:
