@@ -125,7 +125,7 @@ else:
 
 @dataclass(frozen=True, kw_only=True)
 class SAVPConfig:
-    """Stochastic adversarial video prediction (Lee et al. 2018; models_spec B4)."""
+    """Stochastic adversarial video prediction (Lee et al. 2018)."""
 
     base_channels: int = 32
     """Channels of the first encoder block (ngf); the others are multiples of it."""
@@ -158,7 +158,7 @@ class SAVPConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class VPNConfig:
-    """The video pixel network around a ConvLSTM (Kalchbrenner et al. 2017; models_spec B5)."""
+    """The video pixel network around a ConvLSTM (Kalchbrenner et al. 2017)."""
 
     channels: int = 32
     """Channels inside the residual multiplicative blocks (c); their input has 2c."""
@@ -213,7 +213,7 @@ class ModelConfig:
     e3d_memory: Literal["paper", "code"] = "paper"
     """E3D-LSTM: zig-zag memory and output gate of its paper, or what its public code computes."""
     recall_window: int | None = None
-    """E3D-LSTM: past memories that a step recalls; None: all of them."""
+    """E3D-LSTM: past memories that a step recalls; None: all on maps of up to 16x16, else 4."""
     savp: SAVPConfig = field(default_factory=SAVPConfig)
     vpn: VPNConfig = field(default_factory=VPNConfig)
 

@@ -199,7 +199,7 @@ def check_gradient(network: Predictor) -> None:
 
 
 class STLSTM:
-    """models_spec B1 for one layer and one sequence, with the transfer of Eqs. 3 and 5 into C.
+    """ST-LSTM for one layer and one sequence, with the transfer of Eqs. 3 and 5 into C.
 
     Args:
         p: parameters of the layer.

@@ -1,4 +1,4 @@
-"""E3D-LSTM against its equations (models_spec B3), written out again in numpy.
+"""E3D-LSTM against its equations, written out again in numpy.
 
 Legend: O output channels, C input channels, P hidden channels, L time slices, H, W map height and
 width, B batch, M teachers, N elements of a window. References keep slices in a dimension of their

@@ -108,7 +108,7 @@ def test_one_pixel_convlstm_is_an_lstm() -> None:
 
 
 def test_memory_of_eq_5_grows_with_teachers_and_mean_does_not() -> None:
-    """models_spec A6: the sum's weights add up to more than one; `mean` is convex."""
+    """The sum's weights add up to more than one; `mean` is convex."""
     frames = torch.rand(2, 20, 1, 16, 16)
     rms = {}
     for combine in ("paper", "mean"):

@@ -1,4 +1,4 @@
-"""MIM against its equations (models_spec B2), written out again in numpy."""
+"""MIM against its equations, written out again in numpy."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""SAVP against independent references, written out from models_spec B4 with other operations."""
+"""SAVP against independent references, written out with other operations."""
 
 from __future__ import annotations
 

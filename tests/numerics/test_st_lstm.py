@@ -1,4 +1,4 @@
-"""PredRNN against its equations (models_spec B1), written out again in numpy."""
+"""PredRNN against its equations, written out again in numpy."""
 
 from __future__ import annotations
 

@@ -346,7 +346,7 @@ def test_colours_and_greys() -> None:
 def test_a_teacher_reads_frames_of_its_own_size(
     choice: Literal["own", "student", "truth"],
 ) -> None:
-    """Another patch size with the same maps: only the frames change (models_spec A5)."""
+    """Another patch size with the same maps: only the frames change."""
     frame, card = (
         FrameShape(channels=1, height=64, width=64),
         card_of(FrameShape(channels=1, height=32, width=32), replace(TINY_MODEL, patch_size=2)),

@@ -67,7 +67,7 @@ class Layers:
             and "forget_bias" in _parameters(kind)
             and "forget_bias" not in settings
         ):
-            chosen["forget_bias"] = 0.0  # Eq. 5 lets the memory grow (models_spec A6, B1)
+            chosen["forget_bias"] = 0.0  # Eq. 5 lets the memory grow (docs/methods.md, 4.3)
         make_cell: Callable[..., RecurrentCell] = kind
         cell = make_cell(in_channels, hidden_channels, map_size=map_size, **chosen)
         if tmu is None:

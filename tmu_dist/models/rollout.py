@@ -66,7 +66,7 @@ class Rollout(NamedTuple):
 
 
 class Predictor(nn.Module, ABC):
-    """Frames in, the next frame out, at every step (models_spec A3).
+    """Frames in, the next frame out, at every step.
 
     A network says what one step does (`initial_state`, `step`); the loop over time is here.
     """

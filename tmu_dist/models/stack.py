@@ -56,7 +56,7 @@ class PredictorState(NamedTuple):
 
 
 class StackedPredictor(Predictor):
-    """A stack of cells between patch maps and a 1x1 convolution back to them (models_spec A3).
+    """A stack of cells between patch maps and a 1x1 convolution back to them.
 
     Args:
         layers: from the input to the output; the lowest reads patch maps.

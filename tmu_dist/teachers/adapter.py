@@ -195,7 +195,7 @@ def _data_differences(teacher: DataFacts, student: DataFacts) -> list[_Differenc
 
 
 def adapt_frames(frames_BTCHW: Tensor, frame: FrameShape) -> Tensor:
-    """Frames in another size and number of channels (models_spec A5), [B, T, C, H, W].
+    """Frames in another size and number of channels, [B, T, C, H, W].
 
     RGB becomes luma (ITU-R BT.601), grey is repeated. A missing pixel is 0 here as it is for the
     student.

@@ -1,7 +1,7 @@
 """Adversarial training: a second kind of training step, with discriminators beside the student.
 
 Each iteration updates the discriminators first, then the student against the updated ones. Least
-squares objectives, after Lee et al. 2018 (models_spec B4).
+squares objectives, after Lee et al. 2018.
 
 Legend: B batch, T time, C channels, H, W height, width.
 """

@@ -18,6 +18,8 @@ from tmu_dist.models.cells.base import Carry, CellState, FrameLoss, Proposal, Re
 
 WINDOW = 2
 """Slices of a window (L), and the depth of every 3-D filter."""
+LARGEST_FULLY_RECALLED = 16 * 16
+"""Elements of a map up to which all past memories are recalled by default."""
 
 
 class WindowConv(nn.Conv3d):
@@ -58,12 +60,13 @@ class E3DLSTMCell(RecurrentCell):
     holds the memories C as they were fused; the zero state counts as the first.
 
     Args:
-        map_size: any; nothing here is tied to it.
+        map_size: any; no weight is tied to it.
         e3d_memory: "paper", or "code" for what the authors' code computes: M' reads the incoming M
             through a convolution only, the output gate is squashed twice, and the layer above gets
             the incoming M. It therefore stays zero in the whole network, and the filters of
             `conv_m` never learn.
-        recall_window: how many past memories a step recalls; None: all.
+        recall_window: how many past memories a step recalls; None: all on maps of up to 16x16, 4 on
+            larger ones.
         bias: of all convolutions. Without, a sequence that begins with empty frames has no finite
             gradient: the normalisation of a map of zeros is infinitely steep.
     """
@@ -84,6 +87,8 @@ class E3DLSTMCell(RecurrentCell):
     ) -> None:
         super().__init__(in_channels, hidden_channels, window=WINDOW)
         self.e3d_memory = e3d_memory
+        if recall_window is None and map_size[0] * map_size[1] > LARGEST_FULLY_RECALLED:
+            recall_window = 4
         self.recall_window = recall_window
         width = hidden_channels
         self.conv_h = WindowConv(width, 4 * width, kernel_size, bias=bias)  # i, g, r, o

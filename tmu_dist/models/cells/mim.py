@@ -85,7 +85,7 @@ class InnerStep(NamedTuple):
 class MIMCell(ZigzagCell):
     """Memory-in-memory block; the lowest layer of a MIM network is an ST-LSTM.
 
-    Wang et al. 2019 (MIM); models_spec B2. C = T + i . g, where T, the output of MIM-S,
+    Wang et al. 2019 (MIM). C = T + i . g, where T, the output of MIM-S,
     stands for f . C of an LSTM. A TMU transfers into this C, and MIM-S reads it in the next step.
     The block's one forget gate, in `Proposal.forget_BPHW`, is that of MIM-S.
 

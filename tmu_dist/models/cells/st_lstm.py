@@ -79,7 +79,7 @@ class ZigzagCell(RecurrentCell):
 class STLSTMCell(ZigzagCell):
     """Spatiotemporal LSTM.
 
-    Wang et al. 2017 (PredRNN); models_spec B1. A TMU transfers into C, before output gate
+    Wang et al. 2017 (PredRNN). A TMU transfers into C, before output gate
     and hidden state read [C, M].
 
     Args:

@@ -1,6 +1,6 @@
 """SAVP's building blocks: instance norm, and the convolutions that halve and double maps.
 
-Lee et al. 2018 (arXiv:1804.01523); models_spec B4.
+Lee et al. 2018 (arXiv:1804.01523).
 
 Legend: B batch, C channels, Z latent, H, W height, width.
 """

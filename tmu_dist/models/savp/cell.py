@@ -1,4 +1,4 @@
-"""SAVP's ConvLSTM, whose memory is normalised at every step (models_spec B4).
+"""SAVP's ConvLSTM, whose memory is normalised at every step.
 
 Legend: B batch, C input channels, P hidden channels, H, W map height and width.
 """

@@ -1,7 +1,6 @@
 """SAVP's discriminators of single frames and of clips, with spectral normalisation.
 
-Lee et al. 2018; spectral normalisation: Miyato et al. 2018 (arXiv:1802.05957), algorithm 1;
-models_spec B4.
+Lee et al. 2018; spectral normalisation: Miyato et al. 2018 (arXiv:1802.05957), algorithm 1.
 
 Legend: B batch, T time, C channels, H, W height, width.
 """

@@ -1,6 +1,6 @@
 """SAVP's latents: Gaussians, the posterior that sees the next frame, and a learned prior.
 
-Lee et al. 2018; models_spec B4.
+Lee et al. 2018.
 
 Legend: B batch, C channels, F features, Z latent, H, W height, width.
 """

@@ -1,6 +1,6 @@
 """Stochastic adversarial video prediction: the generator and its two kinds of rollout.
 
-Lee et al. 2018 (arXiv:1804.01523); models_spec B4.
+Lee et al. 2018 (arXiv:1804.01523).
 
 Legend: B batch, T time, C channels, Z latent, H, W height, width.
 """

@@ -1,6 +1,6 @@
 """How SAVP paints the next frame: moved copies of the last one, and masks that choose from them.
 
-Lee et al. 2018, appendix A; kernels after Finn et al. 2016 (arXiv:1605.07157); models_spec B4.
+Lee et al. 2018, appendix A; kernels after Finn et al. 2016 (arXiv:1605.07157).
 
 Legend: B batch, N moved copies, K candidates, C channels, H, W height, width.
 """

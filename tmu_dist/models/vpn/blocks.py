@@ -40,7 +40,7 @@ def convolution(
 def multiply(h: Tensor, gates: Tensor, *, dim: int) -> Tensor:
     """The multiplicative unit, MU(h) = g1 . tanh(g2 . h + g3 . u).
 
-    Kalchbrenner et al. 2017; models_spec B5.
+    Kalchbrenner et al. 2017.
 
     Args:
         h: what enters the unit.

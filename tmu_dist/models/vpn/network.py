@@ -1,4 +1,4 @@
-"""The video pixel network around one ConvLSTM (Kalchbrenner et al. 2017; models_spec B5).
+"""The video pixel network around one ConvLSTM (Kalchbrenner et al. 2017).
 
 Legend: B batch, C channels of the frames, D channels of the context (2c), H, W height and width,
 L logits of one pixel and channel, P hidden channels, Z noise (C * H * W).
