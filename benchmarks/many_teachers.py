@@ -176,6 +176,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="few steps, one seed: a smoke test")
     parser.add_argument("--steps", type=int, default=300, help="iterations of every student")
     parser.add_argument("--teacher-steps", type=int, default=420)
+    parser.add_argument("--teachers", type=int, nargs="+", default=COUNTS)
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="of the students")
     parser.add_argument("--no-clip", action="store_true", help="leave out clipped gradients")
     parser.add_argument("--processes", type=int, default=2)
@@ -183,7 +184,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="docs/results/many-teachers; of --quick, --work")
     chosen = parser.parse_args()
     steps, teacher_steps = chosen.steps, chosen.teacher_steps
-    counts: Sequence[int] = COUNTS
+    counts: Sequence[int] = chosen.teachers
     seeds: Sequence[int] = chosen.seeds
     clips = CLIPS[:1] if chosen.no_clip else CLIPS
     if chosen.quick:

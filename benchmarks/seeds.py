@@ -104,10 +104,12 @@ def table(record: Mapping[str, Any]) -> str:
         "|---" * (len(columns) + 2) + "|",
     ]
     for label, own in record["baselines"].items():
-        cells = [_number([own[metric]], columns[metric][1]) for metric in columns]
+        cells = [mean_and_spread([own[metric]], columns[metric][1]) for metric in columns]
         lines.append(f"| {label} | {' | '.join(cells)} | |")
     for label, by_seed in scores.items():
-        cells = [_number([s[metric] for s in by_seed], columns[metric][1]) for metric in columns]
+        cells = [
+            mean_and_spread([s[metric] for s in by_seed], columns[metric][1]) for metric in columns
+        ]
         differences = [
             f"{own[first] - scratch[first]:+.2f}"
             for own, scratch in zip(by_seed, scores["scratch"], strict=True)
@@ -117,7 +119,8 @@ def table(record: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _number(values: Sequence[float], decimals: int) -> str:
+def mean_and_spread(values: Sequence[float], decimals: int) -> str:
+    """Mean ± standard deviation over seeds; of one seed its value."""
     mean = f"{statistics.fmean(values):.{decimals}f}"
     if len(values) == 1:
         return mean

@@ -12,6 +12,7 @@ BACKBONES = {
     "predrnn": "tmu_dist.models.cells.st_lstm:STLSTMCell",
     "mim": "tmu_dist.models.cells.mim:MIMCell",
     "e3d_lstm": "tmu_dist.models.cells.e3d_lstm:E3DLSTMCell",
+    "e3d_openstl": "tmu_dist.models.cells.e3d_openstl:OpenSTLE3DCell",
     "savp": "tmu_dist.models.savp.network:SAVP",
     "vpn": "tmu_dist.models.vpn.network:VideoPixelNetwork",
 }

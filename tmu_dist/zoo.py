@@ -60,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         else:
             folder = _free_folder(chosen.zoo, chosen.name)
             imported = _import(chosen)
-            imported.write(folder)
+            write_model(folder, imported.model, imported.card)
             _report(imported, console)
             console.print(f"imported {folder}: use it as --transfer.teachers {folder}")
 
@@ -169,7 +169,7 @@ def _report(imported: Imported, console: Console) -> None:
         f"{model.patch_size}, gate_norm={model.gate_norm}, forget_bias={model.forget_bias}"
     )
     if imported.layout.unused:
-        console.print(f"not used by that codebase, left out: {', '.join(imported.layout.unused)}")
+        console.print(f"without effect there, left out: {', '.join(imported.layout.unused)}")
     for note in imported.layout.notes:
         console.print(f"note: {note}")
 

@@ -13,12 +13,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from benchmarks.seeds import mean_and_spread
 from tmu_dist.collectives import Collectives
 from tmu_dist.config import with_overrides
 from tmu_dist.evaluate import evaluate_model
@@ -49,6 +49,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--backbones", nargs="+", choices=tuple(PREFIXES), default=list(PREFIXES))
+    parser.add_argument("--runs", nargs="+", choices=tuple(RUNS), default=list(RUNS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the students")
     parser.add_argument("--steps", type=int, help="iterations of every run (default: the recipe's)")
     parser.add_argument("--out", type=Path, default=Path("docs/results/backbones-digits"))
@@ -59,7 +60,7 @@ def main() -> None:
                 _scores(f"{PREFIXES[backbone]}-{run}", seed, chosen.steps)
                 for seed in (chosen.seeds if not run.startswith("teacher") else [0])
             ]
-            for run in RUNS
+            for run in chosen.runs
         }
         _add(chosen.out, backbone, {"steps": chosen.steps, "seeds": chosen.seeds, "runs": scores})
 
@@ -91,33 +92,29 @@ def _add(out: Path, backbone: str, found: Mapping[str, Any]) -> None:
 def table(record: Mapping[str, Any]) -> str:
     """Markdown: MSE per frame and SSIM of every run, mean ± standard deviation over seeds."""
     lines = [
-        f"| MSE/frame (SSIM) | {' | '.join(RUNS.values())} |",
-        "|---" * (len(RUNS) + 1) + "|",
+        f"| MSE/frame (SSIM) | iterations | {' | '.join(RUNS.values())} |",
+        "|---" * (len(RUNS) + 2) + "|",
     ]
-    backbones = [name for name in PREFIXES if name in record["backbones"]]
-    if backbones:
-        runs = record["backbones"][backbones[0]]["runs"]
-        lines.append(_row(PERSISTENCE, [[s[PERSISTENCE] for s in runs[run]][:1] for run in RUNS]))
-    for name in backbones:
-        runs = record["backbones"][name]["runs"]
-        lines.append(_row(name, [[s[MODEL] for s in runs[run]] for run in RUNS]))
+    found = {name: record["backbones"][name] for name in PREFIXES if name in record["backbones"]}
+    baseline: dict[str, Any] = {}
+    for own in found.values():
+        baseline |= {run: [scores[0][PERSISTENCE]] for run, scores in own["runs"].items()}
+    lines.append(_row(PERSISTENCE, "", baseline))
+    for name, own in found.items():
+        steps = str(own["steps"] or "the recipe's")
+        scores = {run: [each[MODEL] for each in by_seed] for run, by_seed in own["runs"].items()}
+        lines.append(_row(name, steps, scores))
     return "\n".join(lines) + "\n"
 
 
-def _row(label: str, cells: Sequence[Sequence[Mapping[str, float]]]) -> str:
-    texts = [
-        f"{_number([s['mse_per_frame'] for s in by_seed], 1)} "
-        f"({_number([s['ssim'] for s in by_seed], 3)})"
-        for by_seed in cells
-    ]
-    return f"| {label} | {' | '.join(texts)} |"
+def _row(label: str, steps: str, scores: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
+    cells = [_cell(scores[run]) if run in scores else "" for run in RUNS]
+    return f"| {label} | {steps} | {' | '.join(cells)} |"
 
 
-def _number(values: Sequence[float], decimals: int) -> str:
-    mean = f"{statistics.fmean(values):.{decimals}f}"
-    if len(values) == 1:
-        return mean
-    return f"{mean} ± {statistics.stdev(values):.{decimals}f}"
+def _cell(by_seed: Sequence[Mapping[str, float]]) -> str:
+    mse = mean_and_spread([scores["mse_per_frame"] for scores in by_seed], 1)
+    return f"{mse} ({mean_and_spread([scores['ssim'] for scores in by_seed], 3)})"
 
 
 if __name__ == "__main__":

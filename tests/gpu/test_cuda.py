@@ -1,4 +1,4 @@
-"""On a GPU the same run gives the same losses, in float32 and close to it in bfloat16."""
+"""On a GPU runs and networks give the same numbers, in float32 and close to it in bfloat16."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.contracts import test_predictor as suite
+from tmu_dist.backbones import BACKBONES
 from tmu_dist.collectives import Collectives
-from tmu_dist.config import RunConfig
+from tmu_dist.config import RunConfig, TMUConfig
+from tmu_dist.models.build import build_predictor
 from tmu_dist.run_folder import read_log
 from tmu_dist.training.loop import train
 
@@ -33,3 +36,30 @@ def test_cuda_trains_like_the_cpu(tmu_config: RunConfig) -> None:
     expected = losses(tmu_config, "cpu", "fp32")
     assert losses(tmu_config, "cuda", "fp32") == pytest.approx(expected, rel=1e-3)
     assert losses(tmu_config, "cuda", "bf16") == pytest.approx(expected, rel=3e-2)
+
+
+@pytest.mark.parametrize("cell", BACKBONES)
+def test_every_backbone_predicts_like_the_cpu(cell: str) -> None:
+    torch.manual_seed(0)
+    network = build_predictor(suite.FRAME, suite.small(cell), tmu=TMUConfig(), num_slots=2)
+    given, noise = suite.frames(), suite.noise(network)
+    arguments = {
+        "num_input_frames": 4,
+        "num_frames": 7,
+        "sampling_mask_BT": torch.ones(3, 2, dtype=torch.bool),
+        "noise_BTZ": noise,
+    }
+    expected = network(given, **arguments)
+    moved = {
+        name: value.cuda() if isinstance(value, torch.Tensor) else value
+        for name, value in arguments.items()
+    }
+    found = network.cuda()(given.cuda(), **moved)
+    torch.testing.assert_close(
+        found.predictions_BTCHW.cpu(), expected.predictions_BTCHW, rtol=1e-3, atol=1e-4
+    )
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        rough = network(given.cuda(), **moved)
+    assert all(memory.dtype == torch.float32 for memory in rough.memories)
+    difference = (rough.predictions_BTCHW.cpu() - expected.predictions_BTCHW).norm()
+    assert difference <= 3e-2 * expected.predictions_BTCHW.norm()

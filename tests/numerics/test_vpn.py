@@ -271,19 +271,19 @@ def slow_frame(
         logits = net(seen, context)[:, colour, row, column]
         for b in range(batch):
             if likelihood == "bernoulli":
-                value = 1 / (1 + math.exp(-logits[b, 0]))
-                if noise is not None:
-                    u = 0.5 * (1 + math.erf(noise[b, colour, row, column] / math.sqrt(2)))
-                    value = float(u > 1 - value)
-                later = value
-            elif noise is None:
-                value = sum(p * k / 255 for k, p in enumerate(logits[b].softmax(0).tolist()))
-                later = round(value * 255) / 255
+                white = 1 / (1 + math.exp(-logits[b, 0]))
+                chances = [1 - white, white]
             else:
-                u = 0.5 * (1 + math.erf(noise[b, colour, row, column] / math.sqrt(2)))
-                sums = itertools.accumulate(logits[b].softmax(0).tolist())
-                value = later = next(k for k, total in enumerate(sums) if total >= u) / 255
-            values[b, colour, row, column], seen[b, colour, row, column] = value, later
+                chances = logits[b].softmax(0).tolist()
+            last = len(chances) - 1
+            # Without noise later pixels see medians, where u is a half.
+            z = 0.0 if noise is None else noise[b, colour, row, column]
+            u = 0.5 * (1 + math.erf(z / math.sqrt(2)))
+            sums = itertools.accumulate(chances)
+            later = next(k for k, total in enumerate(sums) if total >= u) / last
+            mean = sum(p * k / last for k, p in enumerate(chances))
+            values[b, colour, row, column] = mean if noise is None else later
+            seen[b, colour, row, column] = later
     return values, seen
 
 

@@ -9,7 +9,7 @@ Legend: B batch, T time, C channels, P hidden channels, H, W height and width, k
 from __future__ import annotations
 
 import argparse
-import json
+import hashlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -28,7 +28,7 @@ from tmu_dist.data.manifest import Units
 from tmu_dist.models.shapes import FrameShape
 from tmu_dist.teachers.card import DataFacts, TeacherError
 from tmu_dist.teachers.foreign.importing import Imported, import_network
-from tmu_dist.teachers.store import load_card, load_model
+from tmu_dist.teachers.store import load_card, load_model, write_model
 from tmu_dist.training.launch import launch
 from tmu_dist.zoo import main
 
@@ -127,16 +127,18 @@ def mim(**parts: Any) -> Weights:
     return make.finish()
 
 
-def e3d_lstm() -> Weights:
+def e3d_lstm(*, norm: bool = False) -> Weights:
     make = Maker()
-    for k in range(2):
+    for k in range(LAYERS):
         name = f"cell_list.{k}"
-        for kind in ("weight", "bias"):
-            make.tensor(f"{name}._norm_c_t.{kind}", P, 2, *MAP)
         parts = (("x", inputs_of(k), 7), ("h", P, 4), ("gm", P, 4), ("new_cell", P, 1))
         for part, reads, gates in (*parts, ("new_gm", P, 1)):
             weight = f"{name}.conv_{part}.0.conv3d.weight"
             make.tensor(weight, gates * P, reads, 2, KERNEL, KERNEL)
+            for kind in ("weight", "bias") if norm else ():
+                make.tensor(f"{name}.conv_{part}.1.{kind}", gates * P, 2, *MAP, scale=1.0)
+        for kind in ("weight", "bias"):
+            make.tensor(f"{name}._norm_c_t.{kind}", P, 2, *MAP, scale=1.0)
         make.tensor(f"{name}.conv_last.conv3d.weight", P, 2 * P, 1, 1, 1)
     make.tensor("conv_last.weight", PATCH_CHANNELS, P, 2, 1, 1)
     return make.made
@@ -147,14 +149,18 @@ def conv(w: Weights, name: str, x: Tensor) -> Tensor:
     return F.conv2d(x, weight, w.get(f"{name}.bias"), padding=weight.shape[-1] // 2)
 
 
+def normalised(w: Weights, name: str, x: Tensor) -> Tensor:
+    axes = tuple(range(1, x.dim()))
+    mean = x.mean(axes, keepdim=True)
+    variance = ((x - mean) ** 2).mean(axes, keepdim=True)
+    return (x - mean) / torch.sqrt(variance + 1e-5) * w[f"{name}.weight"] + w[f"{name}.bias"]
+
+
 def sequence(w: Weights, name: str, x: Tensor) -> tuple[Tensor, ...]:
     """Convolution, normalisation if there is one, and its gates."""
     x = conv(w, f"{name}.0", x)
     if f"{name}.1.weight" in w:
-        mean = x.mean((1, 2, 3), keepdim=True)
-        variance = ((x - mean) ** 2).mean((1, 2, 3), keepdim=True)
-        x = (x - mean) / torch.sqrt(variance + 1e-5)
-        x = x * w[f"{name}.1.weight"] + w[f"{name}.1.bias"]
+        x = normalised(w, f"{name}.1", x)
     return x.split(P, dim=1)
 
 
@@ -249,6 +255,50 @@ def mim_step(w: Weights, x: Tensor, states: dict[str, Tensor]) -> Tensor:
     return x
 
 
+def window_sequence(w: Weights, name: str, x_BCLHW: Tensor) -> tuple[Tensor, ...]:
+    """The same of a window of two slices; the convolution gives one, which is repeated."""
+    weight = w[f"{name}.0.conv3d.weight"]
+    older, newer = (F.conv2d(x_BCLHW[:, :, n], weight[:, :, n], padding="same") for n in (0, 1))
+    x = torch.stack([older + newer] * 2, 2)
+    if f"{name}.1.weight" in w:
+        x = normalised(w, f"{name}.1", x)
+    return x.split(P, dim=1)
+
+
+def rows(x: Tensor) -> Tensor:
+    """Numbers of each sample as they lie in memory, cut into rows of P."""
+    return x.contiguous().view(x.shape[0], -1, P)
+
+
+def e3d_lstm_step(w: Weights, x: Tensor, states: dict[str, Tensor]) -> Tensor:
+    """The top hidden state's two slices as channels [slice 0's, slice 1's]."""
+    now, before = x, states.get("before", torch.zeros_like(x))
+    states["before"] = now
+    x = torch.stack([before, now], 2)
+    zeros = now.new_zeros(now.shape[0], P, 2, *now.shape[2:])
+    m = states.get("m", zeros)
+    for k in range(LAYERS):
+        name = f"cell_list.{k}"
+        h, c = states.get(f"h{k}", zeros), states.get(f"c{k}", zeros)
+        past = torch.cat([states[f"past{k}"], c], 1) if f"past{k}" in states else c
+        ix, gx, rx, ox, jx, dx, ex = window_sequence(w, f"{name}.conv_x", x)
+        ih, gh, rh, oh = window_sequence(w, f"{name}.conv_h", h)
+        scores = rows((rx + rh).sigmoid()) @ rows(past).mT
+        found = (scores.softmax(2) @ rows(past)).view(c.shape)
+        c = normalised(w, f"{name}._norm_c_t", c + found) + (ix + ih).sigmoid() * (gx + gh).tanh()
+        jm, em, dm, mm = window_sequence(w, f"{name}.conv_gm", m)
+        new_m = (ex + em + 1).sigmoid() * mm.tanh() + (jx + jm).sigmoid() * (dx + dm).tanh()
+        (oc,), (om,) = (
+            window_sequence(w, f"{name}.conv_new_{part}", memory)
+            for part, memory in (("cell", c), ("gm", new_m))
+        )
+        mixed = F.conv3d(torch.cat([c, new_m], 1), w[f"{name}.conv_last.conv3d.weight"])
+        x = (ox + oh + oc + om).tanh().sigmoid() * mixed.tanh()
+        states[f"h{k}"], states[f"c{k}"], states[f"past{k}"] = x, c, past
+    states["m"] = m  # and not the new one
+    return torch.cat([x[:, :, 0], x[:, :, 1]], 1)
+
+
 def patches(frame_BCHW: Tensor) -> Tensor:
     """Channel (row in patch * k + column in patch) * C + image channel."""
     parts = [frame_BCHW[:, :, y::PATCH, x::PATCH] for y in range(PATCH) for x in range(PATCH)]
@@ -258,6 +308,8 @@ def patches(frame_BCHW: Tensor) -> Tensor:
 def reference(step: Network, w: Weights, frames_BTCHW: Tensor) -> Tensor:
     """Closed-loop predictions of a codebase's network, as patch maps [B, T-1, k*k*C, H, W]."""
     w = {name: tensor.double() for name, tensor in w.items()}
+    if w["conv_last.weight"].dim() == 5:  # of both slices, which are its channels here
+        w["conv_last.weight"] = torch.cat(w["conv_last.weight"].unbind(2), 1)
     states: dict[str, Tensor] = {}
     maps: list[Tensor] = []
     for t in range(WINDOW.num_frames - 1):
@@ -286,6 +338,8 @@ CASES: dict[str, tuple[Weights, Network]] = {
     "PredRNN-V2": (predrnn() | {"adapter.weight": torch.ones(P, P, 1, 1)}, predrnn_step),
     "MIM": (mim(), mim_step),
     "MIM, normalised": (mim(norm=True), mim_step),
+    "E3D-LSTM": (e3d_lstm(), e3d_lstm_step),
+    "E3D-LSTM, normalised": (e3d_lstm(norm=True), e3d_lstm_step),
 }
 
 
@@ -296,7 +350,8 @@ def test_same_predictions(case: str, tmp_path: Path) -> None:
         2, WINDOW.num_frames, FRAME.channels, FRAME.height, FRAME.width,
         generator=torch.Generator().manual_seed(1), dtype=torch.float64,
     )  # fmt: skip
-    imported(saved(weights, tmp_path)).write(str(tmp_path / "teacher"))
+    found = imported(saved(weights, tmp_path))
+    write_model(str(tmp_path / "teacher"), found.model, found.card)
     network = load_model(str(tmp_path / "teacher")).model.double()
     ours = network(frames_BTCHW, num_input_frames=3, num_frames=6).predictions_BTCHW
     expected = reference(step, weights, frames_BTCHW)
@@ -323,16 +378,17 @@ def test_wrappings(wrap: Callable[[Weights], Any], tmp_path: Path) -> None:
     assert all(torch.equal(found[name], plain[name]) for name in plain)
 
 
-def test_safetensors_and_the_note_of_origin(tmp_path: Path) -> None:
-    save_file(openstl_convlstm(), tmp_path / "theirs.safetensors")
-    one = imported(tmp_path / "theirs.safetensors")
-    assert one.layout.name == "ConvLSTM of OpenSTL"
-    one.write(str(tmp_path / "teacher"))
-    note = json.loads((tmp_path / "teacher" / "origin.json").read_text())
-    assert note["file"] == "theirs.safetensors" and len(note["sha256"]) == 64
-    assert "cell_list.0.conv_o.0.weight" in note["unused_tensors"]
-    assert "cell_list.2.conv_last.weight" in note["unused_tensors"]
+def test_safetensors_and_what_is_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "theirs.safetensors"
+    save_file(openstl_convlstm(), path)
+    found = imported(path)
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert found.card.origin == f"theirs.safetensors: ConvLSTM of OpenSTL, sha256 {sha256}"
+    assert "cell_list.0.conv_o.0.weight" in found.layout.unused
+    assert "cell_list.2.conv_last.weight" in found.layout.unused
     assert "batch" in imported(saved(mim(), tmp_path)).layout.notes[0]
+    layout = imported(saved(e3d_lstm(norm=True), tmp_path)).layout
+    assert len(layout.unused) == 2 * LAYERS and "cell_list.0.conv_gm.1.weight" in layout.unused
 
 
 def test_what_the_tensors_say(tmp_path: Path) -> None:
@@ -340,6 +396,11 @@ def test_what_the_tensors_say(tmp_path: Path) -> None:
     assert (model.cell, model.num_layers, model.hidden_channels) == ("predrnn", LAYERS, P)
     assert (model.kernel_size, model.patch_size) == (KERNEL, PATCH)
     assert (model.gate_norm, model.bias, model.forget_bias) == ("layer", False, 1.0)
+    for norm, gate_norm in ((False, "none"), (True, "layer")):
+        model = imported(saved(e3d_lstm(norm=norm), tmp_path)).card.model
+        assert (model.cell, model.num_layers, model.hidden_channels) == ("e3d_openstl", LAYERS, P)
+        assert (model.kernel_size, model.patch_size) == (KERNEL, PATCH)
+        assert (model.gate_norm, model.norm_affine) == (gate_norm, "full")
     source = saved(openstl_convlstm(), tmp_path)
     model = imported(source).card.model
     assert (model.cell, model.peephole, model.forget_bias) == ("convlstm", "none", 0.0)
@@ -366,7 +427,17 @@ def changed(weights: Weights, name: str, *shape: int) -> Weights:
         (predrnn() | {"cell_list.0.conv_a.0.weight": torch.ones(1)}, {}, "conv_a.0.weight is unkn"),
         ({"encoder.0.weight": torch.ones(1)}, {}, "No known layout.*encoder.0.weight"),
         (openstl_convlstm(norm=True), {}, "normalises what X and H give one by one"),
-        (e3d_lstm(), {}, "E3D-LSTM of OpenSTL, which model.cell=e3d_lstm cannot compute"),
+        (without(e3d_lstm(), "cell_list.1._norm_c_t.bias"), {}, "1._norm_c_t.bias is missing"),
+        (
+            without(e3d_lstm(norm=True), "cell_list.2.conv_gm.1.bias"), {},
+            "cell_list.2.conv_gm.1.bias is missing",
+        ),
+        (e3d_lstm(), {"frame": replace(FRAME, width=16)}, "_norm_c_t.weight belongs to maps of 4x6"),
+        (changed(e3d_lstm(), "conv_last.weight", 8, P, 1, 1), {}, "3-D convolution"),
+        (
+            changed(e3d_lstm(), "cell_list.1.conv_h.0.conv3d.weight", 12, P, 3, 3, 3), {},
+            r"conv3d.weight \(12, 3, 3, 3, 3\) cannot become .*conv_h.weight",
+        ),
         (predrnn(), {"frame": replace(FRAME, channels=1)}, "maps of 8 channels, which are no sq"),
         (predrnn(), {"frame": replace(FRAME, width=13)}, "do not tile frames of 8x13"),
         (predrnn(norm=True), {"frame": replace(FRAME, width=14)}, "to frames of 8x12, not of 8x14"),
@@ -441,6 +512,9 @@ def test_command_evaluation_and_teaching(
     main([*zoo, "list"])
     shown = capsys.readouterr().out
     assert "ConvLSTM of transferable-memory" in shown and '"method": "imported"' in shown
+    main([*zoo, "add", str(tmp_path / "zoo" / "one"), "--name", "copy"])
+    main([*zoo, "show", "copy"])
+    assert "model.ckpt: ConvLSTM of transferable-memory, sha256 " in capsys.readouterr().out
     first, second = (str(tmp_path / "zoo" / name) for name in ("one", "two"))
     assert load_card(second).data == DataFacts.of(open_archive(archive_url).manifest)
     evaluate.main([first, "--data", archive_url])

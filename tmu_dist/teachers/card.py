@@ -71,6 +71,8 @@ class TeacherCard:
     scores: dict[str, float] = field(default_factory=dict)
     git_revision: str = "unknown"
     weights_sha256: str = ""
+    origin: str = ""
+    """Of weights that another codebase trained: their file, its layout and sha256."""
 
     def to_json(self) -> str:
         """The card as it lies beside the weights."""

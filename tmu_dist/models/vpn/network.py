@@ -92,7 +92,7 @@ class VideoPixelNetwork(Predictor):
     Where the next frame is known it is decoded in one pass (teacher forcing): the prediction is the
     mean of each pixel given the true pixels before it, and the step returns the negative
     log-likelihood. Where it is not, pixels are decided one after the other, without gradients:
-    drawn by noise, or else as means, of which later pixels see the nearest level.
+    drawn by noise, or else as means, given the medians of the pixels before.
 
     Args:
         frame: shape of the frames, with values in [0, 1].

@@ -37,7 +37,8 @@ def decode_frame(
 
     Args:
         context_BDHW: what the frame is decoded from.
-        noise_BCHW: standard normal numbers that choose the values; None takes means.
+        noise_BCHW: standard normal numbers that choose the values; None predicts each pixel's mean
+            given the medians of those before it.
         weights: `FrameDecoder.weights` of the decoder.
         likelihood: a name among `LIKELIHOODS`.
 
@@ -48,10 +49,10 @@ def decode_frame(
 
     def choose(logits: Tensor, rows: Tensor, columns: Tensor, colour: int) -> tuple[Tensor, Tensor]:
         if noise_BCHW is None:
-            value = pixel.mean(logits)
-        else:
-            value = pixel.quantile(logits, noise_BCHW[:, colour, rows, columns].T)
-        return value, pixel.as_seen(value)
+            # Later pixels must not see means: greys that no frame has lead to more of them.
+            return pixel.mean(logits), pixel.quantile(logits, torch.zeros_like(logits[..., 0]))
+        value = pixel.quantile(logits, noise_BCHW[:, colour, rows, columns].T)
+        return value, value
 
     with torch.autocast(context_BDHW.device.type, enabled=False):
         return sweep(context_BDHW, weights, choose)

@@ -1,8 +1,7 @@
-"""From foreign weights to a teacher: a network of ours with its card, and a note of its origin."""
+"""From foreign weights to a teacher: a network of ours, and its card, which says their origin."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -10,17 +9,13 @@ import torch
 from torch import Tensor
 
 from tmu_dist.config import ModelConfig, TMUConfig, WindowConfig
-from tmu_dist.folders import write_folder
 from tmu_dist.models.build import build_predictor
 from tmu_dist.models.rollout import Predictor
 from tmu_dist.models.shapes import FrameShape
 from tmu_dist.teachers.card import DataFacts, TeacherCard, TeacherError
 from tmu_dist.teachers.foreign.layouts import Layout, Rule, patch_size_of, recognise
-from tmu_dist.teachers.foreign.state_dict import ForeignWeights, read_weights
-from tmu_dist.teachers.store import load_state, model_files
-
-ORIGIN_FILE = "origin.json"
-"""Beside an imported teacher's weights: where they come from, and what was left out."""
+from tmu_dist.teachers.foreign.state_dict import read_weights
+from tmu_dist.teachers.store import load_state
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,27 +25,7 @@ class Imported:
     model: Predictor
     card: TeacherCard
     layout: Layout
-    weights: ForeignWeights
-
-    def origin(self) -> str:
-        """What the card has no field for, as JSON."""
-        facts = {
-            "file": self.weights.file,
-            "sha256": self.weights.sha256,
-            "layout": self.layout.name,
-            "unused_tensors": self.layout.unused,
-            "notes": self.layout.notes,
-        }
-        return json.dumps(facts, indent=2) + "\n"
-
-    def write(self, folder: str) -> None:
-        """Write or replace the teacher folder, whole or not at all.
-
-        Raises:
-            WriteError, StorageError: it could not be written.
-        """
-        files = {ORIGIN_FILE: self.origin().encode()} | model_files(self.model, self.card)
-        write_folder(folder, files)
+    """Which says what was left out, too."""
 
 
 def import_network(
@@ -95,8 +70,9 @@ def import_network(
         tmu=TMUConfig(),
         num_slots=0,
         data=data,
+        origin=f"{weights.file}: {layout.name}, sha256 {weights.sha256}",
     )
-    return Imported(model=network, card=card, layout=layout, weights=weights)
+    return Imported(model=network, card=card, layout=layout)
 
 
 def _network(

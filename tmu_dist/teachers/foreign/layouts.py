@@ -34,8 +34,12 @@ class Rule:
     axis: int = 1
     gates: tuple[int, ...] = ()
     """Their number of each of our gates, which are equal parts of the rows; (): as they are."""
+    num_gates: int = 0
+    """How many there are at theirs; 0: as many as `gates`."""
     parts: int = 0
     """Cut the rows into so many equal parts, as a new first axis."""
+    has_slices: bool = False
+    """Make one of the second and the third axis, which holds the time slices of a window."""
 
     def convert(self, tensors: Mapping[str, Tensor], like: Tensor) -> Tensor:
         """Our tensor, of the shape that theirs give."""
@@ -43,8 +47,10 @@ class Rule:
             return torch.zeros_like(like)
         joined = torch.cat([tensors[name] for name in self.theirs], self.axis)
         if self.gates:
-            rows = joined.chunk(len(self.gates))
+            rows = joined.chunk(self.num_gates or len(self.gates))
             joined = torch.cat([rows[gate] for gate in self.gates])
+        if self.has_slices:
+            joined = joined.flatten(1, 2)
         return joined.unflatten(0, (self.parts, -1)) if self.parts else joined
 
 
@@ -59,8 +65,10 @@ class Layout:
     """Channels of the maps between frames and network."""
     maps: tuple[str, tuple[int, int]] | None
     """A tensor that is tied to the size of the maps, and that size; None: any size."""
+    dimensions: int = 2
+    """Of the convolutions."""
     unused: tuple[str, ...] = ()
-    """Tensors that the codebase keeps but never reads when it predicts."""
+    """Tensors that the codebase keeps but that have no effect when it predicts."""
     notes: tuple[str, ...] = ()
     """How the codebase's own predictions may differ."""
     check: Callable[[Mapping[str, Tensor]], None] | None = None
@@ -91,9 +99,11 @@ def recognise(shapes: Shapes) -> Layout:
             f"These weights look like {layout.name}, but {'; '.join(wrong[:8])}{more}."
         )
     for name in (sign, "conv_last.weight"):
-        if not _size(shapes, name, 3):
-            raise TeacherError(f"{name} is {shapes[name]}, not the weights of a 2-D convolution.")
-    model = replace(layout.model, kernel_size=_size(shapes, sign, 3))
+        if len(shapes[name]) != 2 + layout.dimensions:
+            raise TeacherError(
+                f"{name} is {shapes[name]}, not the weights of a {layout.dimensions}-D convolution."
+            )
+    model = replace(layout.model, kernel_size=_size(shapes, sign, -1))
     return replace(layout, model=model, unused=tuple(n for n in layout.unused if n in shapes))
 
 
@@ -234,14 +244,38 @@ def _mim(shapes: Shapes) -> Layout:
 
 
 def _e3d_lstm(shapes: Shapes) -> Layout:
-    """E3D-LSTM of OpenSTL, which is another network than that of the paper or its authors' code."""
-    raise TeacherError(
-        "These weights look like E3D-LSTM of OpenSTL, which model.cell=e3d_lstm cannot compute "
-        "with any setting: its 3-D convolutions give one slice and repeat it, where ours give one "
-        "for each slice of the window; its recall compares rows that mix channels with places, "
-        "and joins past memories along channels; it normalises other terms, with a gain for each "
-        "element. Train model.cell=e3d_lstm here instead."
-    )
+    """E3D-LSTM of OpenSTL, with the gate orders of ours.
+
+    Its memory M is zero in the whole network. Of what belongs to it only the shift of its
+    normalisation has an effect; without that, the gate f' of X, which is the last, has none.
+    """
+    cells = _modules(shapes, "cell_list")
+    parts = dict(_parts(shapes, "cell_list.0.conv_x")) | {"conv.weight": "0.conv3d.weight"}
+    has_norms = "norm.gain" in parts
+    convs = (("x", "conv_x"), ("h", "conv_h"), ("c", "conv_new_cell"), ("n", "conv_new_gm"))
+    rules, idle = [], []
+    for k, theirs in enumerate(cells):
+        ours = _cell(k)
+        pairs = {
+            "conv_last.weight": "conv_last.conv3d.weight",
+            "norm_recalled.gain": "_norm_c_t.weight",
+            "norm_recalled.shift": "_norm_c_t.bias",
+        } | ({"shift_m": "conv_gm.1.bias"} if has_norms else {})
+        rules += [Rule(ours + name, (theirs + place,), axis=0) for name, place in pairs.items()]
+        for letter, name in convs:
+            rules += _gates(ours, letter, theirs + name, parts)
+        idle += [f"{theirs}conv_gm.0.conv3d.weight", f"{theirs}conv_gm.1.weight"]
+    rules = [replace(rule, has_slices=True) for rule in rules]
+    if not has_norms:
+        rules = [
+            replace(rule, gates=(0, 1, 2, 3, 4, 5), num_gates=7)
+            if rule.ours.endswith(".conv_x.weight")
+            else rule
+            for rule in rules
+        ]
+    widths = [_size(shapes, f"{theirs}conv_h.0.conv3d.weight", 1) for theirs in cells]
+    layout = _layout("E3D-LSTM of OpenSTL", ModelConfig(cell="e3d_openstl"), rules, shapes, widths)
+    return replace(layout, dimensions=3, unused=tuple(idle))
 
 
 _SIGNS: dict[str, Callable[[Shapes], Layout]] = {
@@ -272,9 +306,9 @@ def _layout(
             "whose layers have equally many can be imported."
         )
     tied = [
-        (tensor, (shape[1], shape[2]))
+        (tensor, (shape[-2], shape[-1]))
         for tensor, shape in sorted(shapes.items())
-        if tensor.endswith((".1.weight", ".ct_weight")) and len(shape) == 3
+        if tensor.endswith((".1.weight", ".ct_weight", "._norm_c_t.weight")) and len(shape) > 2
     ]
     has_norms = any(tensor.endswith(".1.weight") for tensor in shapes)
     return Layout(
@@ -333,4 +367,4 @@ def _modules(shapes: Shapes, stem: str) -> list[str]:
 def _size(shapes: Shapes, name: str, axis: int) -> int:
     """A size of a convolution's weights; 0 where there are none."""
     shape = shapes.get(name, ())
-    return shape[axis] if len(shape) == 4 else 0
+    return shape[axis] if len(shape) in (4, 5) else 0
