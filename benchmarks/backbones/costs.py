@@ -55,7 +55,7 @@ SIZES = {
         {
             **{
                 name: ModelConfig(cell=name, **_SMALL_STACK)
-                for name in ("convlstm", "predrnn", "mim", "e3d_lstm")
+                for name in ("convlstm", "predrnn", "mim", "e3d_lstm", "e3d_openstl")
             },
             "savp": ModelConfig(
                 cell="savp", savp=SAVPConfig(base_channels=8, latent_size=8, posterior_channels=16)

@@ -198,7 +198,9 @@ def test_bf16_stays_near_fp32_and_keeps_memories_in_fp32(network: Predictor) -> 
     assert all(memory.dtype == torch.float32 for memory in rough.memories)
     assert rough.predictions_BTCHW.dtype == torch.float32
     difference = (rough.predictions_BTCHW - exact.predictions_BTCHW).norm()
-    assert difference <= 2e-2 * exact.predictions_BTCHW.norm()
+    # Eq. 5 multiplies what rounding has changed: up to 4 % with some weights, 1 % without a TMU.
+    tolerance = 6e-2 if rough.imitations else 2e-2
+    assert difference <= tolerance * exact.predictions_BTCHW.norm()
 
 
 def test_wrong_input_is_explained(network: Predictor) -> None:

@@ -432,7 +432,7 @@ def changed(weights: Weights, name: str, *shape: int) -> Weights:
             without(e3d_lstm(norm=True), "cell_list.2.conv_gm.1.bias"), {},
             "cell_list.2.conv_gm.1.bias is missing",
         ),
-        (e3d_lstm(), {"frame": replace(FRAME, width=16)}, "_norm_c_t.weight belongs to maps of 4x6"),
+        (e3d_lstm(), {"frame": replace(FRAME, width=16)}, "_norm_c_t.weight belongs to maps of 4"),
         (changed(e3d_lstm(), "conv_last.weight", 8, P, 1, 1), {}, "3-D convolution"),
         (
             changed(e3d_lstm(), "cell_list.1.conv_h.0.conv3d.weight", 12, P, 3, 3, 3), {},

@@ -106,7 +106,7 @@ SMALL_SAVP_TRAINING = replace(
     sampling_scale=60.0,
     frame_loss="l2",
     frame_weight=300.0,
-    kl=KLConfig(anneal_from=100, anneal_until=300),
+    kl=KLConfig(weight=1.0, anneal_from=0, anneal_until=100),
     adversarial=replace(SAVP_TRAINING.adversarial, base_channels=4),
 )
 """Squared error: of a few bright digits, black frames are a minimum of the absolute error that a
