@@ -14,6 +14,9 @@ SCRIPTS = {
     "radar-seeds": "seeds",
     "radar-conversion": "radar_conversion",
     "streaming": "streaming/report",
+    "backbones": "backbones/report",
+    "backbones-digits": "backbones/learning",
+    "many-teachers": "many_teachers",
 }
 """Which benchmark made which record."""
 RECORDS = sorted((ROOT / "docs" / "results").glob("*/results.json"))

@@ -549,24 +549,6 @@ class RunConfig:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
 
-    def __post_init__(self) -> None:
-        cell, training = self.model.cell, self.training
-        _require(
-            cell == "savp" or training.kl == KLConfig(),
-            f"training.kl only has an effect with model.cell=savp, not {cell}.",
-        )
-        if cell == "vpn":
-            _require(
-                training.sampling == "always" and training.frame_loss == "backbone",
-                "model.cell=vpn learns the likelihood of true frames only: set "
-                "training.sampling=always and leave training.frame_loss=backbone.",
-            )
-            _require(
-                not training.adversarial.is_on,
-                "model.cell=vpn has no differentiable forecasts: training.adversarial cannot "
-                "have an effect.",
-            )
-
 
 Config = TypeVar("Config")
 

@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.backbones.report import Cell
 from tmu_dist.backbones import BACKBONES
 from tmu_dist.config import ModelConfig, SAVPConfig, TMUConfig, VPNConfig, WindowConfig
-from tmu_dist.models.build import build_predictor, count_parameters, frame_loss_of
+from tmu_dist.models.build import build_predictor, count_parameters, skeleton
 from tmu_dist.models.rollout import Predictor
 from tmu_dist.models.shapes import FrameShape
 from tmu_dist.teachers.adapter import TeacherPlan
@@ -138,7 +138,7 @@ def prepare_forecast(case: Case) -> tuple[Callable[[], object], Cell]:
 def make_method(size: Size, backbone: str, variant: str, device: torch.device) -> TransferMethod:
     """Training from scratch, or memory transfer from teachers with random weights."""
     model = size.models[backbone]
-    objective = Objective(frame_loss_of(model))
+    objective = Objective(skeleton(size.frame, model).frame_loss)
     num_input_frames = size.window.num_input_frames
     if variant == "plain":
         return Scratch(size.frame, model, objective, num_input_frames=num_input_frames)

@@ -9,7 +9,7 @@ import torch
 
 from tmu_dist.backbones import BACKBONES
 from tmu_dist.config import ConfigError, ModelConfig, SAVPConfig, TMUConfig, VPNConfig
-from tmu_dist.models.build import build_predictor, frame_loss_of
+from tmu_dist.models.build import build_predictor, skeleton
 from tmu_dist.models.patches import patchify, unpatchify
 from tmu_dist.models.rollout import Predictor, Rollout
 from tmu_dist.models.shapes import FrameShape
@@ -36,9 +36,7 @@ def small(cell: str) -> ModelConfig:
 def network(request: pytest.FixtureRequest) -> Predictor:
     cell, num_slots = request.param
     torch.manual_seed(0)
-    built = build_predictor(FRAME, small(cell), tmu=TMUConfig(), num_slots=num_slots)
-    assert built.frame_loss == frame_loss_of(small(cell))
-    return built
+    return build_predictor(FRAME, small(cell), tmu=TMUConfig(), num_slots=num_slots)
 
 
 def frames(batch: int = 3, time: int = 7) -> torch.Tensor:
@@ -153,6 +151,17 @@ def test_steps_one_by_one_are_the_rollout(network: Predictor) -> None:
     if draws is not None:
         noisy = network(given, num_input_frames=4, num_frames=7, noise_BTZ=draws)
         assert not torch.allclose(noisy.predictions_BTCHW[:, :5], rollout.predictions_BTCHW)
+
+
+@pytest.mark.parametrize("cell", BACKBONES)
+def test_a_skeleton_has_the_facts_and_draws_nothing(cell: str) -> None:
+    before = torch.get_rng_state()
+    bones = skeleton(FRAME, small(cell))
+    assert torch.equal(torch.get_rng_state(), before)
+    built = build_predictor(FRAME, small(cell))
+    for fact in ("frame_loss", "memory_shapes", "noise_size", "learns_from_targets"):
+        assert getattr(bones, fact) == getattr(built, fact)
+    assert {value.device.type for value in bones.state_dict().values()} == {"meta"}
 
 
 def test_a_new_sequence_starts_from_nothing(network: Predictor) -> None:

@@ -25,7 +25,7 @@ from tmu_dist.config import (
     WindowConfig,
 )
 from tmu_dist.files import WriteError
-from tmu_dist.models.build import frame_loss_of
+from tmu_dist.models.build import skeleton
 from tmu_dist.models.shapes import FrameShape
 from tmu_dist.run_folder import read_log
 from tmu_dist.training.build import build_step
@@ -145,7 +145,7 @@ def _backbone_update(collectives: Collectives, cell: str, folder: str) -> None:
         training=TrainingConfig(sampling="always", adversarial=adversarial),
     )
     kl_weight = 0.5 if cell in BACKBONES else 0.0
-    objective = Objective(frame_loss_of(model), kl_weight=lambda step: kl_weight)
+    objective = Objective(skeleton(FRAME, model).frame_loss, kl_weight=lambda step: kl_weight)
     method = Scratch(FRAME, model, objective, num_input_frames=3)
     student = method.build_student()
     step = build_step(config, method, student, FRAME, CPU, collectives)

@@ -29,7 +29,7 @@ from tmu_dist.config import (
     WindowConfig,
 )
 from tmu_dist.data.manifest import Units
-from tmu_dist.models.build import build_predictor, count_parameters, memory_shapes
+from tmu_dist.models.build import build_predictor, count_parameters, skeleton
 from tmu_dist.models.rollout import Predictor
 from tmu_dist.models.shapes import FrameShape, MemoryShape
 from tmu_dist.teachers.adapter import (
@@ -95,9 +95,9 @@ def plan_of(
     taught: Literal["all"] | tuple[int, ...] = "all",
 ) -> TeacherPlan:
     student = StudentFacts(
-        frame=frame, memories=memory_shapes(frame, model), data=DATA, taught=taught
+        frame=frame, memories=skeleton(frame, model).memory_shapes, data=DATA, taught=taught
     )
-    return plan_teacher(card, memory_shapes(card.frame, card.model), student, adapter)
+    return plan_teacher(card, skeleton(card.frame, card.model).memory_shapes, student, adapter)
 
 
 def network_of(card: TeacherCard, seed: int) -> Predictor:
@@ -223,7 +223,7 @@ def test_only_dimensions_count_not_cells_or_patches() -> None:
     for model in (TINY_MODEL, PREDRNN, MIM, replace(TINY_MODEL, peephole="none")):
         for adapter in (AdapterConfig(), ANY, None):
             plan = plan_of(card_of(FRAME, model), adapter)
-            assert plan == TeacherPlan.unchanged(memory_shapes(FRAME, TINY_MODEL))
+            assert plan == TeacherPlan.unchanged(skeleton(FRAME, TINY_MODEL).memory_shapes)
     for student, teacher in ((TINY_MODEL, PREDRNN), (PREDRNN, TINY_MODEL), (E3D, E3D)):
         method = classroom([card_of(FRAME, teacher)], AdapterConfig(), model=student)
         student_network = student_of(method)
@@ -244,7 +244,7 @@ def test_what_no_setting_bridges() -> None:
 
 def test_layers_that_are_not_taught_need_not_fit() -> None:
     shapes = (MemoryShape(6, 4, 4), MemoryShape(4, 4, 4))
-    memories = memory_shapes(FRAME, TINY_MODEL)
+    memories = skeleton(FRAME, TINY_MODEL).memory_shapes
     card = card_of(FRAME, TINY_MODEL)
     facts = StudentFacts(frame=FRAME, memories=memories, data=DATA, taught=(1,))
     plan = plan_teacher(card, shapes, facts, AdapterConfig())

@@ -58,8 +58,6 @@ def test_settings_that_belong_together_may_come_in_any_order() -> None:
         ({"model.cell": "convltsm"}, "'convlstm', 'predrnn'"),
         ({"model.recall_window": 0}, "must be >= 1 or left out"),
         ({"model.savp.latent_size": 0, "model.savp.prior": "learned"}, "has no effect"),
-        ({"model.cell": "vpn"}, "set training.sampling=always"),
-        ({"training.kl.weight": 1.0}, "only has an effect with model.cell=savp"),
         ({"training.adversarial.feature_weight": 10.0}, "no effect without discriminators"),
         ({"training.decay_from": 80_000}, "must lie before the last iteration"),
         ({"training.adam_beta1": 1.0}, r"must be in \[0, 1\)"),

@@ -29,7 +29,7 @@ from tests.unit.test_adapters import (
 from tests.unit.test_training import assert_same, final_state, run, run_until
 from tests.unit.test_transfer import FRAME, batch, student_of
 from tmu_dist.config import ModelConfig, RunConfig
-from tmu_dist.models.build import count_parameters, memory_shapes
+from tmu_dist.models.build import count_parameters, skeleton
 from tmu_dist.models.rollout import Predictor
 from tmu_dist.run_folder import read_log
 from tmu_dist.teachers.card import TeacherError
@@ -56,7 +56,7 @@ def test_teachers_of_different_kinds_at_once(student: ModelConfig, count: int) -
     assert all(gradient.isfinite().all() for gradient in gradients.values())
     report = method.liveness(trainee_of(method), batch())
     assert report is not None
-    num_layers = len(memory_shapes(FRAME, student))
+    num_layers = len(skeleton(FRAME, student).memory_shapes)
     assert [len(layer) for layer in report.gate_means] == [count] * num_layers
     assert all(-1 <= c <= 1 for layer in report.memory_correlation for c in layer)
     other = classroom(

@@ -17,7 +17,7 @@ from tmu_dist.config import AdapterConfig, ModelConfig, RunConfig
 from tmu_dist.data.archive import open_archive
 from tmu_dist.data.manifest import Units
 from tmu_dist.data.storage import write_bytes
-from tmu_dist.models.build import memory_shapes
+from tmu_dist.models.build import skeleton
 from tmu_dist.models.shapes import FrameShape
 from tmu_dist.teachers.adapter import StudentFacts, TeacherPlan, plan_teacher
 from tmu_dist.teachers.card import DataFacts, TeacherCard, TeacherError, same_scale
@@ -95,14 +95,16 @@ def test_damage_is_named(teacher_runs: tuple[str, str], tmp_path: Path) -> None:
 
 def plan(card: TeacherCard, frame: FrameShape, model: ModelConfig, data: DataFacts) -> TeacherPlan:
     """Of a student that allows no differences."""
-    student = StudentFacts(frame=frame, memories=memory_shapes(frame, model), data=data)
-    return plan_teacher(card, memory_shapes(card.frame, card.model), student, AdapterConfig())
+    student = StudentFacts(frame=frame, memories=skeleton(frame, model).memory_shapes, data=data)
+    return plan_teacher(
+        card, skeleton(card.frame, card.model).memory_shapes, student, AdapterConfig()
+    )
 
 
 def test_a_teacher_must_fit(teacher_runs: tuple[str, str]) -> None:
     card = load_card(teacher_runs[0])
     same = plan(card, card.frame, TINY_MODEL, card.data)
-    assert same == TeacherPlan.unchanged(memory_shapes(card.frame, TINY_MODEL))
+    assert same == TeacherPlan.unchanged(skeleton(card.frame, TINY_MODEL).memory_shapes)
     other = ModelConfig(num_layers=3, hidden_channels=8, kernel_size=3, patch_size=2)
     units = replace(card.data.units, quantity="rain rate", unit="mm/h")
     with pytest.raises(TeacherError) as refusal:

@@ -19,6 +19,7 @@ from tmu_dist.backbones import BACKBONES
 from tmu_dist.collectives import Collectives
 from tmu_dist.config import (
     AdversarialConfig,
+    ConfigError,
     KLConfig,
     ModelConfig,
     RunConfig,
@@ -152,6 +153,30 @@ def test_every_backbone_teaches_learns_and_continues(tiny_config: RunConfig, cel
     if cell == "savp":
         assert {"loss/kl", "loss/adversarial_video", "loss/feature_matching"} <= terms.keys()
     assert any(event["event"] == "liveness" for event in events)
+
+
+@pytest.mark.parametrize(
+    ("cell", "settings", "message"),
+    [
+        ("vpn", {}, "set training.sampling=always"),
+        ("vpn", {"sampling": "always", "frame_loss": "l1"}, "leave training.frame_loss=backbone"),
+        (
+            "vpn",
+            {"sampling": "always", "adversarial": AdversarialConfig(video_weight=0.1)},
+            "no differentiable forecasts",
+        ),
+        ("vpn", {"sampling": "always", "kl": KLConfig(weight=0.1)}, "networks with latents"),
+        ("predrnn", {"kl": KLConfig(weight=0.1)}, "networks with latents"),
+    ],
+)
+def test_training_that_does_not_go_with_a_backbone_is_refused(
+    tiny_config: RunConfig, cell: str, settings: dict[str, Any], message: str
+) -> None:
+    model = MODELS.get(cell) or replace(tiny_config.model, cell=cell)
+    training = replace(tiny_config.training, **settings)
+    with pytest.raises(ConfigError, match=message):
+        run(replace(tiny_config, model=model, training=training))
+    assert not Path(tiny_config.output).exists()
 
 
 def test_global_random_draws_continue_too(tiny_config: RunConfig) -> None:

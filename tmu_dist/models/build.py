@@ -13,10 +13,10 @@ from torch import nn
 
 from tmu_dist.backbones import BACKBONES
 from tmu_dist.config import ConfigError, ModelConfig, TMUConfig
-from tmu_dist.models.cells.base import FrameLoss, RecurrentCell
+from tmu_dist.models.cells.base import RecurrentCell
 from tmu_dist.models.patches import check_divisible
 from tmu_dist.models.rollout import Predictor
-from tmu_dist.models.shapes import FrameShape, MemoryShape
+from tmu_dist.models.shapes import FrameShape
 from tmu_dist.models.stack import StackedPredictor
 from tmu_dist.models.tmu import MemoryTransfer, RecurrentLayer
 
@@ -133,34 +133,25 @@ def build_predictor(
     return network
 
 
-def memory_shapes(frame: FrameShape, model: ModelConfig) -> tuple[MemoryShape, ...]:
-    """Shape of every layer's memory."""
-    return _without_weights(frame, model, None, 0).memory_shapes
+def skeleton(
+    frame: FrameShape, model: ModelConfig, *, tmu: TMUConfig | None = None, num_slots: int = 0
+) -> Predictor:
+    """The network without any numbers in its weights: for its facts and shapes."""
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        return build_predictor(frame, model, tmu=tmu, num_slots=num_slots)
 
 
 def weight_shapes(
     frame: FrameShape, model: ModelConfig, *, tmu: TMUConfig | None = None, num_slots: int = 0
 ) -> dict[str, torch.Size]:
     """Shape of every weight; two frames whose networks have the same can share a network."""
-    network = _without_weights(frame, model, tmu, num_slots)
+    network = skeleton(frame, model, tmu=tmu, num_slots=num_slots)
     return {name: value.shape for name, value in network.state_dict().items()}
-
-
-def frame_loss_of(model: ModelConfig) -> FrameLoss:
-    """What a backbone's own paper minimises."""
-    return _backbone(model.cell).frame_loss
 
 
 def count_parameters(module: nn.Module) -> int:
     """Number of weights, frozen ones included."""
     return sum(p.numel() for p in module.parameters())
-
-
-def _without_weights(
-    frame: FrameShape, model: ModelConfig, tmu: TMUConfig | None, num_slots: int
-) -> Predictor:
-    with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        return build_predictor(frame, model, tmu=tmu, num_slots=num_slots)
 
 
 def _stack(

@@ -10,8 +10,9 @@ from functools import partial
 
 import torch
 
-from tmu_dist.config import RunConfig
-from tmu_dist.models.build import frame_loss_of, memory_shapes
+from tmu_dist.config import ConfigError, KLConfig, RunConfig, TrainingConfig
+from tmu_dist.models.build import skeleton
+from tmu_dist.models.rollout import Predictor
 from tmu_dist.models.shapes import FrameShape
 from tmu_dist.teachers.adapter import StudentFacts, TeacherPlan, plan_teacher
 from tmu_dist.teachers.bank import FrozenTeacher, ReplicatedBank
@@ -39,19 +40,22 @@ def prepare_transfer(
     """Load the teachers that a run names, check that they fit, and build its method.
 
     Raises:
+        ConfigError: settings of the training that do not go with the backbone.
         TeacherError: a teacher is missing, damaged or does not fit.
     """
     transfer = config.transfer
+    network = skeleton(frame, config.model)
+    _check_training(config, network)
     loaded = [load_model(source, device=device) for source in transfer.teachers]
     student = StudentFacts(
         frame=frame,
-        memories=memory_shapes(frame, config.model),
+        memories=network.memory_shapes,
         data=data,
         taught=transfer.tmu.layers,
     )
     adapter = transfer.adapter if transfer.method == "tmu" else None
     plans = [plan_teacher(t.card, t.model.memory_shapes, student, adapter) for t in loaded]
-    method = _make_method(config, frame, loaded, plans)
+    method = _make_method(config, frame, _objective(config.training, network), loaded, plans)
     resident = method.bank.parameters_per_teacher if isinstance(method, MemoryDistillation) else ()
     return PreparedTransfer(method, tuple(t.card for t in loaded), resident)
 
@@ -59,12 +63,12 @@ def prepare_transfer(
 def _make_method(
     config: RunConfig,
     frame: FrameShape,
+    objective: Objective,
     teachers: list[LoadedModel],
     plans: list[TeacherPlan],
 ) -> TransferMethod:
     transfer = config.transfer
     num_input_frames = config.window.num_input_frames
-    objective = _objective(config)
     if transfer.method == "tmu":
         return MemoryDistillation(
             frame,
@@ -98,12 +102,32 @@ def _make_method(
     )
 
 
-def _objective(config: RunConfig) -> Objective:
-    training = config.training
-    chosen = training.frame_loss
-    kl = training.kl
+def _check_training(config: RunConfig, network: Predictor) -> None:
+    """Refuse what has no effect, or no meaning, with this kind of network."""
+    training, cell = config.training, config.model.cell
+    by_likelihood = network.frame_loss == "likelihood"
+    if training.kl != KLConfig() and (by_likelihood or not network.noise_size):
+        raise ConfigError(
+            f"training.kl only has an effect on networks with latents, not on model.cell={cell}."
+        )
+    if not by_likelihood:
+        return
+    if training.sampling != "always" or training.frame_loss != "backbone":
+        raise ConfigError(
+            f"model.cell={cell} learns the likelihood of true frames only: set "
+            "training.sampling=always and leave training.frame_loss=backbone."
+        )
+    if training.adversarial.is_on:
+        raise ConfigError(
+            f"model.cell={cell} has no differentiable forecasts: training.adversarial cannot have "
+            "an effect."
+        )
+
+
+def _objective(training: TrainingConfig, network: Predictor) -> Objective:
+    chosen, kl = training.frame_loss, training.kl
     return Objective(
-        frame_loss_of(config.model) if chosen == "backbone" else chosen,
+        network.frame_loss if chosen == "backbone" else chosen,
         frame_weight=training.frame_weight,
         kl_weight=partial(annealed, kl.weight, start=kl.anneal_from, stop=kl.anneal_until),
         reduction=training.loss_reduction,
