@@ -195,6 +195,8 @@ class ModelConfig:
     forget_bias: float | None = None
     """Added to the forget gate of the memory C. None: 0 in ConvLSTM, 1 in ST-LSTM, but 0 in its TMU
     layers with transfer.tmu.combine=paper, which lets the memory grow."""
+    gate_form: Literal["joint", "apart"] = "joint"
+    """ConvLSTM: gates from one convolution of input and hidden state, or from one of each."""
     gate_norm: Literal["none", "layer"] = "none"
     """Layer normalisation over the pre-activations of the cell's gates, after each convolution."""
     bias: bool | None = None

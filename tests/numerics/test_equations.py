@@ -12,6 +12,7 @@ from tests.numerics.reference import (
     conv,
     cut,
     fuse,
+    layer_norm,
     parameters_of,
     sigmoid,
 )
@@ -28,7 +29,12 @@ def reference_step(
 ) -> LayerOutcome:
     """Eqs. 2, 3 and 5 for one sample."""
     p = parameters_of(layer)
-    gates = cut(conv(np.concatenate([x, h]), p, "cell.gates"), "i f o g")
+    if "cell.gates.weight" in p:
+        stacked = conv(np.concatenate([x, h]), p, "cell.gates")
+    else:
+        of_x, of_h = conv(x, p, "cell.conv_x"), conv(h, p, "cell.conv_h")
+        stacked = layer_norm(of_x, p, "cell.norm_x") + layer_norm(of_h, p, "cell.norm_h")
+    gates = cut(stacked, "i f o g")
     of_input, of_forget, of_output = p["cell.peepholes"]
     g = np.tanh(gates["g"])
     i = sigmoid(gates["i"] + of_input * c)
@@ -38,11 +44,11 @@ def reference_step(
     return LayerOutcome(o * np.tanh(fused), fused, imitations)
 
 
-def random_network(num_slots: int, tmu: TMUConfig) -> Predictor:
+def random_network(num_slots: int, tmu: TMUConfig, **settings: str) -> Predictor:
     torch.manual_seed(3)
     network = build_predictor(
         FrameShape(channels=2, height=6, width=10),
-        ModelConfig(num_layers=2, hidden_channels=3, kernel_size=5, patch_size=2),
+        ModelConfig(num_layers=2, hidden_channels=3, kernel_size=5, patch_size=2, **settings),
         tmu=tmu,
         num_slots=num_slots,
     ).double()
@@ -53,9 +59,12 @@ def random_network(num_slots: int, tmu: TMUConfig) -> Predictor:
 
 @pytest.mark.parametrize("combine", ["paper", "mean"])
 @pytest.mark.parametrize("num_teachers", [0, 1, 3])
-def test_three_steps_follow_the_paper(num_teachers: int, combine: str) -> None:
+@pytest.mark.parametrize("gates", [{}, {"gate_form": "apart", "gate_norm": "layer"}])
+def test_three_steps_follow_the_paper(
+    gates: dict[str, str], num_teachers: int, combine: str
+) -> None:
     tmu = TMUConfig(combine=combine)  # type: ignore[arg-type]
-    layer = random_network(num_teachers, tmu).stack.layers[1]
+    layer = random_network(num_teachers, tmu, **gates).stack.layers[1]
     batch, size = 2, (3, 5)
     state = CellState(torch.randn(batch, 3, *size).double(), torch.randn(batch, 3, *size).double())
     expected = [

@@ -11,20 +11,24 @@ import torch
 from torch import Tensor, nn
 
 from tmu_dist.models.cells.base import Carry, CellState, Proposal, RecurrentCell
-from tmu_dist.models.norm import Affine, MapLayerNorm
+from tmu_dist.models.cells.gates import GateLayers
+from tmu_dist.models.norm import Affine
 
 
 class ConvLSTMCell(RecurrentCell):
     """Convolutional LSTM with peephole connections.
 
-    Shi et al. 2015, eq. 3; Yao et al. 2020, Eqs. 2 and 5. All four gates come from one
-    convolution of [X, H], in the order input, forget, output, modulation.
+    Shi et al. 2015, eq. 3; Yao et al. 2020, Eqs. 2 and 5. Gates are stacked in the order input,
+    forget, output, modulation.
 
     Args:
         peephole: "channel" (one weight per channel), "full" (one per map element, tied to
             `map_size`) or "none". Zero-initialised, so all three start equal.
         forget_bias: constant added to the forget gate's pre-activation.
-        gate_norm: "layer" normalises the 4P pre-activations together before the peepholes.
+        gate_form: "joint" has one convolution of [X, H] for all gates; "apart" has one of X and one
+            of H without biases, the same function but for what follows.
+        gate_norm: "layer" normalises the 4P pre-activations together before the peepholes; those
+            of X and of H each by itself where they are apart.
         norm_affine: gain and shift of that normalisation.
     """
 
@@ -37,22 +41,28 @@ class ConvLSTMCell(RecurrentCell):
         map_size: tuple[int, int],
         peephole: Literal["channel", "none", "full"] = "channel",
         forget_bias: float = 0.0,
+        gate_form: Literal["joint", "apart"] = "joint",
         gate_norm: Literal["none", "layer"] = "none",
         norm_affine: Affine = "full",
     ) -> None:
         super().__init__(in_channels, hidden_channels)
         self.forget_bias = forget_bias
-        self.gates = nn.Conv2d(
-            in_channels + hidden_channels,
-            4 * hidden_channels,
-            kernel_size,
-            padding=kernel_size // 2,
+        is_joint = gate_form == "joint"
+        make = GateLayers(
+            kernel_size=kernel_size,
+            map_size=map_size,
+            gate_norm=gate_norm,
+            norm_affine=norm_affine,
+            bias=is_joint,
         )
-        self.gate_norm = (
-            MapLayerNorm(4 * hidden_channels, map_size, affine=norm_affine)
-            if gate_norm == "layer"
-            else None
-        )
+        width = 4 * hidden_channels
+        self.gates: nn.Conv2d | None = None
+        if is_joint:
+            self.gates = make.conv(in_channels + hidden_channels, width)
+            self.gate_norm = make.norm(width)
+        else:
+            self.conv_x, self.norm_x = make.conv(in_channels, width), make.norm(width)
+            self.conv_h, self.norm_h = make.conv(hidden_channels, width), make.norm(width)
         self.peepholes: nn.Parameter | None = None
         if peephole != "none":
             size = map_size if peephole == "full" else (1, 1)
@@ -77,9 +87,10 @@ class ConvLSTMCell(RecurrentCell):
 
     def propose(self, x_BCHW: Tensor, state: CellState, carry: Carry) -> Proposal:
         """Input, forget and modulation gates, and C-tilde = f . C + i . g (Eq. 2)."""
-        gates = self.gates(torch.cat([x_BCHW, state.hidden_BPHW], dim=1))
-        if self.gate_norm is not None:
-            gates = self.gate_norm(gates)
+        if self.gates is not None:
+            gates = self.gate_norm(self.gates(torch.cat([x_BCHW, state.hidden_BPHW], dim=1)))
+        else:
+            gates = self.norm_x(self.conv_x(x_BCHW)) + self.norm_h(self.conv_h(state.hidden_BPHW))
         i, f, o, g = gates.chunk(4, dim=1)
         memory = state.memory_BPHW
         if self.peepholes is not None:

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from tmu_dist.models.cells.base import Carry, CellState, FrameLoss, Proposal, RecurrentCell
 from tmu_dist.models.cells.e3d_lstm import WINDOW, recall
-from tmu_dist.models.cells.st_lstm import ZIGZAG_FORGET_BIAS, GateLayers
+from tmu_dist.models.cells.gates import GateLayers
+from tmu_dist.models.cells.st_lstm import ZIGZAG_FORGET_BIAS
 from tmu_dist.models.norm import Affine, MapLayerNorm
 
 

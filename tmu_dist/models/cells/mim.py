@@ -13,12 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from tmu_dist.models.cells.base import Carry, CellState, Proposal, RecurrentCell
-from tmu_dist.models.cells.st_lstm import (
-    ZIGZAG_FORGET_BIAS,
-    GateLayers,
-    STLSTMCell,
-    ZigzagCell,
-)
+from tmu_dist.models.cells.gates import GateLayers
+from tmu_dist.models.cells.st_lstm import ZIGZAG_FORGET_BIAS, STLSTMCell, ZigzagCell
 from tmu_dist.models.norm import Affine
 
 CORE_FORGET_BIAS = 1.0

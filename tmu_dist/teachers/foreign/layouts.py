@@ -155,22 +155,20 @@ def _split_convlstm(shapes: Shapes) -> Layout:
 
     Each cell also has `conv_o`, `conv_last` and a forget bias of 1, but uses none of them.
     """
-    if "cell_list.0.conv_x.1.weight" in shapes:
-        raise TeacherError(
-            "cell_list.0.conv_x.1.weight: this ConvLSTM of OpenSTL (layer_norm=1) normalises what "
-            "X and H give one by one, ours normalises both together, so no weights make ours "
-            "compute the same. Only layer_norm=0 can be imported."
-        )
     cells = _modules(shapes, "cell_list")
-    rules = []
+    parts = _parts(shapes, "cell_list.0.conv_x")
+    order = (0, 1, 3, 2)
+    rules, idle = [], []
     for k, theirs in enumerate(cells):
-        both = (f"{theirs}conv_x.0.weight", f"{theirs}conv_h.0.weight")
-        rules.append(Rule(f"{_cell(k)}gates.weight", both, gates=(0, 1, 3, 2)))
-        rules.append(Rule(f"{_cell(k)}gates.bias", ()))
-    model = ModelConfig(cell="convlstm", peephole="none", forget_bias=0.0)
+        for letter in ("x", "h"):
+            apart = _gates(_cell(k), letter, f"{theirs}conv_{letter}", parts)
+            rules += [replace(rule, gates=order) for rule in apart]
+        idle += [f"{theirs}conv_o.{name}" for name in parts.values()] + [
+            f"{theirs}conv_last.weight"
+        ]
+    model = ModelConfig(cell="convlstm", gate_form="apart", peephole="none", forget_bias=0.0)
     widths = [_size(shapes, f"{theirs}conv_h.0.weight", 1) for theirs in cells]
     layout = _layout("ConvLSTM of OpenSTL", model, rules, shapes, widths)
-    idle = [theirs + name for theirs in cells for name in ("conv_o.0.weight", "conv_last.weight")]
     return replace(layout, unused=tuple(idle), check=_refuse_idle_memory)
 
 
