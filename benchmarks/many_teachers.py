@@ -14,7 +14,8 @@ first, then by seed, then by source.
 
 Every run is an ordinary one (`tmu_dist.training.loop`), kept below --work: the same command
 continues. Each is probed twenty times (its liveness events): root mean square of the memories and
-norms of the gradients, before clipping, on one training batch. Writes results.json and table.md.
+norms of the gradients, before clipping, on one training batch. Writes results.json and table.md;
+commands with other numbers of teachers or other seeds add to them.
 """
 
 from __future__ import annotations
@@ -207,19 +208,33 @@ def main() -> None:
     folders = teacher_folders(work, teacher_steps)
     configs = [student_config(work, student, folders, steps) for student in students]
     run_all("students", configs, chosen.processes)
+    command = "python -m benchmarks.many_teachers " + shlex.join(_without_folders())
     record = {
-        "command": "python -m benchmarks.many_teachers " + shlex.join(_without_folders()),
+        "commands": [{"command": command, "minutes": round((time.monotonic() - started) / 60, 1)}],
         "git_revision": git_revision(),
         "torch": torch.__version__,
-        "minutes": round((time.monotonic() - started) / 60, 1),
         "steps": steps,
         "teacher_steps": teacher_steps,
         "runs": [summary(*pair) for pair in zip(students, configs)],
     }
+    _keep_others(record, out / "results.json", students)
     out.mkdir(parents=True, exist_ok=True)
     (out / "results.json").write_text(json.dumps(record, indent=1) + "\n")
     (out / "table.md").write_text(table(record))
     print(table(record))
+
+
+def _keep_others(record: dict[str, Any], file: Path, students: Sequence[Student]) -> None:
+    """Take over what an earlier command found of other students of the same length."""
+    before = json.loads(file.read_text()) if file.exists() else {}
+    if any(before.get(name) != record[name] for name in ("steps", "teacher_steps")):
+        return
+    record["commands"] = before["commands"] + record["commands"]
+    record["runs"] += [
+        run
+        for run in before["runs"]
+        if Student(run["teachers"], run["combine"], run["clip"], run["seed"]) not in students
+    ]
 
 
 def table(record: Mapping[str, Any]) -> str:
