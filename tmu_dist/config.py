@@ -194,7 +194,7 @@ class ModelConfig:
     """ConvLSTM: shape of the peephole weights of Eq. 2 and 5; `full` ties it to one frame size."""
     forget_bias: float | None = None
     """Added to the forget gate of the memory C. None: 0 in ConvLSTM, 1 in ST-LSTM, but 0 in its TMU
-    layers with transfer.tmu.combine=paper, which lets the memory grow."""
+    layers that combine as printed (transfer.tmu.combine), which lets the memory grow."""
     gate_form: Literal["joint", "apart"] = "joint"
     """ConvLSTM: gates from one convolution of input and hidden state, or from one of each."""
     gate_norm: Literal["none", "layer"] = "none"
@@ -239,6 +239,10 @@ class ModelConfig:
         )
 
 
+_MEAN_FROM = 4
+"""Teachers from which on the memory of Eq. 5 as printed explodes before it is learned to shrink."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class TMUConfig:
     """The Transferable Memory Unit (paper, Sec. 3.2, Eqs. 3-5)."""
@@ -249,9 +253,10 @@ class TMUConfig:
     """Filter size of the transfer gates; 1 is the size that reproduces Table 1's counts."""
     gate_norm: Literal["layer", "none"] = "layer"
     """Normalise the transfer gates' pre-activations; `none` is Eq. 5 as printed."""
-    combine: Literal["paper", "mean"] = "paper"
+    combine: Literal["auto", "paper", "mean"] = "auto"
     """`paper`: Eq. 5 as printed, whose memory can grow with the number of teachers and time;
-    `mean`: the same sum divided by 1 + M, a convex combination."""
+    `mean`: the same sum divided by 1 + M, a convex combination; `auto`: `paper` for up to three
+    teachers, `mean` for more (docs/lab_log.md)."""
     hidden_from: Literal["fused", "own"] = "fused"
     """`fused`: h reads the memory after transfer (Eq. 5); `own`: before it."""
 
@@ -270,6 +275,12 @@ class TMUConfig:
             or (min(self.layers) >= 0 and len(set(self.layers)) == len(self.layers)),
             f"transfer.tmu.layers={list(self.layers)} must be different numbers from 0 on.",
         )
+
+    def combination(self, num_teachers: int) -> Literal["paper", "mean"]:
+        """How imitations are combined with the memory of a student of so many teachers."""
+        if self.combine == "auto":
+            return "paper" if num_teachers < _MEAN_FROM else "mean"
+        return self.combine
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,6 +11,7 @@ import pytest
 from tmu_dist.config import (
     ConfigError,
     RunConfig,
+    TMUConfig,
     from_dict,
     load_overrides,
     resume_conflicts,
@@ -18,6 +19,13 @@ from tmu_dist.config import (
 )
 from tmu_dist.recipes import RECIPES, get_recipe
 from tmu_dist.train import parse_command
+
+
+def test_eq_5_is_as_printed_for_the_papers_numbers_of_teachers() -> None:
+    auto = TMUConfig()
+    assert [auto.combination(m) for m in (1, 2, 3, 4, 41)] == ["paper"] * 3 + ["mean"] * 2
+    assert TMUConfig(combine="paper").combination(41) == "paper"
+    assert TMUConfig(combine="mean").combination(1) == "mean"
 
 
 def test_dotted_overrides_change_one_field() -> None:

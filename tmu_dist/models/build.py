@@ -62,7 +62,7 @@ class Layers:
         chosen = _settings(kind, self._model) | settings
         if (
             tmu is not None
-            and tmu.combine == "paper"
+            and tmu.combination(self._num_slots) == "paper"
             and self._model.forget_bias is None
             and "forget_bias" in _parameters(kind)
             and "forget_bias" not in settings
@@ -84,7 +84,7 @@ class Layers:
             map_size=(cell.window * map_size[0], map_size[1]),
             gate_kernel_size=tmu.gate_kernel_size,
             gate_norm=tmu.gate_norm,
-            combine=tmu.combine,
+            combine=tmu.combination(self._num_slots),
             norm_affine=self._model.norm_affine,
         )
         return RecurrentLayer(cell, transfer, hidden_from=tmu.hidden_from)
