@@ -40,6 +40,20 @@ def test_documents_show_the_recorded_table(document: str, name: str) -> None:
     assert table in (ROOT / document).read_text()
 
 
+@pytest.mark.parametrize(
+    ("name", "document"),
+    [
+        ("backbones-digits", "README.md"),
+        ("backbones-digits", "docs/lab_log.md"),
+        ("many-teachers", "docs/lab_log.md"),
+        ("backbones", "docs/backbones.md"),
+    ],
+)
+def test_documents_show_what_backbones_learn_and_cost(name: str, document: str) -> None:
+    table = (ROOT / "docs" / "results" / name / "table.md").read_text()
+    assert table in (ROOT / document).read_text()
+
+
 def test_the_lab_log_shows_the_speed_of_conversion() -> None:
     table = (ROOT / "docs" / "results" / "radar-conversion" / "table.md").read_text()
     assert table in (ROOT / "docs" / "lab_log.md").read_text()
