@@ -102,7 +102,14 @@ class Worker:
 
 
 def measure(
-    size: str, device: str, backbones: Sequence[str], *, rounds: int, seconds: float, cap: float
+    size: str,
+    device: str,
+    backbones: Sequence[str],
+    parts: Sequence[str],
+    *,
+    rounds: int,
+    seconds: float,
+    cap: float,
 ) -> dict[str, Any]:
     """Measure all backbones.
 
@@ -110,6 +117,7 @@ def measure(
         size: name of a size.
         device: "cpu" or "cuda".
         backbones: names of the registry.
+        parts: "train" and "test", or one of them.
         rounds: how often every cell is timed.
         seconds: of a cell in a round, at least.
         cap: most seconds of a cell in all rounds, its start included.
@@ -127,7 +135,7 @@ def measure(
             say(f"{name} is left out: {absent[name]}")
     workers = [
         Worker(Case(size, name, variant, part, device), cap)
-        for name, variant, part in itertools.product(networks, VARIANTS, PARTS)
+        for name, variant, part in itertools.product(networks, VARIANTS, parts)
     ]
     try:
         for worker in workers:
@@ -151,6 +159,7 @@ def main() -> None:
     parser.add_argument("--size", choices=tuple(SIZES), default="paper")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--backbones", choices=tuple(BACKBONES), nargs="+", default=list(BACKBONES))
+    parser.add_argument("--parts", choices=PARTS, nargs="+", default=list(PARTS))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=1.0, help="of a cell in a round, at least")
     parser.add_argument("--cap", type=float, default=300.0, help="seconds of a cell in all")
@@ -171,6 +180,7 @@ def main() -> None:
             chosen.size,
             chosen.device,
             chosen.backbones,
+            chosen.parts,
             rounds=chosen.rounds,
             seconds=chosen.seconds,
             cap=chosen.cap,

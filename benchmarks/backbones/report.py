@@ -13,6 +13,7 @@ PARTS = ("train", "test")
 Cell: TypeAlias = dict[str, Any]
 """What was measured of one part of one network: `seconds` of every round, `flops` and
 `peak_bytes` of one; and why it was `stopped`."""
+NOT_MEASURED: Cell = {"seconds": []}
 
 
 class Stated(NamedTuple):
@@ -54,7 +55,8 @@ def table(record: Mapping[str, Any]) -> str:
 
 
 def _line(record: Mapping[str, Any], label: str, network: Mapping[str, Any]) -> str:
-    counts, test, train = (network[key] for key in ("parameters", "test", "train"))
+    counts = network["parameters"]
+    test, train = (network.get(part, NOT_MEASURED) for part in ("test", "train"))
     columns = [
         label,
         f"{counts['test']:,} / {counts['train']:,}",
@@ -85,8 +87,9 @@ def _beside_paper(record: Mapping[str, Any]) -> list[str]:
         counts = " / ".join(f"{here['parameters'][part] / 1e6:.1f}M" for part in ("test", "train"))
         train, test = (_shown(_ratio(record, here, part)) for part in PARTS)
         lines.append(
-            f"| {variant}, here | {counts} | {_spread(here['train'], 1.0, 3)} | {train} "
-            f"| {_spread(here['test'], 1e3, 1)} | {test} |"
+            f"| {variant}, here | {counts} "
+            f"| {_spread(here.get('train', NOT_MEASURED), 1.0, 3)} | {train} "
+            f"| {_spread(here.get('test', NOT_MEASURED), 1e3, 1)} | {test} |"
         )
     return lines
 
@@ -96,8 +99,9 @@ def _ratio(record: Mapping[str, Any], network: Mapping[str, Any], part: str) -> 
     yardstick = record["networks"].get(YARDSTICK, {}).get("plain")
     if yardstick is None:
         return None
-    pairs = list(zip(network[part]["seconds"], yardstick[part]["seconds"]))
-    return statistics.median(own / other for own, other in pairs) if pairs else None
+    own, others = (each.get(part, NOT_MEASURED)["seconds"] for each in (network, yardstick))
+    pairs = list(zip(own, others))
+    return statistics.median(mine / other for mine, other in pairs) if pairs else None
 
 
 def _shown(ratio: float | None) -> str:
