@@ -16,6 +16,7 @@ SCRIPTS = {
     "streaming": "streaming/report",
     "backbones": "backbones/report",
     "backbones-digits": "backbones/learning",
+    "backbones-paper": "backbones/report",
     "many-teachers": "many_teachers",
 }
 """Which benchmark made which record."""
@@ -47,6 +48,7 @@ def test_documents_show_the_recorded_table(document: str, name: str) -> None:
         ("backbones-digits", "docs/lab_log.md"),
         ("many-teachers", "docs/lab_log.md"),
         ("backbones", "docs/backbones.md"),
+        ("backbones-paper", "docs/backbones.md"),
     ],
 )
 def test_documents_show_what_backbones_learn_and_cost(name: str, document: str) -> None:
