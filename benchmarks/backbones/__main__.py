@@ -16,7 +16,8 @@ sequence, closed-loop, with noise where a network takes any. Operations are thos
 and matrix products, a product with its sum counted as two. Memory is what a step needs beyond the
 libraries: weights, teachers, Adam's moments and activations.
 
-Needs torch, numpy, pydantic and pyyaml only. Writes results.json and table.md.
+Needs torch, numpy, pydantic and pyyaml only. Prints the table; with --out also writes results.json
+and table.md.
 """
 
 from __future__ import annotations
@@ -164,7 +165,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=1.0, help="of a cell in a round, at least")
     parser.add_argument("--cap", type=float, default=300.0, help="seconds of a cell in all")
     parser.add_argument("--revision", help="of this code, where git cannot tell")
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path, help="folder of results.json and table.md")
     chosen = parser.parse_args()
     if chosen.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no CUDA device here")
@@ -186,10 +187,11 @@ def main() -> None:
             cap=chosen.cap,
         ),
     }
-    chosen.out.mkdir(parents=True, exist_ok=True)
-    (chosen.out / "results.json").write_text(json.dumps(record, indent=1) + "\n")
-    (chosen.out / "table.md").write_text(table(record))
     print(table(record))
+    if chosen.out is not None:
+        chosen.out.mkdir(parents=True, exist_ok=True)
+        (chosen.out / "results.json").write_text(json.dumps(record, indent=1) + "\n")
+        (chosen.out / "table.md").write_text(table(record))
 
 
 def _machine(device: str) -> dict[str, Any]:
