@@ -184,7 +184,7 @@ def _network(model: ModelConfig) -> str:
 def _table(cards: list[TeacherCard], zoo: str) -> Table:
     table = Table(title=f"{zoo}: {len(cards)} teacher(s)")
     for heading in ("name", "method", "network", "frames", "archive", "step", "validation MSE"):
-        table.add_column(heading)
+        table.add_column(heading, overflow="fold")
     for card in cards:
         table.add_row(
             card.name,

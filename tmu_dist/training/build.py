@@ -13,6 +13,7 @@ from tmu_dist.collectives import Collectives
 from tmu_dist.config import RunConfig
 from tmu_dist.models.rollout import Predictor
 from tmu_dist.models.shapes import FrameShape
+from tmu_dist.training.adversarial import PRIOR, ROLLOUT, AdversarialStep, Discriminators
 from tmu_dist.training.schedules import learning_rate
 from tmu_dist.training.step import TrainingStep
 from tmu_dist.transfer.base import TransferMethod
@@ -55,9 +56,6 @@ def build_step(
     }
     if not training.adversarial.is_on:
         return TrainingStep(**step)
-
-    from tmu_dist.training.adversarial import PRIOR, ROLLOUT, AdversarialStep, Discriminators
-
     kinds = (ROLLOUT, PRIOR) if student.noise_size else (ROLLOUT,)
     clip_length = min(training.adversarial.clip_length, config.window.num_frames - 1)
     discriminators = Discriminators(frame, kinds, clip_length, training.adversarial).to(device)
