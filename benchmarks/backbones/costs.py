@@ -22,7 +22,6 @@ from tmu_dist.config import ModelConfig, SAVPConfig, TMUConfig, VPNConfig, Windo
 from tmu_dist.models.build import build_predictor, count_parameters, skeleton
 from tmu_dist.models.rollout import Predictor
 from tmu_dist.models.shapes import FrameShape
-from tmu_dist.teachers.adapter import TeacherPlan
 from tmu_dist.teachers.bank import FrozenTeacher, ReplicatedBank
 from tmu_dist.training.step import TrainingStep
 from tmu_dist.transfer.base import Objective, TrainingBatch, TransferMethod
@@ -127,7 +126,7 @@ def prepare_forecast(case: Case) -> tuple[Callable[[], object], Cell]:
     network = network.to(device).eval()
     window = size.window
     inputs_BTCHW = _frames(1, window.num_input_frames, size.frame, device)
-    noise_BTZ = _noise(network, 1, window.num_frames - 1, device)
+    noise_BTZ = _noise(network.noise_size, 1, window.num_frames - 1, device)
 
     def run() -> Tensor:
         return network.predict(inputs_BTCHW, window.num_target_frames, noise_BTZ=noise_BTZ)
@@ -143,13 +142,12 @@ def make_method(size: Size, backbone: str, variant: str, device: torch.device) -
     if variant == "plain":
         return Scratch(size.frame, model, objective, num_input_frames=num_input_frames)
     networks = [build_predictor(size.frame, model).to(device) for _ in range(NUM_TEACHERS)]
-    teachers = [FrozenTeacher(n, TeacherPlan.unchanged(n.memory_shapes)) for n in networks]
     return MemoryDistillation(
         size.frame,
         model,
         objective,
         tmu=TMUConfig(),
-        bank=ReplicatedBank(teachers),
+        bank=ReplicatedBank([FrozenTeacher(network) for network in networks]),
         beta=0.1,
         teacher_input="own",
         num_input_frames=num_input_frames,
@@ -187,7 +185,7 @@ def _batch(size: Size, student: Predictor, device: torch.device) -> TrainingBatc
         observed_BTCHW=None,
         sampling_mask_BT=mask_BT | (student.frame_loss == "likelihood"),
         weights_B=torch.full((BATCH_SIZE,), 1 / BATCH_SIZE, device=device),
-        noise_BTZ=_noise(student, BATCH_SIZE, window.num_frames - 1, device),
+        noise_BTZ=_noise(student.latent_size, BATCH_SIZE, window.num_frames - 1, device),
         step=1,
     )
 
@@ -196,10 +194,8 @@ def _frames(batch: int, count: int, frame: FrameShape, device: torch.device) -> 
     return torch.rand(batch, count, frame.channels, frame.height, frame.width, device=device)
 
 
-def _noise(network: Predictor, batch: int, steps: int, device: torch.device) -> Tensor | None:
-    if not network.noise_size:
-        return None
-    return torch.randn(batch, steps, network.noise_size, device=device)
+def _noise(size: int, batch: int, steps: int, device: torch.device) -> Tensor | None:
+    return torch.randn(batch, steps, size, device=device) if size else None
 
 
 def _timed(run: Callable[[], object], device: str, seconds: float) -> float:

@@ -153,13 +153,28 @@ def test_steps_one_by_one_are_the_rollout(network: Predictor) -> None:
         assert not torch.allclose(noisy.predictions_BTCHW[:, :5], rollout.predictions_BTCHW)
 
 
+def test_noise_matters_in_training_only_to_networks_with_latents(network: Predictor) -> None:
+    assert network.latent_size in (0, network.noise_size)
+    noisy = in_training(network, frames()).predictions_BTCHW
+    quiet = network(
+        frames(),
+        num_input_frames=4,
+        num_frames=7,
+        sampling_mask_BT=torch.ones(3, 2, dtype=torch.bool),
+    ).predictions_BTCHW
+    assert torch.equal(noisy, quiet) == (network.latent_size == 0)
+
+
 @pytest.mark.parametrize("cell", BACKBONES)
 def test_a_skeleton_has_the_facts_and_draws_nothing(cell: str) -> None:
     before = torch.get_rng_state()
     bones = skeleton(FRAME, small(cell))
     assert torch.equal(torch.get_rng_state(), before)
     built = build_predictor(FRAME, small(cell))
-    for fact in ("frame_loss", "memory_shapes", "noise_size", "learns_from_targets"):
+    for fact in (
+        *("frame_loss", "memory_shapes"),
+        *("noise_size", "latent_size", "learns_from_targets"),
+    ):
         assert getattr(bones, fact) == getattr(built, fact)
     assert {value.device.type for value in bones.state_dict().values()} == {"meta"}
 

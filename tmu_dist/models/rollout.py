@@ -77,6 +77,8 @@ class Predictor(nn.Module, ABC):
     """Whether `step` makes use of the true next frame where it is known."""
     noise_size: int = 0
     """Standard normal numbers that a step can make use of (Z); 0 for deterministic networks."""
+    latent_size: int = 0
+    """Those of them that choose latents, which steps with a known target have, too: all or none."""
     unrolls_prior: bool = False
     """Whether training also needs predictions whose steps know no targets beyond the inputs."""
 

@@ -56,7 +56,7 @@ def build_step(
     }
     if not training.adversarial.is_on:
         return TrainingStep(**step)
-    kinds = (ROLLOUT, PRIOR) if student.noise_size else (ROLLOUT,)
+    kinds = (ROLLOUT, PRIOR) if student.latent_size else (ROLLOUT,)
     clip_length = min(training.adversarial.clip_length, config.window.num_frames - 1)
     discriminators = Discriminators(frame, kinds, clip_length, training.adversarial).to(device)
     student.unrolls_prior = PRIOR in kinds

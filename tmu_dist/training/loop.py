@@ -350,7 +350,7 @@ class Run:
         noise = sequence_noise(
             batch.sample_ids_B,
             window.num_frames - 1,
-            self.student.noise_size,
+            self.student.latent_size,  # targets are known in training
             seed=self.config.training.seed,
             step=step,
         )

@@ -105,12 +105,11 @@ def _make_method(
 def _check_training(config: RunConfig, network: Predictor) -> None:
     """Refuse what has no effect, or no meaning, with this kind of network."""
     training, cell = config.training, config.model.cell
-    by_likelihood = network.frame_loss == "likelihood"
-    if training.kl != KLConfig() and (by_likelihood or not network.noise_size):
+    if training.kl != KLConfig() and not network.latent_size:
         raise ConfigError(
             f"training.kl only has an effect on networks with latents, not on model.cell={cell}."
         )
-    if not by_likelihood:
+    if network.frame_loss != "likelihood":
         return
     if training.sampling != "always" or training.frame_loss != "backbone":
         raise ConfigError(

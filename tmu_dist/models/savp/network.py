@@ -69,7 +69,7 @@ class SAVP(Predictor):
                 if block.layer is not None
             ],
         )
-        self.noise_size = savp.latent_size
+        self.noise_size = self.latent_size = savp.latent_size
         self.learns_from_targets = savp.latent_size > 0
         self.latents = (
             LatentPath(
