@@ -8,7 +8,7 @@ Legend: B batch, T time, C channels, H, W height, width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -60,38 +60,31 @@ class Discriminators(nn.Module):
 
     def forward(self, seen: _Seen, clip_start: int, image_index: int) -> Tensor:
         """Objective of all discriminators for each sequence, [B]: true is 1, predicted is 0."""
-        losses_B = [
-            (judgement.score_true_B - 1).square() + judgement.score_predicted_B.square()
-            for judgement in self.judge(seen, clip_start, image_index)
-        ]
+        losses_B = []
+        for look in self.looks(clip_start, image_index):
+            predicted = seen.predicted_BTCHW[look.kind]
+            # In one pass, which is one power iteration.
+            both = torch.cat([seen.true_BTCHW[:, look.place], predicted[:, look.place]])
+            true_B, predicted_B = look.network(both)[0].chunk(2)
+            losses_B.append((true_B - 1).square() + predicted_B.square())
         return torch.stack(losses_B).sum(0)
 
-    def judge(self, seen: _Seen, clip_start: int, image_index: int) -> list[_Judgement]:
-        """Every discriminator's opinion, true and predicted frames in one pass."""
+    def looks(self, clip_start: int, image_index: int) -> Iterator[_Look]:
+        """Every discriminator, and what it sees."""
         clip = slice(clip_start, clip_start + self.clip_length)
-        found = []
-        for what, place, networks in (
-            ("video", clip, self.video),
-            ("image", image_index, self.image),
-        ):
-            for kind, network in networks.items():
-                predicted = seen.predicted_BTCHW[kind]
-                both = torch.cat([seen.true_BTCHW[:, place], predicted[:, place]])
-                scores, features = network(both)
-                score_true_B, score_predicted_B = scores.chunk(2)
-                found.append(_Judgement(what, kind, score_true_B, score_predicted_B, features))
-        return found
+        for kind, network in self.video.items():
+            yield _Look("video", kind, network, clip)
+        for kind, network in self.image.items():
+            yield _Look("image", kind, network, image_index)
 
 
-class _Judgement(NamedTuple):
-    """One discriminator's opinion of a batch."""
+class _Look(NamedTuple):
+    """A discriminator of one kind of predictions, and the place in time that it sees."""
 
     what: str
     kind: str
-    score_true_B: Tensor
-    score_predicted_B: Tensor
-    features: list[Tensor]
-    """Of every layer; the first half of the batch axis is of true frames."""
+    network: nn.Module
+    place: int | slice
 
 
 class AdversarialStep(TrainingStep):
@@ -171,16 +164,19 @@ class AdversarialStep(TrainingStep):
         fooling_B: dict[str, list[Tensor]] = {
             what: [] for what, weight in weights.items() if weight
         }
-        matching_B = []
-        for judgement in self.discriminators.judge(seen, *places):
-            fooling_B[judgement.what].append((judgement.score_predicted_B - 1).square())
-            if judgement.kind == ROLLOUT:
-                matching_B += [_feature_distance(feature) for feature in judgement.features]
+        matching_B: list[Tensor] = []
+        for what, kind, network, place in self.discriminators.looks(*places):
+            score_B, features = network(seen.predicted_BTCHW[kind][:, place])
+            fooling_B[what].append((score_B - 1).square())
+            if kind == ROLLOUT and self.adversarial.feature_weight:
+                with torch.no_grad():
+                    _, true_features = network(seen.true_BTCHW[:, place])
+                matching_B += map(_feature_distance, true_features, features)
         terms = {
             f"adversarial_{what}": Term(weighted(torch.stack(each).sum(0), batch), weights[what])
             for what, each in fooling_B.items()
         }
-        if self.adversarial.feature_weight:
+        if matching_B:
             matching = weighted(torch.stack(matching_B).sum(0), batch)
             terms["feature_matching"] = Term(matching, self.adversarial.feature_weight)
         return terms
@@ -197,10 +193,10 @@ def _seen(rollout: Rollout, batch: TrainingBatch) -> _Seen:
     return _Seen(batch.frames_BTCHW[:, 1:], predicted)
 
 
-def _feature_distance(feature: Tensor) -> Tensor:
-    """1 - cosine over channels between true and predicted halves, averaged over places, [B]."""
-    true, predicted = F.normalize(feature, dim=1).chunk(2)
-    return (true - predicted).square().sum(1).mul(0.5).flatten(1).mean(1)
+def _feature_distance(true: Tensor, predicted: Tensor) -> Tensor:
+    """1 - cosine over channels, averaged over places, [B]."""
+    difference = F.normalize(true, dim=1) - F.normalize(predicted, dim=1)
+    return difference.square().sum(1).mul(0.5).flatten(1).mean(1)
 
 
 def _by_kind(make: Callable[[], nn.Module], kinds: tuple[str, ...]) -> nn.ModuleDict:
