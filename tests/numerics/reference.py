@@ -17,6 +17,8 @@ from tmu_dist.config import ModelConfig, TMUConfig
 from tmu_dist.models.build import build_predictor
 from tmu_dist.models.rollout import Predictor
 from tmu_dist.models.shapes import FrameShape
+from tmu_dist.models.stack import StackedPredictor
+from tmu_dist.models.tmu import RecurrentLayer
 
 Array = NDArray[np.float64]
 Parameters = dict[str, Array]
@@ -108,6 +110,15 @@ def fuse(
     return (fused / (1 + num_slots) if tmu.combine == "mean" else fused), imitations
 
 
+def stacked(slices_CLHW: Array) -> Array:
+    """Slices below each other, the oldest on top."""
+    return np.concatenate(list(np.moveaxis(slices_CLHW, 1, 0)), axis=1)
+
+
+def sliced(maps_CHW: Array) -> Array:
+    return np.stack(np.split(maps_CHW, 2, axis=1), axis=1)
+
+
 def patches(frame_CHW: Array) -> Array:
     """Channel (row * k + column) * C + c of a map is pixel (row, column) of every patch."""
     k = PATCH_SIZE
@@ -171,6 +182,48 @@ def check_rollout(network: Predictor, begin: Callable[[], Reference]) -> None:
                 assert len(imitations) == len(layer.imitations)
                 for ours, expected in zip(imitations, layer.imitations):
                     same(ours[b, t], expected)
+
+
+class WindowedLayer(Protocol):
+    """One layer of a network whose maps hold two time slices, for one sequence."""
+
+    def step(self, x: Array, m: Array) -> tuple[LayerOutcome, Array]:
+        """Read a window and M; the outcome, and the M for the layer above."""
+
+
+def check_windowed_rollout(
+    network: Predictor, begin: Callable[[Parameters], WindowedLayer], num_slots: int
+) -> None:
+    """Three layers, closed loop: windows of frames, zig-zag, recall of fused memories, output."""
+    frames = torch.rand(2, 3, FRAME.channels, FRAME.height, FRAME.width, dtype=torch.float64)
+    with torch.no_grad():
+        network(frames.flip(1), num_input_frames=3, num_frames=6)  # must be forgotten
+        rollout = network(frames, num_input_frames=3, num_frames=6)
+    p = parameters_of(network)
+    weight_OCL = p["output.weight"][..., 0, 0]
+    bias_O11 = p.get("output.bias", np.zeros(len(weight_OCL)))[:, None, None]
+    for b in range(2):
+        layers = [begin(parameters_of(layer)) for layer in layers_of(network)]
+        m, prediction = np.zeros((3, 2, *MAP_SIZE)), np.zeros(())
+        before = np.zeros((FRAME.channels * PATCH_SIZE**2, *MAP_SIZE))
+        for t in range(5):
+            now = patches(frames[b, t].numpy() if t < 3 else prediction)
+            x, before = np.stack([before, now], axis=1), now
+            for k, layer in enumerate(layers):
+                outcome, m = layer.step(x, m)
+                x = outcome.hidden_PHW
+                same(rollout.memories[k][b, t], outcome.memory_PHW)
+                imitations = rollout.imitations.get(k, ())
+                assert len(imitations) == len(outcome.imitations) == num_slots
+                for ours, expected in zip(imitations, outcome.imitations):
+                    same(ours[b, t], expected)
+            prediction = pixels(np.einsum("ocl,clhw->ohw", weight_OCL, x) + bias_O11)
+            same(rollout.predictions_BTCHW[b, t], prediction)
+
+
+def layers_of(network: Predictor) -> list[RecurrentLayer]:
+    assert isinstance(network, StackedPredictor)
+    return list(network.stack.layers)
 
 
 def same(ours: torch.Tensor, expected: Array) -> None:

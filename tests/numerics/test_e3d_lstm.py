@@ -7,7 +7,6 @@ own, where the cell has them below each other.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -22,23 +21,23 @@ from tests.numerics.reference import (
     LayerOutcome,
     Parameters,
     check_gradient,
+    check_windowed_rollout,
     cut,
     fuse,
+    layers_of,
     parameters_of,
-    patches,
-    pixels,
     random_network,
     same,
     sigmoid,
+    sliced,
+    stacked,
 )
 from tmu_dist.config import ModelConfig, TMUConfig
 from tmu_dist.models.build import build_predictor, count_parameters
 from tmu_dist.models.cells.base import Carry
 from tmu_dist.models.cells.e3d_lstm import recall
-from tmu_dist.models.rollout import Predictor
 from tmu_dist.models.shapes import FrameShape
-from tmu_dist.models.stack import StackedPredictor
-from tmu_dist.models.tmu import MemoryTransfer, RecurrentLayer
+from tmu_dist.models.tmu import MemoryTransfer
 
 FORMS: list[dict[str, Any]] = [
     {},
@@ -48,15 +47,6 @@ FORMS: list[dict[str, Any]] = [
     {"e3d_memory": "code"},
     {"e3d_memory": "code", "recall_window": 2, "bias": False},
 ]
-
-
-def stacked(slices_CLHW: Array) -> Array:
-    """Slices below each other, the oldest on top."""
-    return np.concatenate(list(np.moveaxis(slices_CLHW, 1, 0)), axis=1)
-
-
-def sliced(maps_CHW: Array) -> Array:
-    return np.stack(np.split(maps_CHW, 2, axis=1), axis=1)
 
 
 def conv_3d(x_CLHW: Array, p: Parameters, name: str) -> Array:
@@ -139,11 +129,6 @@ class Eidetic:
         return LayerOutcome(self.h, fused, imitations), m if self.published else new_m
 
 
-def layers_of(network: Predictor) -> Sequence[RecurrentLayer]:
-    assert isinstance(network, StackedPredictor)
-    return network.stack.layers
-
-
 @pytest.mark.parametrize("settings", FORMS, ids=str)
 def test_steps_of_a_cell_follow_the_equations(settings: dict[str, Any]) -> None:
     """With a foreign M at every step, as a cell in the middle of a network gets it."""
@@ -179,31 +164,7 @@ def test_rollouts_follow_the_equations(
     """Three layers, closed loop: windows of frames, zig-zag, recall of fused memories, output."""
     tmu = TMUConfig(**transfer)
     network = random_network("e3d_lstm", tmu=tmu, num_slots=num_slots, **settings)
-    frames = torch.rand(2, 3, FRAME.channels, FRAME.height, FRAME.width, dtype=torch.float64)
-    with torch.no_grad():
-        network(frames.flip(1), num_input_frames=3, num_frames=6)  # must be forgotten
-        rollout = network(frames, num_input_frames=3, num_frames=6)
-    p = parameters_of(network)
-    for b in range(2):
-        layers = [
-            Eidetic(parameters_of(layer), settings, tmu, num_slots) for layer in layers_of(network)
-        ]
-        m, prediction = np.zeros((3, 2, *MAP_SIZE)), np.zeros(())
-        before = np.zeros((FRAME.channels * 4, *MAP_SIZE))
-        for t in range(5):
-            now = patches(frames[b, t].numpy() if t < 3 else prediction)
-            x, before = np.stack([before, now], axis=1), now
-            for k, layer in enumerate(layers):
-                outcome, m = layer.step(x, m)
-                x = outcome.hidden_PHW
-                same(rollout.memories[k][b, t], outcome.memory_PHW)
-                imitations = rollout.imitations.get(k, ())
-                assert len(imitations) == len(outcome.imitations) == num_slots
-                for ours, expected in zip(imitations, outcome.imitations):
-                    same(ours[b, t], expected)
-            out = np.einsum("ocl,clhw->ohw", p["output.weight"][..., 0, 0], x)
-            prediction = pixels(out + p["output.bias"][:, None, None])
-            same(rollout.predictions_BTCHW[b, t], prediction)
+    check_windowed_rollout(network, lambda p: Eidetic(p, settings, tmu, num_slots), num_slots)
 
 
 @pytest.mark.parametrize("num_slots", [0, 2])

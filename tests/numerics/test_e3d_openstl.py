@@ -16,28 +16,23 @@ import pytest
 import torch
 
 from tests.numerics.reference import (
-    FRAME,
     MAP_SIZE,
     Array,
     LayerOutcome,
     Parameters,
     check_gradient,
+    check_windowed_rollout,
     cut,
     fuse,
     layer_norm,
-    parameters_of,
-    patches,
-    pixels,
     random_network,
-    same,
     sigmoid,
+    sliced,
+    stacked,
 )
 from tmu_dist.config import ModelConfig, TMUConfig
 from tmu_dist.models.build import build_predictor, count_parameters
-from tmu_dist.models.rollout import Predictor
 from tmu_dist.models.shapes import FrameShape
-from tmu_dist.models.stack import StackedPredictor
-from tmu_dist.models.tmu import RecurrentLayer
 
 FORMS: list[dict[str, Any]] = [
     {},
@@ -46,15 +41,6 @@ FORMS: list[dict[str, Any]] = [
     {"gate_norm": "layer", "norm_affine": "channel"},
     {"gate_norm": "layer", "norm_affine": "none"},
 ]
-
-
-def stacked(slices_CLHW: Array) -> Array:
-    """Slices below each other, the oldest on top."""
-    return np.concatenate(list(np.moveaxis(slices_CLHW, 1, 0)), axis=1)
-
-
-def sliced(maps_CHW: Array) -> Array:
-    return np.stack(np.split(maps_CHW, 2, axis=1), axis=1)
 
 
 def conv_3d(x_CLHW: Array, weight_OCLRS: Array) -> Array:
@@ -146,11 +132,6 @@ class Eidetic:
         return LayerOutcome(self.h, fused, imitations), m
 
 
-def layers_of(network: Predictor) -> list[RecurrentLayer]:
-    assert isinstance(network, StackedPredictor)
-    return list(network.stack.layers)
-
-
 TRANSFERS: list[tuple[int, dict[str, Any]]] = [
     (0, {}),
     (2, {}),
@@ -172,32 +153,8 @@ def test_normalisations_of_any_map_size(settings: dict[str, Any]) -> None:
 
 
 def check_rollout(settings: dict[str, Any], tmu: TMUConfig, num_slots: int) -> None:
-    """Three layers, closed loop: windows of frames, recall of fused memories, output."""
     network = random_network("e3d_openstl", tmu=tmu, num_slots=num_slots, **settings)
-    frames = torch.rand(2, 3, FRAME.channels, FRAME.height, FRAME.width, dtype=torch.float64)
-    with torch.no_grad():
-        network(frames.flip(1), num_input_frames=3, num_frames=6)  # must be forgotten
-        rollout = network(frames, num_input_frames=3, num_frames=6)
-    weight_OCL = parameters_of(network)["output.weight"][..., 0, 0]
-    for b in range(2):
-        layers = [
-            Eidetic(parameters_of(layer), settings, tmu, num_slots) for layer in layers_of(network)
-        ]
-        m, prediction = np.zeros((3, 2, *MAP_SIZE)), np.zeros(())
-        before = np.zeros((FRAME.channels * 4, *MAP_SIZE))
-        for t in range(5):
-            now = patches(frames[b, t].numpy() if t < 3 else prediction)
-            x, before = np.stack([before, now], axis=1), now
-            for k, layer in enumerate(layers):
-                outcome, m = layer.step(x, m)
-                x = outcome.hidden_PHW
-                same(rollout.memories[k][b, t], outcome.memory_PHW)
-                imitations = rollout.imitations.get(k, ())
-                assert len(imitations) == len(outcome.imitations) == num_slots
-                for ours, expected in zip(imitations, outcome.imitations):
-                    same(ours[b, t], expected)
-            prediction = pixels(np.einsum("ocl,clhw->ohw", weight_OCL, x))
-            same(rollout.predictions_BTCHW[b, t], prediction)
+    check_windowed_rollout(network, lambda p: Eidetic(p, settings, tmu, num_slots), num_slots)
 
 
 @pytest.mark.parametrize("num_slots", [0, 2])
