@@ -1,0 +1,157 @@
+"""A whole run, and the one way to change a field of it by name.
+
+YAML files, resumed runs and searches come through `with_overrides`, so an unknown name or a wrong
+type fails the same way everywhere and every check runs again. Command-line flags are parsed by tyro
+from the same dataclasses (`tmu_dist.train`).
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar, get_type_hints
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from tmu_dist.config.checks import ConfigError, require
+from tmu_dist.config.data import DataConfig, WindowConfig
+from tmu_dist.config.model import ModelConfig
+from tmu_dist.config.training import LaunchConfig, ScheduleConfig, TrainingConfig
+from tmu_dist.config.transfer import TransferConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """One training run, whole."""
+
+    output: str = "runs/default"
+    """Run folder: a path on a disk that all workers see, or a URL (s3://, gs://, az://). Starting
+    again with the same folder continues the run."""
+    window: WindowConfig = field(default_factory=WindowConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    transfer: TransferConfig = field(default_factory=TransferConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
+
+
+Config = TypeVar("Config")
+
+
+def with_overrides(config: Config, overrides: Mapping[str, Any]) -> Config:
+    """Return a copy with dotted fields replaced, such as {"training.learning_rate": 3e-4}.
+
+    Overrides that must change together (a method and its teachers) may come in any order: they
+    are applied as one change and checked once.
+
+    Raises:
+        ConfigError: an unknown field (the nearest name is suggested), a value of the wrong type,
+            or a combination that the config refuses.
+    """
+    tree: dict[str, Any] = {}
+    for path, value in flatten(overrides):
+        node = tree
+        *parents, leaf = path.split(".")
+        for key in parents:
+            node = node.setdefault(key, {})
+            require(isinstance(node, dict), f"Config field {path!r} is given twice.")
+        require(leaf not in node, f"Config field {path!r} is given twice.")
+        node[leaf] = value
+    return _replace_tree(config, tree, "")
+
+
+def _replace_tree(node: Any, changes: Mapping[str, Any], prefix: str) -> Any:
+    hints = get_type_hints(type(node))
+    names = [f.name for f in fields(node)]
+    values = {}
+    for key, value in changes.items():
+        path = prefix + key
+        if key not in names:
+            near = difflib.get_close_matches(key, names, n=1)
+            hint = f" Did you mean {prefix + near[0]!r}?" if near else ""
+            raise ConfigError(
+                f"Unknown config field {path!r}.{hint} Fields here: {', '.join(names)}."
+            )
+        current = getattr(node, key)
+        if is_dataclass(current):
+            if not isinstance(value, Mapping):
+                raise ConfigError(f"{path!r} is a section, not a value; got {value!r}.")
+            values[key] = _replace_tree(current, value, path + ".")
+        else:
+            values[key] = _checked(hints[key], value, path)
+    return replace(node, **values)
+
+
+def _checked(hint: Any, value: Any, path: str) -> Any:
+    try:
+        return TypeAdapter(hint).validate_python(value)
+    except ValidationError as error:
+        reasons = "; ".join(dict.fromkeys(e["msg"] for e in error.errors()))
+        raise ConfigError(f"{path}={value!r}: {reasons}.") from None
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield (dotted path, value) of every leaf of a nested mapping."""
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def load_overrides(path: str | Path) -> dict[str, Any]:
+    """Read a YAML (or JSON) file of partial settings, nested or dotted, as dotted overrides."""
+    file = Path(path)
+    if not file.is_file():
+        raise ConfigError(f"Config file {str(path)!r} does not exist.")
+    try:
+        tree = yaml.safe_load(file.read_text())
+    except yaml.YAMLError as error:
+        raise ConfigError(f"Config file {str(path)!r} is not valid YAML: {error}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"Config file {str(path)!r} must hold named settings, got {tree!r}.")
+    return dict(flatten(tree))
+
+
+def to_json(config: RunConfig) -> str:
+    """The resolved config as it is saved beside every run."""
+    return json.dumps(asdict(config), indent=2) + "\n"
+
+
+def from_dict(tree: Mapping[str, Any]) -> RunConfig:
+    """Rebuild a run config from `asdict` or from a saved JSON file."""
+    return with_overrides(RunConfig(), dict(flatten(tree)))
+
+
+# What may differ between a checkpoint and the command that continues it: where things lie and run.
+# An archive is compared by its manifest hash and a teacher by its weights hash, not by address.
+_FREE_TO_CHANGE = (
+    "output",
+    "launch.",
+    "schedule.",
+    "data.url",
+    "data.mix_with",
+    "data.num_workers",
+    "data.reading",
+    "data.cache_",
+    "transfer.teachers",
+    "training.num_steps",
+)
+
+
+def resume_conflicts(saved: RunConfig, wanted: RunConfig) -> list[str]:
+    """Settings that forbid continuing `saved` as `wanted`, as readable lines; empty when none."""
+    before, now = dict(flatten(asdict(saved))), dict(flatten(asdict(wanted)))
+    free = set(_FREE_TO_CHANGE)
+    if saved.training.decay_from is not None:  # then the last step shapes all steps before it
+        free.remove("training.num_steps")
+    return [
+        f"{path}: the checkpoint has {before[path]!r}, this command {now[path]!r}"
+        for path in before
+        if not path.startswith(tuple(free)) and before[path] != now[path]
+    ]
