@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 
 from tmu_dist.config import ModelConfig, TMUConfig
 from tmu_dist.models.build import build_predictor
+from tmu_dist.models.layer import RecurrentLayer
 from tmu_dist.models.rollout import Predictor
 from tmu_dist.models.shapes import FrameShape
 from tmu_dist.models.stack import StackedPredictor
-from tmu_dist.models.tmu import RecurrentLayer
 
 Array = NDArray[np.float64]
 Parameters = dict[str, Array]

@@ -19,9 +19,9 @@ from tests.numerics.reference import (
 from tmu_dist.config import ModelConfig, TMUConfig
 from tmu_dist.models.build import build_predictor
 from tmu_dist.models.cells.base import Carry, CellState
+from tmu_dist.models.layer import RecurrentLayer
 from tmu_dist.models.rollout import Predictor
 from tmu_dist.models.shapes import FrameShape
-from tmu_dist.models.tmu import RecurrentLayer
 
 
 def reference_step(

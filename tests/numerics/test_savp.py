@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from tmu_dist.config import ModelConfig, SAVPConfig, TMUConfig
 from tmu_dist.models.build import build_predictor
 from tmu_dist.models.cells.base import Carry, CellState
+from tmu_dist.models.layer import RecurrentLayer
 from tmu_dist.models.rollout import Predictor, Rollout
 from tmu_dist.models.savp.blocks import InstanceNorm, upsampled
 from tmu_dist.models.savp.cell import NormalisedConvLSTMCell
@@ -23,7 +24,7 @@ from tmu_dist.models.savp.latents import LSTM, Gaussian, GaussianHead, LSTMState
 from tmu_dist.models.savp.network import SAVP
 from tmu_dist.models.savp.transforms import Composition, as_kernels, convolve_each, warped
 from tmu_dist.models.shapes import FrameShape
-from tmu_dist.models.tmu import MemoryTransfer, RecurrentLayer
+from tmu_dist.models.tmu import MemoryTransfer
 
 FRAME = FrameShape(channels=2, height=12, width=20)
 SMALL = {"base_channels": 3, "latent_size": 4, "posterior_channels": 4}

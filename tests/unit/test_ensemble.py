@@ -55,9 +55,9 @@ from tmu_dist.evaluation.score_table import ScoreTable
 from tmu_dist.evaluation.terminal import comparison_table, terminal_summary
 from tmu_dist.models.build import build_predictor
 from tmu_dist.models.cells.base import Carry, CellState
+from tmu_dist.models.layer import LayerStep
 from tmu_dist.models.rollout import Predictor, Step
 from tmu_dist.models.shapes import FrameShape, MemoryShape
-from tmu_dist.models.tmu import LayerStep
 from tmu_dist.teachers.card import DataFacts, TeacherCard
 from tmu_dist.teachers.store import LoadedModel
 

@@ -14,11 +14,12 @@ from torch import nn
 from tmu_dist.backbones import BACKBONES
 from tmu_dist.config import ConfigError, ModelConfig, TMUConfig
 from tmu_dist.models.cells.base import RecurrentCell
+from tmu_dist.models.layer import RecurrentLayer
 from tmu_dist.models.patches import check_divisible
 from tmu_dist.models.rollout import Predictor
 from tmu_dist.models.shapes import FrameShape
 from tmu_dist.models.stack import StackedPredictor
-from tmu_dist.models.tmu import MemoryTransfer, RecurrentLayer
+from tmu_dist.models.tmu import MemoryTransfer
 
 _ALWAYS_USED = ("cell", "norm_affine")
 
@@ -57,6 +58,7 @@ class Layers:
         tmu = self._tmu
         if tmu is not None and tmu.layers != "all" and self._made not in tmu.layers:
             tmu = None
+        number = self._made
         self._made += 1
         self.used |= _parameters(kind) - settings.keys()
         chosen = _settings(kind, self._model) | settings
@@ -71,7 +73,7 @@ class Layers:
         make_cell: Callable[..., RecurrentCell] = kind
         cell = make_cell(in_channels, hidden_channels, map_size=map_size, **chosen)
         if tmu is None:
-            return RecurrentLayer(cell)
+            return RecurrentLayer(cell, number=number)
         if cell.window > 1 and tmu.gate_kernel_size > 1:
             raise ConfigError(
                 f"transfer.tmu.gate_kernel_size={tmu.gate_kernel_size} does not work with "
@@ -87,7 +89,7 @@ class Layers:
             combine=tmu.combination(self._num_slots),
             norm_affine=self._model.norm_affine,
         )
-        return RecurrentLayer(cell, transfer, hidden_from=tmu.hidden_from)
+        return RecurrentLayer(cell, transfer, hidden_from=tmu.hidden_from, number=number)
 
     def check_complete(self) -> None:
         """Refuse TMU layers that the network does not have.

@@ -10,14 +10,17 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from tmu_dist.models.cells.base import FrameLoss
+from tmu_dist.models.layer import Guide, LayerStep
 from tmu_dist.models.shapes import MemoryShape
-from tmu_dist.models.tmu import LayerStep
+
+StateName = Literal["memory", "hidden", "zigzag"]
+"""What layers remember: the memory C, the hidden state H, and in cells that have it ST-LSTM's M."""
 
 NOTHING: Mapping[str, Tensor] = MappingProxyType({})
 
@@ -52,8 +55,8 @@ class Rollout(NamedTuple):
     """Predictions of frames 2..num_frames in pixel space, unbounded floats around [0, 1]."""
     inputs_BTCHW: Tensor
     """What the network saw at each step: true frames, or its own predictions where masked out."""
-    memories: tuple[Tensor, ...]
-    """Per layer, the memory C of every step, [B, T, P, h, w]."""
+    steps: Sequence[Sequence[LayerStep]]
+    """What every layer did, by time, then by layer; `states` stacks it."""
     imitations: dict[int, tuple[Tensor, ...]]
     """Per TMU layer (by layer number), an imitation of each teacher's memory [B, T, P, h, w]."""
     objectives: Mapping[str, Tensor] = NOTHING
@@ -63,6 +66,21 @@ class Rollout(NamedTuple):
     prior_predictions_BTCHW: Tensor | None = None
     """Of stochastic networks in training: predictions from latents of the prior."""
     diagnostics: Diagnostics | None = None
+
+    @property
+    def memories(self) -> tuple[Tensor, ...]:
+        """Per layer, the memory C of every step, [B, T, P, h, w]."""
+        return self.states("memory")
+
+    def states(self, name: StateName) -> tuple[Tensor, ...]:
+        """Per layer, a state of every step, [B, T, P, h, w].
+
+        Raises:
+            ValueError: the cells have no such state.
+        """
+        return tuple(
+            _over_time([_state(step, name) for step in over_time]) for over_time in zip(*self.steps)
+        )
 
 
 class Predictor(nn.Module, ABC):
@@ -110,6 +128,7 @@ class Predictor(nn.Module, ABC):
         *,
         target_BCHW: Tensor | None,
         noise_BZ: Tensor | None,
+        guide: Guide | None = None,
     ) -> Step:
         """Read one frame and predict the next.
 
@@ -120,6 +139,8 @@ class Predictor(nn.Module, ABC):
                 input frames. The prediction of a network with `learns_from_targets` depends on
                 it, so it is never shown where a forecast is made.
             noise_BZ: standard normal numbers; None means the mean of whatever they would draw.
+            guide: to be handed to every layer that has a memory, whose output, not whose hidden
+                state, the network goes on with.
         """
 
     def forward(
@@ -130,6 +151,7 @@ class Predictor(nn.Module, ABC):
         num_frames: int,
         sampling_mask_BT: Tensor | None = None,
         noise_BTZ: Tensor | None = None,
+        guides: Sequence[Guide] | None = None,
         diagnostics: bool = False,
     ) -> Rollout:
         """Unroll over `num_frames` frames.
@@ -145,6 +167,7 @@ class Predictor(nn.Module, ABC):
                 of the target frames.
             noise_BTZ: [B, num_frames - 1, noise_size] standard normal numbers for a stochastic
                 network; None means no noise: the mean of its latents.
+            guides: what acts on the layers from outside, one a step.
             diagnostics: also return gate and memory statistics (costs a little time).
 
         Raises:
@@ -159,6 +182,7 @@ class Predictor(nn.Module, ABC):
             num_frames=num_frames,
             sampling_mask_BT=sampling_mask_BT,
             noise_BTZ=noise_BTZ,
+            guides=guides,
         )
         if sampling_mask_BT is None:
             return unroll(num_known_frames=num_input_frames, diagnostics=diagnostics)
@@ -177,6 +201,7 @@ class Predictor(nn.Module, ABC):
         num_known_frames: int,
         sampling_mask_BT: Tensor | None,
         noise_BTZ: Tensor | None,
+        guides: Sequence[Guide] | None,
         diagnostics: bool,
     ) -> Rollout:
         """The loop over time; arguments as in `forward`, and how many frames targets may show."""
@@ -193,6 +218,7 @@ class Predictor(nn.Module, ABC):
                 state,
                 target_BCHW=frames_BTCHW[:, t + 1] if t + 1 < known else None,
                 noise_BZ=None if noise_BTZ is None else noise_BTZ[:, t],
+                guide=None if guides is None else guides[t],
             )
             state = step.state
             # Predictions feed back as inputs, so they stay float32 even under autocast.
@@ -203,7 +229,7 @@ class Predictor(nn.Module, ABC):
         return Rollout(
             _over_time(predictions),
             _over_time(inputs),
-            memories=tuple(_over_time([s.state.memory_BPHW for s in k]) for k in zip(*layers)),
+            steps=layers,
             imitations=_imitations(layers),
             objectives={name: _over_time([o[name] for o in objectives]) for name in objectives[-1]},
             diagnostics=_diagnose(layers) if diagnostics else None,
@@ -293,6 +319,17 @@ class Predictor(nn.Module, ABC):
 
 def _over_time(maps: list[Tensor]) -> Tensor:
     return torch.stack(maps, dim=1)
+
+
+def _state(step: LayerStep, name: StateName) -> Tensor:
+    if name == "zigzag":
+        if step.carry.zigzag_BPHW is None:
+            raise ValueError(
+                "These cells have no zig-zag memory: that is ST-LSTM's (model.cell=predrnn, mim, "
+                "e3d_lstm)."
+            )
+        return step.carry.zigzag_BPHW
+    return step.state.memory_BPHW if name == "memory" else step.state.hidden_BPHW
 
 
 def _imitations(steps: list[Sequence[LayerStep]]) -> dict[int, tuple[Tensor, ...]]:

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from tmu_dist.models.cells.base import Carry, CellState
+from tmu_dist.models.layer import Guide, LayerStep, RecurrentLayer
 from tmu_dist.models.patches import patchify, unpatchify
 from tmu_dist.models.rollout import Predictor, Step
 from tmu_dist.models.shapes import MemoryShape
-from tmu_dist.models.tmu import LayerStep, RecurrentLayer
 
 
 class StackState(NamedTuple):
@@ -26,7 +26,7 @@ class StackState(NamedTuple):
 
 
 class RecurrentStack(nn.Module):
-    """K recurrent layers; layer k reads the hidden state of layer k - 1 at the same time step."""
+    """K recurrent layers; layer k reads what layer k - 1 puts out at the same time step."""
 
     def __init__(self, layers: Sequence[RecurrentLayer]) -> None:
         super().__init__()
@@ -36,13 +36,15 @@ class RecurrentStack(nn.Module):
         """All-zero states for inputs like `x`, the lowest layer's input."""
         return StackState(tuple(layer.cell.initial_state(x_BCHW) for layer in self.layers), Carry())
 
-    def forward(self, x_BCHW: Tensor, state: StackState) -> tuple[StackState, list[LayerStep]]:
+    def forward(
+        self, x_BCHW: Tensor, state: StackState, guide: Guide | None = None
+    ) -> tuple[StackState, list[LayerStep]]:
         """One time step of all layers; the last entry of the list is the top layer."""
         carry = state.carry
         steps: list[LayerStep] = []
         for layer, layer_state in zip(self.layers, state.layers, strict=True):
-            step = layer(x_BCHW, layer_state, carry)
-            x_BCHW, carry = step.state.hidden_BPHW, step.carry
+            step = layer(x_BCHW, layer_state, carry, guide)
+            x_BCHW, carry = step.output_BPHW, step.carry
             steps.append(step)
         ahead = Carry(zigzag_BPHW=carry.zigzag_BPHW)
         return StackState(tuple(step.state for step in steps), ahead), steps
@@ -107,11 +109,12 @@ class StackedPredictor(Predictor):
         *,
         target_BCHW: Tensor | None,
         noise_BZ: Tensor | None,
+        guide: Guide | None = None,
     ) -> Step:
         """Read the frame (and the ones before it, where cells see a window of time)."""
         maps = (*state.earlier_maps, self._patches(frame_BCHW))
-        stack_state, layers = self.stack(torch.cat(maps, 2), state.stack)
-        hidden = layers[-1].state.hidden_BPHW
+        stack_state, layers = self.stack(torch.cat(maps, 2), state.stack, guide)
+        hidden = layers[-1].output_BPHW
         if self.window == 1:
             output_BCHW = self.output(hidden)
         else:

@@ -1,16 +1,15 @@
-"""The Transferable Memory Unit: memory distillers and transfer gates around any recurrent cell.
+"""The Transferable Memory Unit: memory distillers and transfer gates (`layer` puts them in place).
 
 Legend: B batch, M teachers, C input channels, P hidden channels, H, W map height and width.
 """
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from tmu_dist.models.cells.base import Carry, CellState, RecurrentCell
 from tmu_dist.models.norm import Affine, MapLayerNorm
 
 
@@ -77,46 +76,3 @@ class MemoryTransfer(nn.Module):
 
     def _per_teacher(self, maps_BCHW: Tensor) -> Tensor:
         return maps_BCHW.unflatten(1, (self.num_teachers, -1))
-
-
-class LayerStep(NamedTuple):
-    """One layer's time step, with what losses and diagnostics may read."""
-
-    state: CellState
-    carry: Carry
-    forget_BPHW: Tensor | None
-    imitations_BMPHW: Tensor | None = None
-    gates_BMPHW: Tensor | None = None
-
-
-class RecurrentLayer(nn.Module):
-    """A cell, with or without memory transfer; without, it is the plain network (M = 0)."""
-
-    def __init__(
-        self,
-        cell: RecurrentCell,
-        transfer: MemoryTransfer | None = None,
-        *,
-        hidden_from: Literal["fused", "own"] = "fused",
-    ) -> None:
-        super().__init__()
-        self.cell = cell
-        self.transfer = transfer
-        self.hidden_from = hidden_from
-
-    def forward(self, x_BCHW: Tensor, state: CellState, carry: Carry) -> LayerStep:
-        """One time step; the transfer gates read the input and the previous hidden state."""
-        proposal = self.cell.propose(x_BCHW, state, carry)
-        own = proposal.memory_BPHW
-        if self.transfer is None:
-            new_state, new_carry = self.cell.emit(proposal, own)
-            return LayerStep(new_state, new_carry, proposal.forget_BPHW)
-
-        imitations = self.transfer.imitate(own)
-        gates = self.transfer.transfer_gates(x_BCHW, state.hidden_BPHW)
-        fused = self.transfer.fuse(own, imitations, gates)
-        new_state, new_carry = self.cell.emit(
-            proposal, fused if self.hidden_from == "fused" else own
-        )
-        new_state = new_state._replace(memory_BPHW=fused)
-        return LayerStep(new_state, new_carry, proposal.forget_BPHW, imitations, gates)

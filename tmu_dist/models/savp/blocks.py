@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tmu_dist.models.layer import RecurrentLayer
 from tmu_dist.models.shapes import FrameShape
-from tmu_dist.models.tmu import RecurrentLayer
 
 Module = TypeVar("Module", bound=nn.Conv2d | nn.Conv3d | nn.Linear)
 Upsampling = Literal["exact", "plain"]

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tmu_dist.config import SAVPConfig
 from tmu_dist.models.build import Layers
 from tmu_dist.models.cells.base import Carry, CellState
+from tmu_dist.models.layer import Guide, LayerStep, RecurrentLayer
 from tmu_dist.models.rollout import NOTHING, Predictor, Step
 from tmu_dist.models.savp.blocks import (
     Block,
@@ -30,7 +31,6 @@ from tmu_dist.models.savp.cell import NormalisedConvLSTMCell
 from tmu_dist.models.savp.latents import LatentPath, LatentState
 from tmu_dist.models.savp.transforms import Composition, Flow, ImageKernels, PixelKernels
 from tmu_dist.models.shapes import FrameShape, MemoryShape
-from tmu_dist.models.tmu import LayerStep, RecurrentLayer
 
 
 class SAVPState(NamedTuple):
@@ -124,6 +124,7 @@ class SAVP(Predictor):
         *,
         target_BCHW: Tensor | None,
         noise_BZ: Tensor | None,
+        guide: Guide | None = None,
     ) -> Step:
         """Draw a latent, run encoder and decoder, and mix moved and kept pixels."""
         latent_state, latent_BZ, objectives = None, None, NOTHING
@@ -134,7 +135,7 @@ class SAVP(Predictor):
             latent_BZ = latent_state.smoothed.hidden_BF
             if divergence_B is not None:
                 objectives = {"kl_BT": divergence_B}
-        encoded, decoded, steps = self._maps(frame_BCHW, state, latent_BZ)
+        encoded, decoded, steps = self._maps(frame_BCHW, state, latent_BZ, guide)
         moved_BNCHW = self.transformation(frame_BCHW, encoded, decoded)
         kept_BKCHW = torch.stack([frame_BCHW, state.first_frame_BCHW], dim=1)
         prediction = self.composition(decoded, torch.cat([moved_BNCHW, kept_BKCHW], dim=1))
@@ -144,7 +145,11 @@ class SAVP(Predictor):
         )
 
     def _maps(
-        self, frame_BCHW: Tensor, state: SAVPState, latent_BZ: Tensor | None
+        self,
+        frame_BCHW: Tensor,
+        state: SAVPState,
+        latent_BZ: Tensor | None,
+        guide: Guide | None,
     ) -> tuple[Tensor, Tensor, list[LayerStep]]:
         """The encoder's last maps, the decoder's last maps, and the ConvLSTMs' steps."""
         states = iter(state.layers)
@@ -152,12 +157,12 @@ class SAVP(Predictor):
         x = torch.cat([frame_BCHW, state.first_frame_BCHW], dim=1)
         encoded = []
         for block in self.encoder:
-            x = _through(block, x, latent_BZ, states, steps)
+            x = _through(block, x, latent_BZ, states, steps, guide)
             encoded.append(x)
         for k, block in enumerate(self.decoder):
             if k:
                 x = torch.cat([x, encoded[-1 - k]], dim=1)
-            x = _through(block, x, latent_BZ, states, steps)
+            x = _through(block, x, latent_BZ, states, steps, guide)
         return encoded[-1], x, steps
 
 
@@ -167,14 +172,15 @@ def _through(
     latent_BZ: Tensor | None,
     states: Iterator[CellState],
     steps: list[LayerStep],
+    guide: Guide | None,
 ) -> Tensor:
     """A block's output; takes its ConvLSTM's state and notes the step."""
     x_BCHW = block.resample(with_latent(x_BCHW, latent_BZ))
     if block.layer is None:
         return x_BCHW
-    step: LayerStep = block.layer(with_latent(x_BCHW, latent_BZ), next(states), Carry())
+    step: LayerStep = block.layer(with_latent(x_BCHW, latent_BZ), next(states), Carry(), guide)
     steps.append(step)
-    return step.state.hidden_BPHW
+    return step.output_BPHW
 
 
 def _encoder(frame: FrameShape, table: BlockTable, layers: Layers, savp: SAVPConfig) -> list[Block]:

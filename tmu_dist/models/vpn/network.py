@@ -16,6 +16,7 @@ from tmu_dist.config import VPNConfig
 from tmu_dist.models.build import Layers
 from tmu_dist.models.cells.base import Carry, CellState
 from tmu_dist.models.cells.convlstm import ConvLSTMCell
+from tmu_dist.models.layer import Guide
 from tmu_dist.models.rollout import Predictor, Step
 from tmu_dist.models.shapes import FrameShape, MemoryShape
 from tmu_dist.models.vpn.blocks import CausalConv2d, ResidualMultiplicativeBlock, convolution
@@ -155,10 +156,11 @@ class VideoPixelNetwork(Predictor):
         *,
         target_BCHW: Tensor | None,
         noise_BZ: Tensor | None,
+        guide: Guide | None = None,
     ) -> Step:
         """Read the frame; decode the next one, by teacher forcing where it is known."""
-        layer = self.memory(self.encoder(frame_BCHW), state, Carry())
-        context_BDHW = self.context(layer.state.hidden_BPHW)
+        layer = self.memory(self.encoder(frame_BCHW), state, Carry(), guide)
+        context_BDHW = self.context(layer.output_BPHW)
         if target_BCHW is None:
             prediction = self._decode(context_BDHW.to(frame_BCHW.dtype), noise_BZ)
             return Step(prediction, layer.state, (layer,))
