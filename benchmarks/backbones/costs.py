@@ -24,7 +24,7 @@ from tmu_dist.models.rollout import Predictor
 from tmu_dist.models.shapes import FrameShape
 from tmu_dist.teachers.bank import FrozenTeacher, ReplicatedBank
 from tmu_dist.training.step import TrainingStep
-from tmu_dist.transfer.base import Objective, TrainingBatch, TransferMethod
+from tmu_dist.transfer.base import Objective, Task, TrainingBatch, TransferMethod
 from tmu_dist.transfer.scratch import Scratch
 from tmu_dist.transfer.tmu import MemoryDistillation
 
@@ -137,20 +137,21 @@ def prepare_forecast(case: Case) -> tuple[Callable[[], object], Cell]:
 def make_method(size: Size, backbone: str, variant: str, device: torch.device) -> TransferMethod:
     """Training from scratch, or memory transfer from teachers with random weights."""
     model = size.models[backbone]
-    objective = Objective(skeleton(size.frame, model).frame_loss)
-    num_input_frames = size.window.num_input_frames
+    task = Task(
+        frame=size.frame,
+        model=model,
+        objective=Objective(skeleton(size.frame, model).frame_loss),
+        num_input_frames=size.window.num_input_frames,
+    )
     if variant == "plain":
-        return Scratch(size.frame, model, objective, num_input_frames=num_input_frames)
+        return Scratch(task)
     networks = [build_predictor(size.frame, model).to(device) for _ in range(NUM_TEACHERS)]
     return MemoryDistillation(
-        size.frame,
-        model,
-        objective,
+        task,
         tmu=TMUConfig(),
         bank=ReplicatedBank([FrozenTeacher(network) for network in networks]),
         beta=0.1,
         teacher_input="own",
-        num_input_frames=num_input_frames,
     )
 
 

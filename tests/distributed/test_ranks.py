@@ -31,7 +31,7 @@ from tmu_dist.run_folder import read_log
 from tmu_dist.training.build import build_step
 from tmu_dist.training.loop import train
 from tmu_dist.training.step import TrainingStep
-from tmu_dist.transfer.base import Objective, TrainingBatch
+from tmu_dist.transfer.base import Objective, Task, TrainingBatch
 from tmu_dist.transfer.scratch import Scratch
 
 pytestmark = pytest.mark.distributed
@@ -146,9 +146,9 @@ def _backbone_update(collectives: Collectives, cell: str, folder: str) -> None:
     )
     kl_weight = 0.5 if cell in BACKBONES else 0.0
     objective = Objective(skeleton(FRAME, model).frame_loss, kl_weight=lambda step: kl_weight)
-    method = Scratch(FRAME, model, objective, num_input_frames=3)
+    method = Scratch(Task(frame=FRAME, model=model, objective=objective, num_input_frames=3))
     student = method.build_student()
-    step = build_step(config, method, student, FRAME, CPU, collectives)
+    step = build_step(config, method, student, student, CPU, collectives)
     ranks = collectives.ranks
     share = 4 // ranks.world_size
     rows = slice(ranks.rank * share, (ranks.rank + 1) * share)

@@ -42,7 +42,7 @@ from tmu_dist.teachers.adapter import (
 )
 from tmu_dist.teachers.bank import FrozenTeacher, ReplicatedBank
 from tmu_dist.teachers.card import DataFacts, TeacherCard, TeacherError
-from tmu_dist.transfer.base import Objective, Reduction, observed_share
+from tmu_dist.transfer.base import Objective, Reduction, Task, observed_share
 from tmu_dist.transfer.tmu import MemoryDistillation, ProjectedStudent
 
 GREY_CODES = Units(
@@ -89,7 +89,7 @@ def card_of(frame: FrameShape, model: ModelConfig, data: DataFacts = DATA) -> Te
 
 def plan_of(
     card: TeacherCard,
-    adapter: AdapterConfig | None,
+    adapter: AdapterConfig,
     model: ModelConfig = TINY_MODEL,
     frame: FrameShape = FRAME,
     taught: Literal["all"] | tuple[int, ...] = "all",
@@ -119,9 +119,12 @@ def classroom(
 ) -> MemoryDistillation:
     """A student and its teachers, whose weights come from the seeds."""
     return MemoryDistillation(
-        frame,
-        model,
-        Objective("likelihood" if model == VPN else "l2", reduction=reduction),
+        Task(
+            frame=frame,
+            model=model,
+            objective=Objective("likelihood" if model == VPN else "l2", reduction=reduction),
+            num_input_frames=INPUTS,
+        ),
         tmu=TMUConfig(layers=layers),
         bank=ReplicatedBank(
             [
@@ -131,7 +134,6 @@ def classroom(
         ),
         beta=beta,
         teacher_input=teacher_input,
-        num_input_frames=INPUTS,
     )
 
 
@@ -179,7 +181,7 @@ def settings_of(names: Sequence[str]) -> AdapterConfig:
     return AdapterConfig(**dict(name.split("=") for name in names))  # type: ignore[arg-type]
 
 
-def bridges_named_in(card: TeacherCard, adapter: AdapterConfig | None) -> set[str]:
+def bridges_named_in(card: TeacherCard, adapter: AdapterConfig) -> set[str]:
     """The settings that a refusal proposes."""
     with pytest.raises(TeacherError, match="does not fit the student") as refusal:
         plan_of(card, adapter)
@@ -190,7 +192,6 @@ def bridges_named_in(card: TeacherCard, adapter: AdapterConfig | None) -> set[st
 def test_every_difference_is_refused_by_the_name_of_its_setting(kind: str) -> None:
     card, bridges = DIFFERENCES[kind]
     assert bridges_named_in(card, AdapterConfig()) == set(bridges)
-    assert bridges_named_in(card, None) == set()  # finetuning: no setting would help
     for missing in bridges:
         others = settings_of([name for name in bridges if name != missing])
         assert bridges_named_in(card, others) == {missing}
@@ -221,7 +222,7 @@ def test_a_bridged_teacher_teaches_and_stays_as_it_was(kind: str) -> None:
 def test_only_dimensions_count_not_cells_or_patches() -> None:
     """The paper's rule; a teacher that needs no adapter is used as it is, declared or not."""
     for model in (TINY_MODEL, PREDRNN, MIM, replace(TINY_MODEL, peephole="none")):
-        for adapter in (AdapterConfig(), ANY, None):
+        for adapter in (AdapterConfig(), ANY):
             plan = plan_of(card_of(FRAME, model), adapter)
             assert plan == TeacherPlan.unchanged(skeleton(FRAME, TINY_MODEL).memory_shapes)
     for student, teacher in ((TINY_MODEL, PREDRNN), (PREDRNN, TINY_MODEL), (E3D, E3D)):
@@ -280,7 +281,8 @@ def test_layer_maps(teachers: int, students: int, layers: Any, expected: list[in
     plan = plan_of(card, adapter, model)
     assert [plan.layers[k].teacher_layer for k in range(students)] == expected
     method = classroom([card], adapter, model=model)
-    (found,) = method._teach(method.unroll(student_of(method), batch()), batch())
+    (taught,) = method.teach(batch())
+    found = taught.states["memory"]
     memories = run_alone(network_of(card, 1), batch().frames_BTCHW)
     for k, layer in enumerate(expected):
         assert torch.equal(found[k], memories[layer])
@@ -361,7 +363,8 @@ def test_a_teacher_reads_frames_of_its_own_size(
     mask = given.sampling_mask_BT if choice == "own" else torch.ones(2, 2, dtype=torch.bool)
     small = F.avg_pool2d(seen.flatten(0, 1), 2).unflatten(0, (2, 6))
     expected = run_alone(network_of(card, 1), small, sampling_mask_BT=mask)
-    (found,) = method._teach(rollout, given)
+    (taught,) = method.teach(given, rollout)
+    found = taught.states["memory"]
     for k in range(2):
         torch.testing.assert_close(found[k], expected[k])
         assert not found[k].requires_grad
@@ -434,12 +437,12 @@ def test_missing_pixels_leave_no_trace_through_adapters() -> None:
     rollout = method.unroll(trainee, given)
     leaves = [x.detach().requires_grad_() for x in rollout.imitations[0]]
     rollout = rollout._replace(imitations={0: tuple(leaves)})
-    loss = method._distillation(rollout, method._teach(rollout, given), given)
+    loss = method._distillation(rollout, method.teach(given, rollout), given)
     share = observed_share(given.observed_BTCHW[:, :-1], leaves[0], MemoryShape(4, 4, 4))
     for gradient in torch.autograd.grad(loss, leaves):
         assert torch.equal(gradient != 0, (share > 0).expand_as(gradient))
     report = method.liveness(trainee, given)
-    assert report is not None and report.distillation_gradient_norm > 0
+    assert report is not None and report.teaching_gradient_norm > 0
 
 
 @pytest.mark.parametrize("size", [3, 2, 0, None])
@@ -453,7 +456,7 @@ def test_noise_goes_to_teachers_that_use_as_much(size: int | None) -> None:
     )
     noise_BTZ = None if size is None else torch.randn(2, 5, size)
     given = batch()
-    method.bank.memories(
+    method.bank.teach(
         given.frames_BTCHW,
         num_input_frames=INPUTS,
         num_frames=6,

@@ -24,7 +24,7 @@ from tmu_dist.training.adversarial import PRIOR, ROLLOUT, AdversarialStep
 from tmu_dist.training.build import build_step
 from tmu_dist.training.schedules import random_index
 from tmu_dist.training.step import TrainingStep
-from tmu_dist.transfer.base import Objective, TrainingBatch
+from tmu_dist.transfer.base import Objective, Task, TrainingBatch
 from tmu_dist.transfer.scratch import Scratch
 
 FRAME = FrameShape(channels=1, height=16, width=16)
@@ -44,9 +44,16 @@ def make(model: ModelConfig, adversarial: AdversarialConfig) -> TrainingStep:
         training=TrainingConfig(reverse_input="off", adversarial=adversarial, adam_beta1=0.5),
     )
     objective = Objective("l1", frame_weight=100.0)
-    method = Scratch(FRAME, model, objective, num_input_frames=WINDOW.num_input_frames)
+    method = Scratch(
+        Task(
+            frame=FRAME,
+            model=model,
+            objective=objective,
+            num_input_frames=WINDOW.num_input_frames,
+        )
+    )
     student = method.build_student()
-    return build_step(config, method, student, FRAME, torch.device("cpu"), Collectives())
+    return build_step(config, method, student, student, torch.device("cpu"), Collectives())
 
 
 def batch(model: ModelConfig) -> TrainingBatch:

@@ -71,11 +71,11 @@ def share_of(given: TrainingBatch) -> Tensor:
 
 
 def prediction_of(method: MemoryDistillation, rollout: Rollout, given: TrainingBatch) -> Tensor:
-    return method.objective.terms(rollout, given)["prediction"].value
+    return method.task.objective.terms(rollout, given)["prediction"].value
 
 
 def distillation_of(method: MemoryDistillation, rollout: Rollout, given: TrainingBatch) -> Tensor:
-    return method._distillation(rollout, method._teach(rollout, given), given)
+    return method._distillation(rollout, method.teach(given, rollout), given)
 
 
 # The definitions
@@ -108,10 +108,10 @@ def test_distillation_weighs_memories_by_what_was_observed_under_them(
     method = tmu_method(1, 2, reduction=reduction)
     given = masked_batch()
     rollout = method.unroll(student_of(method), given)
-    memories = method._teach(rollout, given)
+    teachings = method.teach(given, rollout)
     assert given.observed_BTCHW is not None
     observed = given.observed_BTCHW.numpy()
-    size, steps, k = len(observed), 5, method.model.patch_size
+    size, steps, k = len(observed), 5, method.task.model.patch_size
     expected = 0.0
     for b in range(size):
         shares = np.zeros((steps, 4, 4))
@@ -121,12 +121,17 @@ def test_distillation_weighs_memories_by_what_was_observed_under_them(
         assert (shares == 0).any() and ((shares > 0) & (shares < 1)).any() == (b < size - 1)
         for layer, imitations in rollout.imitations.items():
             for m in range(2):
-                error = (imitations[m][b] - memories[m][layer][b]).detach().double().numpy()
+                error = (
+                    (imitations[m][b] - teachings[m].states["memory"][layer][b])
+                    .detach()
+                    .double()
+                    .numpy()
+                )
                 total = (error**2 * shares[:, None]).sum()
                 channels = error.shape[1]
                 counted = channels * shares.sum() if reduction == "mean" else 1
                 expected += float(given.weights_B[b]) * (total / counted if shares.any() else 0)
-    found = method._distillation(rollout, memories, given)
+    found = method._distillation(rollout, teachings, given)
     assert found.item() == pytest.approx(expected, rel=1e-5)
 
 
@@ -152,7 +157,7 @@ def test_nothing_missing_is_the_plain_loss(reduction: Reduction) -> None:
     student = student_of(method)
     terms = method.loss(student, given)
     rollout = method.unroll(student, given)
-    memories = method._teach(rollout, given)
+    teachings = method.teach(given, rollout)
 
     def plain(error: Tensor) -> Tensor:
         squares = error.square().flatten(1)
@@ -161,9 +166,9 @@ def test_nothing_missing_is_the_plain_loss(reduction: Reduction) -> None:
     prediction = plain(rollout.predictions_BTCHW - given.frames_BTCHW[:, 1:])
     distillation = torch.stack(
         [
-            plain(imitation - memory[k])
+            plain(imitation - taught.states["memory"][k])
             for k, imitations in rollout.imitations.items()
-            for imitation, memory in zip(imitations, memories, strict=True)
+            for imitation, taught in zip(imitations, teachings, strict=True)
         ]
     ).sum(0)
     values = {name: term.value for name, term in terms.terms.items()}
@@ -269,7 +274,7 @@ def test_liveness_looks_at_what_was_observed() -> None:
     student = student_of(method)
     given = masked_batch()
     report = method.liveness(student, given)
-    assert report is not None and report.distillation_gradient_norm > 0
+    assert report is not None and report.teaching_gradient_norm > 0
 
     rollout = method.unroll(student, given)
     memory = teacher(2)(
@@ -300,7 +305,7 @@ def test_liveness_looks_at_what_was_observed() -> None:
         ).norm()
         for x in losses
     ]
-    assert report.distillation_gradient_norm == pytest.approx(norms[0].item(), rel=1e-5)
+    assert report.teaching_gradient_norm == pytest.approx(norms[0].item(), rel=1e-5)
     assert norms[0].item() != pytest.approx(norms[1].item(), rel=1e-3)
 
 

@@ -100,13 +100,13 @@ def test_liveness_is_measured_on_the_student_through_its_projections() -> None:
     trainee = trainee_of(method)
     assert isinstance(trainee, ProjectedStudent)
     rollout = method.unroll(trainee, batch())
-    loss = method.beta * method._distillation(rollout, method._teach(rollout, batch()), batch())
+    loss = method.beta * method._distillation(rollout, method.teach(batch(), rollout), batch())
     of_student = list(trainee.student.parameters())
     found = torch.autograd.grad(loss, of_student, allow_unused=True)
     norm = torch.cat([g.flatten() for g in found if g is not None]).norm()
     report = method.liveness(trainee, batch())
     assert report is not None
-    assert report.distillation_gradient_norm == pytest.approx(norm.item(), rel=1e-5)
+    assert report.teaching_gradient_norm == pytest.approx(norm.item(), rel=1e-5)
     # Imitations that are constant teach projections, and only those.
     for layer in trainee.student.stack.layers:
         layer.transfer.distiller_norm.gain.requires_grad_(False).zero_()
@@ -151,4 +151,4 @@ def test_a_run_with_projections_continues_bit_for_bit(
         count_parameters(load_model(run).model) for run in teacher_runs
     )
     liveness = [e for e in read_log(Path(result.run)) if e["event"] == "liveness"]
-    assert liveness and all(e["distillation_gradient_norm"] > 0 for e in liveness)
+    assert liveness and all(e["teaching_gradient_norm"] > 0 for e in liveness)

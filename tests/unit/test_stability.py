@@ -12,7 +12,7 @@ from tmu_dist.models.build import build_predictor
 from tmu_dist.models.rollout import Predictor
 from tmu_dist.models.shapes import FrameShape
 from tmu_dist.teachers.bank import FrozenTeacher, ReplicatedBank
-from tmu_dist.transfer.base import Objective, TrainingBatch
+from tmu_dist.transfer.base import Objective, Task, TrainingBatch
 from tmu_dist.transfer.tmu import MemoryDistillation
 
 FRAME = FrameShape(channels=1, height=16, width=16)
@@ -63,14 +63,11 @@ def test_a_student_of_forty_one_teachers_takes_a_step(combine: str) -> None:
     torch.manual_seed(0)
     teachers = [FrozenTeacher(build_predictor(FRAME, TINY)) for _ in range(41)]
     method = MemoryDistillation(
-        FRAME,
-        TINY,
-        Objective(),
+        Task(frame=FRAME, model=TINY, objective=Objective(), num_input_frames=3),
         tmu=TMUConfig(combine=combine),  # type: ignore[arg-type]
         bank=ReplicatedBank(teachers),
         beta=0.1,
         teacher_input="own",
-        num_input_frames=3,
     )
     student = method.build_student()
     batch = TrainingBatch(

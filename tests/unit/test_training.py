@@ -218,7 +218,7 @@ def test_run_folder_tells_who_made_it(tmu_config: RunConfig) -> None:
     assert list((folder / "tensorboard").iterdir())
     liveness = [e for e in read_log(folder) if e["event"] == "liveness"]
     assert liveness[0]["step"] == 0
-    assert all(e["distillation_gradient_norm"] > 0 for e in liveness)
+    assert all(e["teaching_gradient_norm"] > 0 for e in liveness)
     card = load_card(str(folder))
     assert card.data.normalisation == "stored uint8 / 255"
     assert card.teachers == ("teacher-1", "teacher-2")

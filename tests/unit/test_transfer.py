@@ -17,6 +17,7 @@ from tmu_dist.transfer.base import (
     LossTerms,
     Objective,
     Reduction,
+    Task,
     Term,
     TrainingBatch,
 )
@@ -42,6 +43,15 @@ def teacher(seed: int) -> Predictor:
     return build_predictor(FRAME, TINY_MODEL)
 
 
+def task(reduction: Reduction = "mean") -> Task:
+    return Task(
+        frame=FRAME,
+        model=TINY_MODEL,
+        objective=Objective(reduction=reduction),
+        num_input_frames=INPUTS,
+    )
+
+
 def tmu_method(
     *seeds: int,
     beta: float = 0.1,
@@ -50,14 +60,11 @@ def tmu_method(
     layers: tuple[int, ...] | str = "all",
 ) -> MemoryDistillation:
     return MemoryDistillation(
-        FRAME,
-        TINY_MODEL,
-        Objective(reduction=reduction),
+        task(reduction),
         tmu=TMUConfig(layers=layers),  # type: ignore[arg-type]
         bank=ReplicatedBank([FrozenTeacher(teacher(seed)) for seed in seeds]),
         beta=beta,
         teacher_input=teacher_input,  # type: ignore[arg-type]
-        num_input_frames=INPUTS,
     )
 
 
@@ -80,9 +87,7 @@ def test_teachers_change_what_the_student_learns() -> None:
 
 
 def test_beta_zero_equals_the_same_network_without_teachers_bit_for_bit() -> None:
-    alone = Scratch(
-        FRAME, TINY_MODEL, Objective(), num_input_frames=INPUTS, tmu=TMUConfig(), num_slots=2
-    )
+    alone = Scratch(task(), tmu=TMUConfig(), num_slots=2)
     weights = []
     for method in (tmu_method(1, 2, beta=0.0), alone):
         student = student_of(method)
@@ -171,7 +176,7 @@ def test_liveness_reports_and_leaves_no_trace() -> None:
     student = student_of(method)
     report = method.liveness(student, batch())
     assert report is not None
-    assert report.distillation_gradient_norm > 0
+    assert report.teaching_gradient_norm > 0
     assert len(report.gate_means) == len(report.memory_correlation) == 2
     assert all(0 < gate < 1 for layer in report.gate_means for gate in layer)
     assert all(-1 <= c <= 1 for layer in report.memory_correlation for c in layer)

@@ -76,7 +76,7 @@ class ParameterCounts:
     """Numbers of weights."""
 
     train: int
-    """Resident while training: the student and its frozen teachers."""
+    """Resident while training: the student, what is trained beside it, its frozen teachers."""
     test: int
     """Needed to predict."""
 
@@ -107,7 +107,8 @@ class TransferGates:
 
 
 RUNTIME_DEFINITIONS = {
-    "parameters.train": "weights resident while training: the student and its frozen teachers",
+    "parameters.train": "weights resident while training: the student, what is trained "
+    "beside it, and its frozen teachers",
     "parameters.test": "weights needed to predict",
     "ms_per_sequence_batch_1": "milliseconds to predict one whole sequence, one sequence at a "
     "time: median of repeats after warm-up, without reading and scoring",

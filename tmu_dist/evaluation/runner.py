@@ -319,7 +319,9 @@ def evaluate(
             for name, scores in errors.items()
         },
         gates=gates,
-        parameters=ParameterCounts(train=own + sum(card.teacher_parameters), test=own),
+        parameters=ParameterCounts(
+            train=own + card.auxiliary_parameters + sum(card.teacher_parameters), test=own
+        ),
         runtime=runtime,
         radar=None if radar is None else _radar_result(scored, radar, flow),
         ensemble=ensemble,

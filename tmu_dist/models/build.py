@@ -156,6 +156,11 @@ def count_parameters(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
+def count_trained(module: nn.Module) -> int:
+    """Number of weights that an optimiser may change."""
+    return sum(p.numel() for p in module.parameters() if p.requires_grad)
+
+
 def _stack(
     kind: type[RecurrentCell], frame: FrameShape, model: ModelConfig, layers: Layers
 ) -> StackedPredictor:

@@ -11,7 +11,7 @@ N any axes in one.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Literal, NamedTuple
 
 import torch.nn.functional as F
@@ -76,7 +76,7 @@ def plan_teacher(
     card: TeacherCard,
     memories: Sequence[MemoryShape],
     student: StudentFacts,
-    adapter: AdapterConfig | None,
+    adapter: AdapterConfig,
 ) -> TeacherPlan:
     """Decide how a teacher is used, or refuse it.
 
@@ -88,13 +88,12 @@ def plan_teacher(
         card: of the teacher.
         memories: shapes of the teacher's memories.
         student: what they are compared with.
-        adapter: the differences that are wanted; None: there can be none (finetuning).
+        adapter: the differences that are wanted.
 
     Raises:
         TeacherError: lists every other difference, and the setting that would bridge it.
     """
-    settings = adapter or AdapterConfig()
-    layer_map, differences = _map_layers(settings.layers, len(memories), len(student.memories))
+    layer_map, differences = _map_layers(adapter.layers, len(memories), len(student.memories))
     layers = {
         k: LayerPlan(teacher_layer, memories[teacher_layer], student.memories[k])
         for k, teacher_layer in enumerate(layer_map)
@@ -103,10 +102,29 @@ def plan_teacher(
     differences += _memory_differences(layers)
     differences += _frame_differences(card.frame, student.frame)
     differences += _data_differences(card.data, student.data)
-    declared = {f"transfer.adapter.{name}={value}" for name, value in asdict(settings).items()}
+    _refuse(card, differences, adapter)
+    return TeacherPlan(frame=None if card.frame == student.frame else card.frame, layers=layers)
+
+
+def check_start(card: TeacherCard, data: DataFacts, adapter: AdapterConfig) -> None:
+    """Refuse weights that learned from numbers of another meaning; tensors speak for themselves.
+
+    Raises:
+        TeacherError: lists the differences.
+    """
+    unused = [entry.name for entry in fields(adapter) if entry.name != "units"]
+    if any(getattr(adapter, name) != getattr(AdapterConfig(), name) for name in unused):
+        raise TeacherError(
+            f"Teacher {card.name!r} is only started from, so of transfer.adapter only units has an "
+            "effect: leave the others out."
+        )
+    _refuse(card, _data_differences(card.data, data), adapter)
+
+
+def _refuse(card: TeacherCard, differences: list[_Difference], adapter: AdapterConfig) -> None:
+    declared = {f"transfer.adapter.{name}={value}" for name, value in asdict(adapter).items()}
     wrong = [
-        f"{d.what}: teacher {d.teacher}, student {d.student}"
-        + (f" ({d.bridge})" if adapter else "")
+        f"{d.what}: teacher {d.teacher}, student {d.student} ({d.bridge})"
         for d in differences
         if d.bridge not in declared
     ]
@@ -114,10 +132,9 @@ def plan_teacher(
         raise TeacherError(
             f"Teacher {card.name!r} does not fit the student: {'; '.join(wrong)}. Memories are "
             "compared element by element (paper, Sec. 4): change the student's model.* settings "
-            "or the archive to match, pretrain the teacher with the student's"
-            + (", or declare a difference as wanted by the setting beside it." if adapter else ".")
+            "or the archive to match, pretrain the teacher with the student's, or declare a "
+            "difference as wanted by the setting beside it."
         )
-    return TeacherPlan(frame=None if card.frame == student.frame else card.frame, layers=layers)
 
 
 def _map_layers(

@@ -1,30 +1,39 @@
-"""The memory bank: every teacher's memories for the frames that the student sees (Eq. 1).
+"""The memory bank: what every teacher remembers of the frames that the student sees (Eq. 1).
 
-`ReplicatedBank` holds all teachers on every rank. Other placements give the same memories from
-elsewhere and keep this interface.
+`ReplicatedBank` holds all teachers on every rank. Other placements give the same from elsewhere and
+keep this interface.
 
 Legend: B batch, T time, C channels, P memory channels, Z noise, H, W height, width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Literal, NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor, nn
 
 from tmu_dist.models.build import count_parameters
-from tmu_dist.models.rollout import Predictor
+from tmu_dist.models.rollout import Predictor, StateName
 from tmu_dist.teachers.adapter import TeacherPlan, adapt_frames, adapt_memory
 
-Memories = tuple[dict[int, Tensor], ...]
-"""By teacher, by number of the student's layer: memories [B, T, P, h, w] of every step on the
-student's maps, detached."""
+Wanted = StateName | Literal["predictions"]
+"""What a method learns from: states of the teachers' layers, or the frames that they predict."""
+
+
+class Teaching(NamedTuple):
+    """What one teacher makes of the student's frames, at every step, detached."""
+
+    states: Mapping[StateName, Mapping[int, Tensor]]
+    """Those that were wanted, by number of the student's layer: [B, T, P, h, w] on its maps, in the
+    teacher's channels."""
+    predictions_BTCHW: Tensor | None = None
+    """Of frames 2..T, at the size of the frames that the teacher reads; None: not wanted."""
 
 
 class TeacherBank(Protocol):
-    """Who computes which teacher's memory, where."""
+    """Who runs which teacher, where."""
 
     @property
     def parameters_per_teacher(self) -> tuple[int, ...]:
@@ -34,7 +43,7 @@ class TeacherBank(Protocol):
     def plans(self) -> tuple[TeacherPlan, ...]:
         """How each teacher is used."""
 
-    def memories(
+    def teach(
         self,
         frames_BTCHW: Tensor,
         *,
@@ -42,7 +51,7 @@ class TeacherBank(Protocol):
         num_frames: int,
         sampling_mask_BT: Tensor,
         noise_BTZ: Tensor | None = None,
-    ) -> Memories:
+    ) -> tuple[Teaching, ...]:
         """Run every teacher over the student's frames; arguments as in `Predictor.forward`."""
 
 
@@ -52,13 +61,27 @@ class FrozenTeacher(nn.Module):
     Args:
         network: any predictor.
         plan: what is adapted; None: nothing, layer k teaches layer k.
+        wanted: what it is to tell.
+
+    Raises:
+        ValueError: when it runs, if its cells have not the states that are wanted.
     """
 
-    def __init__(self, network: Predictor, plan: TeacherPlan | None = None) -> None:
+    def __init__(
+        self,
+        network: Predictor,
+        plan: TeacherPlan | None = None,
+        wanted: Iterable[Wanted] = ("memory",),
+    ) -> None:
         super().__init__()
+        self.wanted = tuple(wanted)
         self.network = network
         self.plan = plan or TeacherPlan.unchanged(network.memory_shapes)
         self.eval().requires_grad_(False)
+
+    def train(self, mode: bool = True) -> Self:
+        """Stays in eval mode, also as a part of something that is trained."""
+        return super().train(False)
 
     @torch.no_grad()
     def forward(
@@ -67,10 +90,10 @@ class FrozenTeacher(nn.Module):
         *,
         num_input_frames: int,
         num_frames: int,
-        sampling_mask_BT: Tensor,
+        sampling_mask_BT: Tensor | None,
         noise_BTZ: Tensor | None,
-    ) -> dict[int, Tensor]:
-        """Memories for the student's layers; arguments as in `Predictor.forward`.
+    ) -> Teaching:
+        """What it makes of the student's frames; arguments as in `Predictor.forward`.
 
         Where the mask hides a frame, the network reads its own prediction, which never leaves its
         own size. It shares the student's noise if it makes use of as many numbers a step.
@@ -79,17 +102,23 @@ class FrozenTeacher(nn.Module):
             frames_BTCHW = adapt_frames(frames_BTCHW, self.plan.frame)
         if noise_BTZ is not None and noise_BTZ.shape[-1] != self.network.noise_size:
             noise_BTZ = None
-        memories = self.network(
+        rollout = self.network(
             frames_BTCHW,
             num_input_frames=num_input_frames,
             num_frames=num_frames,
             sampling_mask_BT=sampling_mask_BT,
             noise_BTZ=noise_BTZ,
-        ).memories
-        return {
-            k: adapt_memory(memories[layer], teacher, student)
-            for k, (layer, teacher, student) in self.plan.layers.items()
-        }
+        )
+        states: dict[StateName, dict[int, Tensor]] = {}
+        for name in self.wanted:
+            if name != "predictions":
+                own = rollout.states(name)
+                states[name] = {
+                    k: adapt_memory(own[layer], teacher, student)
+                    for k, (layer, teacher, student) in self.plan.layers.items()
+                }
+        wants_predictions = "predictions" in self.wanted
+        return Teaching(states, rollout.predictions_BTCHW if wants_predictions else None)
 
 
 class ReplicatedBank:
@@ -106,7 +135,7 @@ class ReplicatedBank:
     def plans(self) -> tuple[TeacherPlan, ...]:
         return tuple(teacher.plan for teacher in self._teachers)
 
-    def memories(
+    def teach(
         self,
         frames_BTCHW: Tensor,
         *,
@@ -114,7 +143,7 @@ class ReplicatedBank:
         num_frames: int,
         sampling_mask_BT: Tensor,
         noise_BTZ: Tensor | None = None,
-    ) -> Memories:
+    ) -> tuple[Teaching, ...]:
         return tuple(
             teacher(
                 frames_BTCHW,

@@ -68,6 +68,8 @@ class TeacherCard:
     """Names of the teachers it learned from, in the order of its transfer gates."""
     teacher_parameters: tuple[int, ...] = ()
     """Frozen parameters that stood beside it during training, one number a teacher."""
+    auxiliary_parameters: int = 0
+    """Trained parameters that stood beside it, such as the transforms of Knowledge Flow."""
     scores: dict[str, float] = field(default_factory=dict)
     git_revision: str = "unknown"
     weights_sha256: str = ""

@@ -12,7 +12,6 @@ from torch.nn.parallel import DistributedDataParallel
 from tmu_dist.collectives import Collectives
 from tmu_dist.config import RunConfig
 from tmu_dist.models.rollout import Predictor
-from tmu_dist.models.shapes import FrameShape
 from tmu_dist.training.adversarial import PRIOR, ROLLOUT, AdversarialStep, Discriminators
 from tmu_dist.training.schedules import learning_rate
 from tmu_dist.training.step import TrainingStep
@@ -25,7 +24,7 @@ def build_step(
     config: RunConfig,
     method: TransferMethod,
     student: Predictor,
-    frame: FrameShape,
+    trainee: nn.Module,
     device: torch.device,
     collectives: Collectives,
 ) -> TrainingStep:
@@ -35,12 +34,11 @@ def build_step(
         config: the run.
         method: whose objective is minimised.
         student: on `device`.
-        frame: shape of the frames.
+        trainee: what is trained (`TransferMethod.trainee`), on `device`.
         device: of this rank.
         collectives: the ranks.
     """
     training = config.training
-    trainee = method.trainee(student).to(device)
     wrap = partial(_data_parallel, device=device, collectives=collectives)
     step: dict[str, Any] = {
         "method": method,
@@ -58,7 +56,9 @@ def build_step(
         return TrainingStep(**step)
     kinds = (ROLLOUT, PRIOR) if student.latent_size else (ROLLOUT,)
     clip_length = min(training.adversarial.clip_length, config.window.num_frames - 1)
-    discriminators = Discriminators(frame, kinds, clip_length, training.adversarial).to(device)
+    discriminators = Discriminators(method.task.frame, kinds, clip_length, training.adversarial).to(
+        device
+    )
     student.unrolls_prior = PRIOR in kinds
     return AdversarialStep(
         discriminators, wrap(discriminators), training.adversarial, seed=training.seed, **step

@@ -26,6 +26,7 @@ from tmu_dist.data.transforms import check_long_enough, window_frames
 from tmu_dist.evaluation.metrics import ERROR_METRIC_NAMES
 from tmu_dist.evaluation.runner import score_predictor
 from tmu_dist.folders import write_text
+from tmu_dist.models.build import count_trained
 from tmu_dist.models.shapes import FrameShape
 from tmu_dist.run_folder import CONFIG_FILE, RESULT_FILE, Event
 from tmu_dist.teachers.card import DataFacts, TeacherCard
@@ -109,7 +110,7 @@ class Run:
         self._log: RunLog | None = None
         self._lock: RunLock | None = None
         self.training_step = build_step(
-            config, self.transfer.method, self.student, self.card.frame, device, collectives
+            config, self.transfer.method, self.student, self.trainee, device, collectives
         )
         self._probe: TrainingBatch | None = None
         self._interval = _Interval()
@@ -138,8 +139,12 @@ class Run:
         frame = FrameShape(channels=manifest.channels, height=manifest.height, width=manifest.width)
         self.transfer = prepare_transfer(config, frame, data, self.device)
         torch.manual_seed(config.training.seed)
-        self.student = self.transfer.method.build_student().to(self.device)
-        self.card = _card(config, frame, data, self.transfer)
+        student, self.start_report = self.transfer.build_student()
+        self.student = student.to(self.device)
+        trainee = self.transfer.method.trainee(self.student)
+        self.trainee = trainee.to(self.device)
+        beside = count_trained(self.trainee) - count_trained(self.student)
+        self.card = _card(config, frame, data, self.transfer, beside)
         self.checkpoints = CheckpointStore(
             self.folder,
             config,
@@ -289,6 +294,8 @@ class Run:
         self.collectives.on_main(open_log)
         if self.progress.step:
             self._write("resume")
+        elif self.start_report is not None:
+            self._write("start", **asdict(self.start_report))
         self._interval.ready = time.perf_counter()
 
     def close(self) -> None:
@@ -429,7 +436,11 @@ class _Interval:
 
 
 def _card(
-    config: RunConfig, frame: FrameShape, data: DataFacts, transfer: PreparedTransfer
+    config: RunConfig,
+    frame: FrameShape,
+    data: DataFacts,
+    transfer: PreparedTransfer,
+    auxiliary_parameters: int,
 ) -> TeacherCard:
     return TeacherCard(
         name=Path(config.output).name,
@@ -444,5 +455,6 @@ def _card(
         data=data,
         teachers=tuple(card.name for card in transfer.teachers),
         teacher_parameters=transfer.resident_parameters,
+        auxiliary_parameters=auxiliary_parameters,
         git_revision=git_revision(),
     )

@@ -10,9 +10,10 @@ import json
 import sys
 import threading
 import time
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TextIO
+from typing import Any, TextIO
 
 from tqdm import tqdm
 
@@ -22,6 +23,13 @@ from tmu_dist.run_folder import LOG_FILE, Event, read_log_lines
 _SECONDS_BETWEEN_LINES = 10.0
 _POLL_SECONDS = 0.5
 _POLL_STORE_SECONDS = 3.0
+_IN_LIVENESS = {
+    "gate_means": "gates",
+    "memory_correlation": "memory correlation",
+    "own_shares": "own shares",
+    "merge_means": "merge gates",
+}
+"""Fields of a liveness that are shown, and what they are called."""
 
 
 class ProgressDisplay:
@@ -46,17 +54,22 @@ class ProgressDisplay:
                 f"(persistence {event['persistence_mse_per_frame']:.2f})"
             )
         elif kind == "liveness":
-            gates = "; ".join(
-                " ".join(f"{gate:.2f}" for gate in layer) for layer in event["gate_means"]
-            )
-            correlations = "; ".join(
-                " ".join(f"{c:.2f}" for c in layer) for layer in event["memory_correlation"]
-            )
+            found = [
+                f", {label} {_brief(event[name])}"
+                for name, label in _IN_LIVENESS.items()
+                if name in event
+            ]
             self._say(
-                f"step {event['step']}: distillation alive: gradient norm "
-                f"{event['distillation_gradient_norm']:.3g} (prediction "
-                f"{event['prediction_gradient_norm']:.3g}), gates [{gates}], "
-                f"memory correlation [{correlations}] (layers; teachers)"
+                f"step {event['step']}: teaching alive: gradient norm "
+                f"{event['teaching_gradient_norm']:.3g} (prediction "
+                f"{event['prediction_gradient_norm']:.3g})" + "".join(found)
+            )
+        elif kind == "start":
+            matched, random = event["matched"], event["random"]
+            self._say(
+                f"starts from {event['source']}: {len(matched)} tensors match"
+                + (f", {len(random)} start at random: {_listed(random)}" if random else "")
+                + (f"; unused of the source: {_listed(event['unused'])}" if event["unused"] else "")
             )
         elif kind == "resume":
             self._say(f"continues at step {event['step']}")
@@ -158,3 +171,16 @@ class LogFollower:
         self._seen = lines
         for line in lines[common:]:
             self._display(json.loads(line))
+
+
+def _brief(values: Sequence[Any]) -> str:
+    """Numbers by layer, or by layer and teacher."""
+    layers = [
+        " ".join(f"{value:.2f}" for value in (layer if isinstance(layer, list) else [layer]))
+        for layer in values
+    ]
+    return f"[{'; '.join(layers)}]"
+
+
+def _listed(names: Collection[str], most: int = 5) -> str:
+    return ", ".join(list(names)[:most]) + (", ..." if len(names) > most else "")

@@ -8,15 +8,17 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tmu_dist.config import ModelConfig
 from tmu_dist.models.cells.base import FrameLoss
 from tmu_dist.models.rollout import Predictor, Rollout
-from tmu_dist.models.shapes import MemoryShape
+from tmu_dist.models.shapes import FrameShape, MemoryShape
+from tmu_dist.teachers.bank import TeacherBank, Teaching
 
 Reduction = Literal["mean", "sum"]
 Forward = Callable[..., Rollout]
@@ -83,20 +85,23 @@ class TrainingBatch:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Liveness:
-    """Whether knowledge is flowing: what the distillation term does to the student right now."""
+class Task:
+    """What a student is to learn, whatever method helps it."""
 
-    distillation_gradient_norm: float
-    """Norm of the gradient that the weighted distillation term alone gives the student."""
+    frame: FrameShape
+    model: ModelConfig
+    """Of the plain network."""
+    objective: Objective
+    num_input_frames: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Liveness:
+    """Whether knowledge is flowing right now; a method adds what it can tell to the first two."""
+
+    teaching_gradient_norm: float
+    """Norm of the gradient that what comes from the teachers alone gives the student."""
     prediction_gradient_norm: float
-    gate_means: list[list[float]]
-    """Mean transfer gate by TMU layer, then by teacher."""
-    memory_correlation: list[list[float]]
-    """Pearson correlation of imitation and teacher memory, by TMU layer, then by teacher."""
-    forget_gate_means: list[float | None]
-    """By layer; None where the cell has no such gate."""
-    memory_rms: list[float]
-    """By layer; Eq. 5 lets it grow with the number of teachers and time."""
 
 
 class DeadDistillationError(RuntimeError):
@@ -106,21 +111,33 @@ class DeadDistillationError(RuntimeError):
 class TransferMethod(ABC):
     """How a student is built and what it minimises. The training loop never asks which one."""
 
-    def __init__(self, objective: Objective, *, num_input_frames: int) -> None:
-        self.objective = objective
-        self.num_input_frames = num_input_frames
+    def __init__(self, task: Task) -> None:
+        self.task = task
 
     @abstractmethod
     def build_student(self) -> Predictor:
-        """The network to train, freshly initialised under torch's global seed."""
+        """The network to train, freshly initialised under torch's global seed.
+
+        Whatever a method adds to the plain network is initialised after it, so that the plain part
+        starts the same under every method.
+        """
+
+    def plain_part(self, student: Predictor) -> nn.Module:
+        """The part of a student whose tensors have the plain network's names."""
+        return student
 
     def trainee(self, student: Predictor) -> nn.Module:
         """The module that is trained: the student, with what training alone needs around it.
 
         It is called like the student, and its parameters are the optimiser's. Whatever it has
         beside the student is kept in checkpoints and left out of the model that a run offers.
+        Called when the student has its first weights, before a checkpoint is restored.
         """
         return student
+
+    def rates(self) -> Mapping[str, float]:
+        """Learning rates of parameters of the trainee, by name pattern, in rates of the run."""
+        return {}
 
     @abstractmethod
     def loss(self, forward: Forward, batch: TrainingBatch) -> LossTerms:
@@ -135,16 +152,72 @@ class TransferMethod(ABC):
         return None
 
     def unroll(
-        self, forward: Forward, batch: TrainingBatch, *, diagnostics: bool = False
+        self,
+        forward: Forward,
+        batch: TrainingBatch,
+        *,
+        diagnostics: bool = False,
+        **more: Any,
     ) -> Rollout:
-        """Run the trainee over a training batch with its sampling mask."""
+        """Run the trainee over a training batch with its sampling mask.
+
+        Args:
+            forward: the trainee.
+            batch: what it sees.
+            diagnostics: as in `Predictor.forward`.
+            more: what a method's own trainee takes beside.
+        """
         return forward(
             batch.frames_BTCHW,
-            num_input_frames=self.num_input_frames,
+            num_input_frames=self.task.num_input_frames,
             num_frames=batch.frames_BTCHW.shape[1],
             sampling_mask_BT=batch.sampling_mask_BT,
             noise_BTZ=batch.noise_BTZ,
             diagnostics=diagnostics,
+            **more,
+        )
+
+
+class TaughtMethod(TransferMethod):
+    """A method whose teachers run beside the student during training, and are gone afterwards.
+
+    Args:
+        task: what the student learns.
+        bank: the frozen teachers.
+        teacher_input: what a teacher reads where the sampling mask hides the true frame: its
+            "own" prediction, the "student"'s input, or the "truth" all the same.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        *,
+        bank: TeacherBank,
+        teacher_input: Literal["own", "student", "truth"],
+    ) -> None:
+        super().__init__(task)
+        self.bank = bank
+        self.teacher_input = teacher_input
+
+    def teach(self, batch: TrainingBatch, rollout: Rollout | None = None) -> tuple[Teaching, ...]:
+        """What the teachers make of a batch.
+
+        Args:
+            batch: what the student sees.
+            rollout: the student's, which teachers that read its inputs need.
+        """
+        frames, mask = batch.frames_BTCHW, batch.sampling_mask_BT
+        if self.teacher_input == "student":
+            assert rollout is not None
+            frames = torch.cat([rollout.inputs_BTCHW.detach(), frames[:, -1:]], dim=1)
+        if self.teacher_input != "own":
+            mask = torch.ones_like(mask)
+        return self.bank.teach(
+            frames,
+            num_input_frames=self.task.num_input_frames,
+            num_frames=batch.frames_BTCHW.shape[1],
+            sampling_mask_BT=mask,
+            noise_BTZ=batch.noise_BTZ,
         )
 
 

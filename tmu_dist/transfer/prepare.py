@@ -5,33 +5,54 @@ The only place that branches on a method's name.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any, Literal
 
 import torch
 
-from tmu_dist.config import ConfigError, KLConfig, RunConfig, TrainingConfig
+from tmu_dist.config import ConfigError, KLConfig, RunConfig, TrainingConfig, TransferConfig
 from tmu_dist.models.build import skeleton
 from tmu_dist.models.rollout import Predictor
 from tmu_dist.models.shapes import FrameShape
-from tmu_dist.teachers.adapter import StudentFacts, TeacherPlan, plan_teacher
-from tmu_dist.teachers.bank import FrozenTeacher, ReplicatedBank
+from tmu_dist.teachers.adapter import StudentFacts, check_start, plan_teacher
+from tmu_dist.teachers.bank import FrozenTeacher, ReplicatedBank, TeacherBank, Wanted
 from tmu_dist.teachers.card import DataFacts, TeacherCard
 from tmu_dist.teachers.store import LoadedModel, load_model
-from tmu_dist.transfer.base import Objective, TransferMethod, annealed
-from tmu_dist.transfer.finetune import Finetune
+from tmu_dist.transfer.art import AttentiveTransfer
+from tmu_dist.transfer.base import Objective, Task, TaughtMethod, TransferMethod, annealed
+from tmu_dist.transfer.controls import ShuffledBank, with_random_weights
+from tmu_dist.transfer.distillation import Distillation
+from tmu_dist.transfer.knowledge_flow import KnowledgeFlow
+from tmu_dist.transfer.l2_sp import L2SP
 from tmu_dist.transfer.scratch import Scratch
+from tmu_dist.transfer.start import Start, StartReport
 from tmu_dist.transfer.tmu import MemoryDistillation
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PreparedTransfer:
-    """A method, the cards of the teachers it was given, and what they cost during training."""
+    """A method, where its student starts, and the teachers that it was given."""
 
     method: TransferMethod
+    start: Start | None
     teachers: tuple[TeacherCard, ...]
     resident_parameters: tuple[int, ...]
-    """Frozen weights that stay beside the student during training, one number a teacher."""
+    """Frozen weights that stand beside the student during training alone, one number a teacher."""
+
+    def build_student(self) -> tuple[Predictor, StartReport | None]:
+        """The student with its first weights (under torch's global seed), and where they are from.
+
+        Raises:
+            TeacherError: its start does not fit.
+        """
+        student = self.method.build_student()
+        if self.start is None:
+            return student, None
+        task = self.method.task
+        names = frozenset(skeleton(task.frame, task.model).state_dict())
+        return student, self.start.apply(self.method.plain_part(student), names)
 
 
 def prepare_transfer(
@@ -47,59 +68,115 @@ def prepare_transfer(
     network = skeleton(frame, config.model)
     _check_training(config, network)
     loaded = [load_model(source, device=device) for source in transfer.teachers]
-    student = StudentFacts(
+    task = Task(
         frame=frame,
-        memories=network.memory_shapes,
-        data=data,
-        taught=transfer.tmu.layers,
+        model=config.model,
+        objective=_objective(config.training, network),
+        num_input_frames=config.window.num_input_frames,
     )
-    adapter = transfer.adapter if transfer.method == "tmu" else None
-    plans = [plan_teacher(t.card, t.model.memory_shapes, student, adapter) for t in loaded]
-    method = _make_method(config, frame, _objective(config.training, network), loaded, plans)
-    resident = method.bank.parameters_per_teacher if isinstance(method, MemoryDistillation) else ()
-    return PreparedTransfer(method, tuple(t.card for t in loaded), resident)
+    start = None
+    if transfer.starting_teacher is not None:
+        first = loaded[transfer.starting_teacher]
+        start = Start(
+            name=first.card.name,
+            weights=first.model.state_dict(),
+            unmatched=transfer.start.unmatched,
+        )
+    if transfer.method in ("finetune", "l2_sp"):
+        for each in loaded:
+            check_start(each.card, data, transfer.adapter)
+    if transfer.control == "random_weights":
+        loaded = [
+            with_random_weights(each, seed=config.training.seed, number=m)
+            for m, each in enumerate(loaded)
+        ]
+    student = StudentFacts(
+        frame=frame, memories=network.memory_shapes, data=data, taught=_taught_layers(transfer)
+    )
+    method = _make_method(config, task, loaded, student)
+    resident = method.bank.parameters_per_teacher if isinstance(method, TaughtMethod) else ()
+    return PreparedTransfer(
+        method=method,
+        start=start,
+        teachers=tuple(each.card for each in loaded),
+        resident_parameters=resident,
+    )
+
+
+def _taught_layers(transfer: TransferConfig) -> Literal["all"] | tuple[int, ...]:
+    """The student's layers that a teacher's layers must fit."""
+    layers = transfer.imitation.layers
+    if transfer.method != "tmu" or transfer.tmu.layers == "all":
+        return layers
+    if layers == "all":
+        return transfer.tmu.layers
+    if missing := set(layers) - set(transfer.tmu.layers):
+        raise ConfigError(
+            f"transfer.imitation.layers={list(layers)}: {sorted(missing)} are no TMU layers "
+            f"(transfer.tmu.layers={list(transfer.tmu.layers)})."
+        )
+    return layers
 
 
 def _make_method(
-    config: RunConfig,
-    frame: FrameShape,
-    objective: Objective,
-    teachers: list[LoadedModel],
-    plans: list[TeacherPlan],
+    config: RunConfig, task: Task, teachers: Sequence[LoadedModel], student: StudentFacts
 ) -> TransferMethod:
     transfer = config.transfer
-    num_input_frames = config.window.num_input_frames
-    if transfer.method == "tmu":
-        return MemoryDistillation(
-            frame,
-            config.model,
-            objective,
-            tmu=transfer.tmu,
-            bank=ReplicatedBank(
-                [FrozenTeacher(t.model, plan) for t, plan in zip(teachers, plans, strict=True)]
-            ),
-            beta=transfer.beta,
-            teacher_input=transfer.teacher_input,
-            num_input_frames=num_input_frames,
-        )
-    if transfer.method == "finetune":
-        (start,) = teachers
-        return Finetune(
-            frame,
-            config.model,
-            objective,
-            num_input_frames=num_input_frames,
-            start_name=start.card.name,
-            start_weights=start.model.state_dict(),
-        )
-    return Scratch(
-        frame,
-        config.model,
-        objective,
-        num_input_frames=num_input_frames,
-        tmu=transfer.tmu,
-        num_slots=transfer.num_slots,
-    )
+
+    def frozen(*wanted: Wanted) -> list[FrozenTeacher]:
+        return [
+            FrozenTeacher(
+                each.model,
+                plan_teacher(each.card, each.model.memory_shapes, student, transfer.adapter),
+                wanted,
+            )
+            for each in teachers
+        ]
+
+    def taught(*wanted: Wanted) -> dict[str, Any]:
+        bank: TeacherBank = ReplicatedBank(frozen(*wanted))
+        if transfer.control == "shuffled":
+            bank = ShuffledBank(bank)
+        return {"bank": bank, "teacher_input": transfer.teacher_input}
+
+    match transfer.method:
+        case "tmu":
+            states: tuple[Wanted, ...] = (
+                ("memory", "zigzag") if transfer.tmu.zigzag else ("memory",)
+            )
+            return MemoryDistillation(
+                task,
+                tmu=transfer.tmu,
+                imitation=transfer.imitation,
+                beta=transfer.beta,
+                beta_schedule=transfer.beta_schedule,
+                **taught(*states),
+            )
+        case "distillation":
+            settings = transfer.distillation
+            wanted: list[Wanted] = [settings.state] if settings.features else []
+            wanted += ["predictions"] if settings.responses else []
+            return Distillation(
+                task, settings=settings, imitation=transfer.imitation, **taught(*wanted)
+            )
+        case "knowledge_flow":
+            return KnowledgeFlow(
+                task,
+                settings=transfer.knowledge_flow,
+                num_steps=config.training.num_steps,
+                **taught("hidden"),
+            )
+        case "art":
+            return AttentiveTransfer(
+                task,
+                settings=transfer.art,
+                adapter=transfer.adapter,
+                teachers=list(zip([t.card for t in teachers], frozen("hidden", "memory"))),
+            )
+        case "l2_sp":
+            return L2SP(task, settings=transfer.l2_sp)
+        case "scratch" | "finetune" | "tmu_scratch":
+            return Scratch(task, tmu=transfer.tmu, num_slots=transfer.num_slots)
 
 
 def _check_training(config: RunConfig, network: Predictor) -> None:

@@ -1,41 +1,35 @@
-"""Training from scratch: the plain network, or the TMU network with unused slots."""
+"""Training by the prediction loss alone: the plain network, or the TMU network with unused slots.
+
+From a random start this is training from scratch; with a `start`, it is finetuning.
+"""
 
 from __future__ import annotations
 
-from tmu_dist.config import ModelConfig, TMUConfig
+from tmu_dist.config import TMUConfig
 from tmu_dist.models.build import build_predictor
 from tmu_dist.models.rollout import Predictor
-from tmu_dist.models.shapes import FrameShape
-from tmu_dist.transfer.base import Forward, LossTerms, Objective, TrainingBatch, TransferMethod
+from tmu_dist.transfer.base import Forward, LossTerms, Task, TrainingBatch, TransferMethod
 
 
 class Scratch(TransferMethod):
-    """Random initialisation, prediction loss only (Table 1, first two rows).
+    """Prediction loss only (Table 1: scratch, and with a start finetune).
 
     Args:
+        task: what the student learns.
+        tmu: settings of the TMU layers; None: none.
         num_slots: 0 for the plain network; M for the TMU network of M teachers, whose distillers
             and gates are then trained by the prediction loss alone.
     """
 
-    def __init__(
-        self,
-        frame: FrameShape,
-        model: ModelConfig,
-        objective: Objective,
-        *,
-        num_input_frames: int,
-        tmu: TMUConfig | None = None,
-        num_slots: int = 0,
-    ) -> None:
-        super().__init__(objective, num_input_frames=num_input_frames)
-        self.frame = frame
-        self.model = model
+    def __init__(self, task: Task, *, tmu: TMUConfig | None = None, num_slots: int = 0) -> None:
+        super().__init__(task)
         self.tmu = tmu
         self.num_slots = num_slots
 
     def build_student(self) -> Predictor:
-        return build_predictor(self.frame, self.model, tmu=self.tmu, num_slots=self.num_slots)
+        task = self.task
+        return build_predictor(task.frame, task.model, tmu=self.tmu, num_slots=self.num_slots)
 
     def loss(self, forward: Forward, batch: TrainingBatch) -> LossTerms:
         rollout = self.unroll(forward, batch)
-        return LossTerms(terms=self.objective.terms(rollout, batch), rollout=rollout)
+        return LossTerms(terms=self.task.objective.terms(rollout, batch), rollout=rollout)

@@ -6,34 +6,34 @@ Legend: B batch, T time, M teachers, P hidden channels, H, W height, width.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from tmu_dist.config import ModelConfig, TMUConfig
+from tmu_dist.config import BetaSchedule, ImitationConfig, TMUConfig
 from tmu_dist.models.build import build_predictor
 from tmu_dist.models.rollout import Predictor, Rollout
-from tmu_dist.models.shapes import FrameShape
 from tmu_dist.teachers.adapter import LayerPlan
-from tmu_dist.teachers.bank import Memories, TeacherBank
+from tmu_dist.teachers.bank import TeacherBank, Teaching
 from tmu_dist.transfer.base import (
     DeadDistillationError,
     Forward,
     Liveness,
     LossTerms,
-    Objective,
+    Task,
+    TaughtMethod,
     Term,
     TrainingBatch,
-    TransferMethod,
     observed_share,
     reduce_squares,
     weighted,
 )
 
 
-class MemoryDistillation(TransferMethod):
+class MemoryDistillation(TaughtMethod):
     """A TMU student whose memories imitate those of M frozen teachers, of any kind.
 
     The objective is Eq. 6: prediction error plus beta times the distance between imitations and
@@ -41,34 +41,40 @@ class MemoryDistillation(TransferMethod):
     run, and training equals the same network without teachers bit for bit.
 
     Args:
-        bank: the frozen teachers' memories.
-        teacher_input: what a teacher reads where the sampling mask hides the true frame: its
-            "own" prediction, the "student"'s input, or the "truth" all the same.
+        task, bank, teacher_input: as in `TaughtMethod`.
+        tmu: settings of the TMU layers.
+        beta: weight of the distillation.
     """
 
     def __init__(
         self,
-        frame: FrameShape,
-        model: ModelConfig,
-        objective: Objective,
+        task: Task,
         *,
         tmu: TMUConfig,
         bank: TeacherBank,
-        beta: float,
         teacher_input: Literal["own", "student", "truth"],
-        num_input_frames: int,
+        beta: float,
+        beta_schedule: BetaSchedule | None = None,
+        imitation: ImitationConfig | None = None,
     ) -> None:
-        super().__init__(objective, num_input_frames=num_input_frames)
-        self.frame = frame
-        self.model = model
+        super().__init__(task, bank=bank, teacher_input=teacher_input)
         self.tmu = tmu
-        self.bank = bank
         self.beta = beta
-        self.teacher_input = teacher_input
+        self.beta_schedule = beta_schedule or BetaSchedule()
+        self.imitation = imitation or ImitationConfig()
+
+    @property
+    def teaches(self) -> bool:
+        """Whether there is any distillation at any time."""
+        return self.beta > 0 or self.beta_schedule.final > 0
+
+    def _beta(self, batch: TrainingBatch) -> float:
+        return self.beta_schedule.at(batch.step, self.beta)
 
     def build_student(self) -> Predictor:
         num_slots = len(self.bank.plans)
-        return build_predictor(self.frame, self.model, tmu=self.tmu, num_slots=num_slots)
+        task = self.task
+        return build_predictor(task.frame, task.model, tmu=self.tmu, num_slots=num_slots)
 
     def trainee(self, student: Predictor) -> nn.Module:
         """The student, and a projection for each teacher and layer whose channels differ."""
@@ -79,44 +85,35 @@ class MemoryDistillation(TransferMethod):
             if layer.is_projected
         }
         # Without distillation they would be parameters without a gradient.
-        if not self.beta or not shapes:
+        if not self.teaches or not shapes:
             return student
         return ProjectedStudent(student, shapes)
 
     def loss(self, forward: Forward, batch: TrainingBatch) -> LossTerms:
         rollout = self.unroll(forward, batch)
-        terms = LossTerms(terms=self.objective.terms(rollout, batch), rollout=rollout)
-        if not self.beta:
+        terms = LossTerms(terms=self.task.objective.terms(rollout, batch), rollout=rollout)
+        if not self.teaches:
             return terms
-        distillation = self._distillation(rollout, self._teach(rollout, batch), batch)
-        return terms.with_terms({"distillation": Term(distillation, self.beta)})
+        distillation = self._distillation(rollout, self.teach(batch, rollout), batch)
+        return terms.with_terms({"distillation": Term(distillation, self._beta(batch))})
 
-    def _teach(self, rollout: Rollout, batch: TrainingBatch) -> Memories:
-        """The teachers' memories for this batch."""
-        frames, mask = batch.frames_BTCHW, batch.sampling_mask_BT
-        if self.teacher_input == "student":
-            frames = torch.cat([rollout.inputs_BTCHW.detach(), frames[:, -1:]], dim=1)
-        if self.teacher_input != "own":
-            mask = torch.ones_like(mask)
-        return self.bank.memories(
-            frames,
-            num_input_frames=self.num_input_frames,
-            num_frames=batch.frames_BTCHW.shape[1],
-            sampling_mask_BT=mask,
-            noise_BTZ=batch.noise_BTZ,
-        )
-
-    def _distillation(self, rollout: Rollout, memories: Memories, batch: TrainingBatch) -> Tensor:
+    def _distillation(
+        self, rollout: Rollout, teachings: Sequence[Teaching], batch: TrainingBatch
+    ) -> Tensor:
         """Eq. 4, summed over TMU layers and teachers; time is reduced like pixels are.
 
         An element of a memory counts as much as its patch was observed (`observed_share`).
         """
-        reduction = self.objective.reduction
+        reduction = self.task.objective.reduction
         per_sequence_B = torch.stack(
             [
-                reduce_squares(imitation - memory[k], reduction, self._share(batch, imitation, k))
+                reduce_squares(
+                    imitation - taught.states["memory"][k],
+                    reduction,
+                    self._share(batch, imitation, k),
+                )
                 for k, imitations in rollout.imitations.items()
-                for imitation, memory in zip(imitations, memories, strict=True)
+                for imitation, taught in zip(imitations, teachings, strict=True)
             ]
         ).sum(0)
         return weighted(per_sequence_B, batch)
@@ -129,16 +126,16 @@ class MemoryDistillation(TransferMethod):
         return observed_share(batch.observed_BTCHW[:, :-1], memory_BTPHW, shape)
 
     def liveness(self, trainee: nn.Module, batch: TrainingBatch) -> Liveness | None:
-        if not self.beta or _nothing_counts(batch):
+        if not self._beta(batch) or _nothing_counts(batch):
             return None
         rollout = self.unroll(trainee, batch, diagnostics=True)
-        memories = self._teach(rollout, batch)
-        distillation = self.beta * self._distillation(rollout, memories, batch)
+        teachings = self.teach(batch, rollout)
+        distillation = self._beta(batch) * self._distillation(rollout, teachings, batch)
         # Of the student alone: projections could learn from imitations that are constant.
         student = trainee.student if isinstance(trainee, ProjectedStudent) else trainee
         parameters = [p for p in student.parameters() if p.requires_grad]
         distilled = _gradient_norm(distillation, parameters)
-        own = LossTerms(terms=self.objective.terms(rollout, batch), rollout=rollout).total()
+        own = LossTerms(terms=self.task.objective.terms(rollout, batch), rollout=rollout).total()
         predicted = _gradient_norm(own, parameters)
         # A gradient this far below the other one cannot move a float32 weight any more.
         if not distilled > 1e-7 * predicted:
@@ -150,14 +147,16 @@ class MemoryDistillation(TransferMethod):
             )
         diagnostics = rollout.diagnostics
         assert diagnostics is not None and diagnostics.transfer_gates_BTLM is not None
-        return Liveness(
-            distillation_gradient_norm=distilled,
+        return MemoryLiveness(
+            teaching_gradient_norm=distilled,
             prediction_gradient_norm=predicted,
             gate_means=diagnostics.transfer_gates_BTLM.mean((0, 1)).tolist(),
             memory_correlation=[
                 [
-                    _correlation(imitation, memory[k], self._share(batch, imitation, k))
-                    for imitation, memory in zip(imitations, memories, strict=True)
+                    _correlation(
+                        imitation, taught.states["memory"][k], self._share(batch, imitation, k)
+                    )
+                    for imitation, taught in zip(imitations, teachings, strict=True)
                 ]
                 for k, imitations in rollout.imitations.items()
             ],
@@ -167,6 +166,20 @@ class MemoryDistillation(TransferMethod):
             ],
             memory_rms=diagnostics.memory_rms_BTK.square().mean((0, 1)).sqrt().tolist(),
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryLiveness(Liveness):
+    """What the distillation term does to a TMU student."""
+
+    gate_means: list[list[float]]
+    """Mean transfer gate by TMU layer, then by teacher."""
+    memory_correlation: list[list[float]]
+    """Pearson correlation of imitation and teacher memory, by TMU layer, then by teacher."""
+    forget_gate_means: list[float | None]
+    """By layer; None where the cell has no such gate."""
+    memory_rms: list[float]
+    """By layer; Eq. 5 lets it grow with the number of teachers and time."""
 
 
 class ProjectedStudent(nn.Module):
