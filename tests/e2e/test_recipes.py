@@ -14,6 +14,7 @@ from tmu_dist.collectives import Collectives
 from tmu_dist.config import ModelConfig, ScheduleConfig, TrainingConfig, WindowConfig
 from tmu_dist.demo import EXPERIMENTS, run_demo
 from tmu_dist.recipes import digits, get_recipe
+from tmu_dist.recipes.base import by_whole_name
 from tmu_dist.run_folder import read_log
 from tmu_dist.teachers.store import load_card
 from tmu_dist.train import main, run_recipe
@@ -42,7 +43,7 @@ def miniature(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """The small recipes, shrunk to seconds, in a workspace of their own."""
     monkeypatch.setenv("TMU_DIST_HOME", str(tmp_path))
     monkeypatch.setattr(digits, "SMALL", MINIATURE)
-    monkeypatch.setattr(recipes, "RECIPES", digits.recipes())
+    monkeypatch.setattr(recipes, "RECIPES", by_whole_name(digits.experiments()))
     return tmp_path
 
 
@@ -90,7 +91,7 @@ def _run_tmu(collectives: Collectives, home: str) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TMU_DIST_HOME", home)
         patch.setattr(digits, "SMALL", MINIATURE)
-        patch.setattr(recipes, "RECIPES", digits.recipes())
+        patch.setattr(recipes, "RECIPES", by_whole_name(digits.experiments()))
         recipe = get_recipe("digits-tmu")
         local = replace(recipe.config.launch, launcher="local")
         config = replace(recipe.config, launch=local)

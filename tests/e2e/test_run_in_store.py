@@ -21,6 +21,7 @@ from tmu_dist.data.storage import exists, list_paths, read_text
 from tmu_dist.demo import EXPERIMENTS, run_demo
 from tmu_dist.folders import list_folders
 from tmu_dist.recipes import digits
+from tmu_dist.recipes.base import by_whole_name
 from tmu_dist.run_folder import read_log
 from tmu_dist.teachers.store import load_card, load_weights
 from tmu_dist.training.launch import launch
@@ -88,7 +89,7 @@ def test_a_whole_experiment_in_a_bucket(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TMU_DIST_HOME", f"{bucket}/home/")
     monkeypatch.setattr(digits, "SMALL", MINIATURE)
-    monkeypatch.setattr(recipes, "RECIPES", digits.recipes())
+    monkeypatch.setattr(recipes, "RECIPES", by_whole_name(digits.experiments()))
     monkeypatch.setattr("tmu_dist.training.run_lock._SETTLE_SECONDS", 0.01)
     page = run_demo("digits", "local")
     assert page == f"{bucket}/home/runs/demo/report.html"

@@ -6,13 +6,13 @@ Deliberately not here: doing anything. `tmu_dist.train` prepares and runs a reci
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
 
 from tmu_dist.config import ConfigError
 from tmu_dist.recipes import digits, radar
-from tmu_dist.recipes.base import Recipe
+from tmu_dist.recipes.base import Recipe, Recipes, by_whole_name
 
-RECIPES: dict[str, Callable[[], Recipe]] = digits.recipes() | radar.recipes()
+EXPERIMENTS: dict[str, Recipes] = digits.experiments() | radar.experiments()
+RECIPES: Recipes = by_whole_name(EXPERIMENTS)
 DEFAULT_RECIPE = "digits-tmu"
 
 
@@ -20,10 +20,21 @@ def get_recipe(name: str) -> Recipe:
     """Look a recipe up.
 
     Raises:
-        ConfigError: no such recipe; lists them and suggests the nearest.
+        ConfigError: no such recipe; suggests the nearest and tells what there is.
     """
     if name not in RECIPES:
         near = difflib.get_close_matches(name, RECIPES, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ConfigError(f"Unknown recipe {name!r}.{hint} Recipes: {', '.join(RECIPES)}.")
+        raise ConfigError(f"Unknown recipe {name!r}.{hint} Recipes: {overview()}.")
     return RECIPES[name]()
+
+
+def overview() -> str:
+    """All recipes in a few words: names, and the prefixes that go with them."""
+    prefixes: dict[tuple[str, ...], list[str]] = {}
+    for prefix, recipes in EXPERIMENTS.items():
+        prefixes.setdefault(tuple(recipes), []).append(prefix)
+    return "; ".join(
+        f"PREFIX-NAME with PREFIX {', '.join(of)} and NAME {', '.join(names)}"
+        for names, of in prefixes.items()
+    )

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from tmu_dist.config import (
     DataConfig,
@@ -34,6 +34,9 @@ class Recipe:
     """By run folder: the recipe that trains this teacher."""
 
 
+Recipes: TypeAlias = dict[str, Callable[[], Recipe]]
+
+
 def in_workspace(path: str) -> str:
     """Where recipes put archives and runs: below $TMU_DIST_HOME, a path or URL, or this folder.
 
@@ -45,6 +48,16 @@ def in_workspace(path: str) -> str:
     if "runtime_resources" in Path.cwd().parts:
         return str(Path.home() / "tmu_dist" / path)
     return path
+
+
+_OF_ONE_SOURCE: dict[str, Method] = {"finetune": "finetune", "l2sp": "l2_sp", "tmu": "tmu"}
+_OF_ALL_SOURCES: dict[str, Method] = {
+    "knowledge-flow": "knowledge_flow",
+    "art": "art",
+    "distillation": "distillation",
+    "tmu": "tmu",
+}
+"""Students by the names of their recipes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,8 +80,8 @@ def transfer_recipes(
     *,
     sources: Sequence[str],
     target: str,
-) -> dict[str, Callable[[], Recipe]]:
-    """Every recipe of a transfer experiment, by name: teachers and students (after Table 1).
+) -> Recipes:
+    """Every recipe of a transfer experiment, by name: teachers and students (Table 1).
 
     Args:
         size: of all runs.
@@ -99,18 +112,29 @@ def transfer_recipes(
         return replace(made, config=replace(made.config, training=training))
 
     def student(
-        name: str, method: Method, taught_by: Sequence[str] = (), num_slots: int = 0
+        name: str, method: Method, taught_by: Sequence[str] = (), **settings: Any
     ) -> Recipe:
         names = [f"{size.prefix}-teacher-{source}" for source in taught_by]
         teachers = {in_workspace(f"runs/{each}"): each for each in names}
-        transfer = TransferConfig(method=method, teachers=tuple(teachers), num_slots=num_slots)
+        transfer = TransferConfig(method=method, teachers=tuple(teachers), **settings)
         return recipe(name, target, transfer, teachers)
 
-    found: dict[str, Callable[[], Recipe]] = {}
+    found: Recipes = {}
     for source in sources:
         found[f"teacher-{source}"] = partial(teacher, source)
-        found[f"finetune-{source}"] = partial(student, f"finetune-{source}", "finetune", [source])
+        for name, method in _OF_ONE_SOURCE.items():
+            found[f"{name}-{source}"] = partial(student, f"{name}-{source}", method, [source])
     found["scratch"] = partial(student, "scratch", "scratch")
     found["tmu-scratch"] = partial(student, "tmu-scratch", "tmu_scratch", num_slots=len(sources))
-    found["tmu"] = partial(student, "tmu", "tmu", sources)
-    return {f"{size.prefix}-{name}": make for name, make in found.items()}
+    for name, method in _OF_ALL_SOURCES.items():
+        found[name] = partial(student, name, method, sources)
+    return found
+
+
+def by_whole_name(experiments: Mapping[str, Recipes]) -> Recipes:
+    """The recipes of several experiments, given by prefix, by their whole names."""
+    return {
+        f"{prefix}-{name}": make
+        for prefix, own in experiments.items()
+        for name, make in own.items()
+    }

@@ -7,7 +7,6 @@ Each recipe exists in two sizes: `digits-*` finishes in minutes on two cores, an
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -21,7 +20,7 @@ from tmu_dist.config import (
     VPNConfig,
     WindowConfig,
 )
-from tmu_dist.recipes.base import Archives, ExperimentSize, Recipe, in_workspace, transfer_recipes
+from tmu_dist.recipes.base import Archives, ExperimentSize, Recipes, in_workspace, transfer_recipes
 
 SOURCES = ("1", "2")
 TARGET = "3"
@@ -131,12 +130,12 @@ def sizes() -> list[Size]:
     ]
 
 
-def recipes() -> dict[str, Callable[[], Recipe]]:
-    """Every recipe of this file, by name."""
-    found: dict[str, Callable[[], Recipe]] = {}
-    for size in sizes():
-        found |= transfer_recipes(size, partial(_archive, size), sources=SOURCES, target=TARGET)
-    return found
+def experiments() -> dict[str, Recipes]:
+    """Every recipe of this file, by prefix, then by name."""
+    return {
+        size.prefix: transfer_recipes(size, partial(_archive, size), sources=SOURCES, target=TARGET)
+        for size in sizes()
+    }
 
 
 def _with(

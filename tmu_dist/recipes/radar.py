@@ -12,12 +12,11 @@ Each recipe exists in two sizes that differ in values only: `radar-*` trains on 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
 from tmu_dist.config import ModelConfig, ScheduleConfig, TrainingConfig, WindowConfig
-from tmu_dist.recipes.base import Archives, ExperimentSize, Recipe, in_workspace, transfer_recipes
+from tmu_dist.recipes.base import Archives, ExperimentSize, Recipes, in_workspace, transfer_recipes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,12 +90,12 @@ PAPER = Size(
 )
 
 
-def recipes() -> dict[str, Callable[[], Recipe]]:
-    """Every recipe of this file, by name."""
-    found: dict[str, Callable[[], Recipe]] = {}
-    for size in (SMALL, PAPER):
-        found |= transfer_recipes(size, partial(_archive, size), sources=SOURCES, target=TARGET)
-    return found
+def experiments() -> dict[str, Recipes]:
+    """Every recipe of this file, by prefix, then by name."""
+    return {
+        size.prefix: transfer_recipes(size, partial(_archive, size), sources=SOURCES, target=TARGET)
+        for size in (SMALL, PAPER)
+    }
 
 
 def _archive(size: Size, name: str) -> Archives:
