@@ -12,7 +12,10 @@ from numpy.typing import NDArray
 
 
 def keyed_hash(values: NDArray[np.integer], *key: int) -> NDArray[np.uint64]:
-    """Hash integers to 64 bits under a key of integers; splitmix64 rounds, vectorised."""
+    """Hash integers to 64 bits under a key of integers; splitmix64 rounds, vectorised.
+
+    A key is of two words at least: under one word, value and word could change places.
+    """
     state = np.zeros(1, np.uint64)
     for word in key:
         state = _splitmix64(state ^ np.uint64(word % 2**64))

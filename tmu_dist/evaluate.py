@@ -3,7 +3,8 @@
     python -m tmu_dist.evaluate RUN_OR_CHECKPOINT --data URL [--split test] [--out FOLDER]
     torchrun --nproc-per-node N -m tmu_dist.evaluate ... --launcher torchrun
 
-Prints every score with its definition and writes evaluation.json, per_sequence.npz and figures. Of
+Prints every score with its definition and writes evaluation.json, per_sequence.npz and figures, and
+with --keep-predictions the forecasts themselves (predictions.npy). Of
 radar: also scores at thresholds, extrapolation along the optical flow as a third forecast, and a
 page (report.html) with the tables as text (tables.md). A stochastic network forecasts every
 sequence several times: the model's scores are then those of the best sample by SSIM, and say so.
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
+from contextlib import nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
@@ -30,9 +32,10 @@ from tmu_dist.data.manifest import Units
 from tmu_dist.data.storage import join_url
 from tmu_dist.evaluation.baselines import FlowUnavailableError, OpticalFlow
 from tmu_dist.evaluation.comparison import RunEntry
-from tmu_dist.evaluation.ensemble import choose_ensemble
+from tmu_dist.evaluation.ensemble import Ensemble, choose_ensemble
 from tmu_dist.evaluation.examples import evenly_spaced, predict_example
 from tmu_dist.evaluation.metrics import SSIMMode
+from tmu_dist.evaluation.predictions import PREDICTIONS_NAME, saved_predictions
 from tmu_dist.evaluation.rain import radar_settings
 from tmu_dist.evaluation.report import (
     PageSettings,
@@ -71,6 +74,7 @@ def run(
     flow: Literal["auto", "off"] = "auto",
     thresholds: tuple[float, ...] | None = None,
     fss_scales: tuple[int, ...] | None = None,
+    keep_predictions: bool = False,
     device: Literal["auto", "cpu", "cuda"] = "auto",
     launcher: Literal["local", "torchrun"] = "local",
 ) -> None:
@@ -90,11 +94,13 @@ def run(
         thresholds: of radar scores, in the archive's unit; by default 20, 30, 40 dBZ, or 0.5, 2,
             5, 10 mm/h of rain.
         fss_scales: sides of the neighbourhoods of the FSS in pixels; by default 1, 2, 4, 8, 16.
+        keep_predictions: of a deterministic network, also write every forecast, so that scores can
+            be taken again without it (float32, 4 bytes a predicted pixel); by one process.
         device: where to predict.
         launcher: this process alone, or one of the ranks of a torchrun job.
     """
     address = beside_model(model, f"evaluation-{split}") if out is None else out
-    with joined_ranks(launcher) as collectives:
+    with joined_ranks(launcher) as collectives, local_folder(address) as folder:
         chosen_device = pick_device(device, local_rank=collectives.ranks.local_rank)
         result = evaluate_model(
             model,
@@ -107,19 +113,20 @@ def run(
             flow=flow,
             thresholds=thresholds,
             fss_scales=fss_scales,
+            predictions_to=folder / PREDICTIONS_NAME if keep_predictions else None,
             device=chosen_device,
             collectives=collectives,
         )
         if collectives.ranks.is_main:
-            with local_folder(address) as folder:
-                result.save(folder)
-                write_figures(result, folder)
-                if result.radar is not None:
-                    command = _command(model, result, flow, thresholds, fss_scales)
-                    _write_radar_report(result, model, folder, chosen_device, command)
+            result.save(folder)
+            write_figures(result, folder)
+            if result.radar is not None:
+                command = _command(model, result, flow, thresholds, fss_scales)
+                _write_radar_report(result, model, folder, chosen_device, command)
             console = Console()
             console.print(terminal_summary(result))
-            console.print(f"\nWritten to {address}", markup=False, soft_wrap=True)
+    if collectives.ranks.is_main:
+        console.print(f"\nWritten to {address}", markup=False, soft_wrap=True)
 
 
 def beside_model(model: str, name: str) -> str:
@@ -147,6 +154,7 @@ def evaluate_model(
     flow: Literal["auto", "off"] = "auto",
     thresholds: Sequence[float] | None = None,
     fss_scales: Sequence[int] | None = None,
+    predictions_to: Path | None = None,
     device: torch.device | None = None,
     collectives: Collectives | None = None,
 ) -> EvaluationResult:
@@ -161,16 +169,19 @@ def evaluate_model(
         ssim_mode: form of SSIM.
         flow: of radar, "auto" also scores optical-flow extrapolation where it can.
         thresholds, fss_scales: of radar scores; None means the usual ones (`rain`).
+        predictions_to: file for every forecast, as `saved_predictions` writes it; None: no file.
         device: where to predict; None means the CPU.
         collectives: the ranks that share the work; None means this process alone.
 
     Raises:
-        ValueError: a missing model or archive, two that do not fit each other, or several samples
-            of a deterministic network.
+        ValueError: a missing model or archive, two that do not fit each other, several samples of
+            a deterministic network, or predictions kept of a stochastic one or by several ranks.
     """
     device, collectives = device or torch.device("cpu"), collectives or Collectives()
     loaded = load_model(source, device=device)
     ensemble = choose_ensemble(loaded.model, num_samples, seed)
+    if predictions_to is not None:
+        _check_predictions_can_be_kept(ensemble, collectives.ranks.world_size)
     (archive,) = open_archives([data_url])
     manifest = archive.manifest
     check_archive_fits(loaded.card, manifest)
@@ -190,26 +201,45 @@ def evaluate_model(
         leave=False,
         disable=None if collectives.ranks.is_main else True,  # None: only where a person looks on
     )
-    return evaluate(
-        loaded,
-        batches,
-        EvaluatedData(
-            url=data_url,
-            split=split,
-            manifest_hash=manifest.content_hash,
-            num_sequences=loader.num_samples,
-        ),
-        units=manifest.units,
-        timing_frames_BTCHW=torch.from_numpy(archive.read(split, [0])),
-        device=device,
-        collectives=collectives,
-        ssim_mode=ssim_mode,
-        radar=radar,
-        flow=None
-        if radar is None
-        else _optical_flow(flow, manifest.units, loaded.card.window, collectives),
-        ensemble=ensemble,
-    )
+    window = loaded.card.window
+    shape_NTCHW = (loader.num_samples, window.num_target_frames, *manifest.sample_shape[1:])
+    with (
+        nullcontext() if predictions_to is None else saved_predictions(predictions_to, shape_NTCHW)
+    ) as keep:
+        return evaluate(
+            loaded,
+            batches,
+            EvaluatedData(
+                url=data_url,
+                split=split,
+                manifest_hash=manifest.content_hash,
+                num_sequences=loader.num_samples,
+            ),
+            units=manifest.units,
+            timing_frames_BTCHW=torch.from_numpy(archive.read(split, [0])),
+            device=device,
+            collectives=collectives,
+            ssim_mode=ssim_mode,
+            radar=radar,
+            flow=None
+            if radar is None
+            else _optical_flow(flow, manifest.units, window, collectives),
+            ensemble=ensemble,
+            keep=keep,
+        )
+
+
+def _check_predictions_can_be_kept(ensemble: Ensemble | None, world_size: int) -> None:
+    if ensemble is not None:
+        raise ValueError(
+            "Predictions are kept of deterministic networks; this one forecasts every sequence "
+            f"{ensemble.num_samples} times. Leave --keep-predictions out."
+        )
+    if world_size > 1:
+        raise ValueError(
+            f"Predictions are kept by one process, but {world_size} share this evaluation: use "
+            "--launcher local, or leave --keep-predictions out."
+        )
 
 
 def _optical_flow(

@@ -15,7 +15,6 @@ import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,7 +24,7 @@ from tmu_dist.commands import command_errors
 from tmu_dist.config import ConfigError, RunConfig, load_overrides, with_overrides
 from tmu_dist.data.manifest import MANIFEST_PATH
 from tmu_dist.data.storage import exists
-from tmu_dist.recipes import DEFAULT_RECIPE, RECIPES, get_recipe
+from tmu_dist.recipes import DEFAULT_RECIPE, get_recipe, overview
 from tmu_dist.recipes.base import Recipe
 from tmu_dist.run_folder import RESULT_FILE
 
@@ -45,8 +44,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
         run_recipe(recipe, collectives)
 
 
-def parse_command(arguments: Sequence[str]) -> Recipe:
-    """Resolve recipe, file and flags, later ones winning, into a recipe."""
+def parse_command(
+    arguments: Sequence[str],
+    *,
+    prog: str = "python -m tmu_dist.train",
+    summary: str = "Train one run.",
+) -> Recipe:
+    """Resolve recipe, file and flags, later ones winning, into a recipe.
+
+    Args:
+        arguments: of the command line.
+        prog: the command that they belong to.
+        summary: first sentences of its help.
+    """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--recipe", default=DEFAULT_RECIPE)
     parser.add_argument("--config", action="append", default=[])
@@ -61,8 +71,8 @@ def parse_command(arguments: Sequence[str]) -> Recipe:
             config = with_overrides(config, {"launch.launcher": known.launcher})
         config = tyro.cli(
             RunConfig,
-            prog="python -m tmu_dist.train",
-            description=_help(known.recipe),
+            prog=prog,
+            description=f"{summary} {_help(known.recipe)}",
             default=config,
             args=flags,
         )
@@ -78,11 +88,10 @@ def run_recipe(recipe: Recipe, collectives: Collectives) -> str:
 
     config = recipe.config
     collectives.on_main(lambda: make_archive(recipe, config.data.url))
-    for teacher in config.transfer.teachers:
-        name = recipe.teachers.get(teacher)
-        if name is not None and not collectives.on_main(partial(exists, teacher, RESULT_FILE)):
-            _say(collectives, f"{Path(config.output).name} needs a teacher: training {name}")
-            run_recipe(_teacher_for(config, get_recipe(name)), collectives)
+    for teacher in collectives.on_main(lambda: missing_teachers(recipe)):
+        student, name = Path(config.output).name, Path(teacher.config.output).name
+        _say(collectives, f"{student} needs a teacher: training {name}")
+        run_recipe(teacher, collectives)
     result = launch(config, collectives)
     _say(
         collectives,
@@ -91,6 +100,19 @@ def run_recipe(recipe: Recipe, collectives: Collectives) -> str:
         f"{result.best_step}. Results: {result.run}",
     )
     return result.run
+
+
+def missing_teachers(recipe: Recipe) -> list[Recipe]:
+    """The teachers that a recipe can have trained and that are not, to be trained as it will be.
+
+    Raises:
+        ConfigError: one would not fit the student; said before hours are spent on it.
+    """
+    return [
+        _teacher_for(recipe.config, get_recipe(recipe.teachers[teacher]))
+        for teacher in recipe.config.transfer.teachers
+        if teacher in recipe.teachers and not exists(teacher, RESULT_FILE)
+    ]
 
 
 def make_archive(recipe: Recipe, url: str) -> None:
@@ -134,8 +156,8 @@ def _teacher_for(config: RunConfig, recipe: Recipe) -> Recipe:
 
 def _help(recipe: str) -> str:
     return (
-        f"Train one run. The defaults below are those of --recipe {recipe}. Also: --recipe NAME "
-        f"({', '.join(RECIPES)}), --config FILE.yaml (settings of the same names, may be "
+        f"The defaults below are those of --recipe {recipe}. Also: --recipe NAME "
+        f"({overview()}), --config FILE.yaml (settings of the same names, may be "
         "repeated), --launcher ray|local|torchrun."
     )
 

@@ -13,12 +13,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.backbones.report import Cell
 from tmu_dist.backbones import BACKBONES
 from tmu_dist.config import ModelConfig, SAVPConfig, TMUConfig, VPNConfig, WindowConfig
+from tmu_dist.evaluation.operations import count_operations
 from tmu_dist.models.build import build_predictor, count_parameters, skeleton
 from tmu_dist.models.rollout import Predictor
 from tmu_dist.models.shapes import FrameShape
@@ -168,14 +167,6 @@ def parameters(size: Size, backbone: str, variant: str) -> dict[str, int]:
             return {"test": plain, "train": plain}
         student = count_parameters(build(size, backbone, NUM_TEACHERS))
     return {"test": student, "train": student + NUM_TEACHERS * plain}
-
-
-def count_operations(run: Callable[[], object]) -> int:
-    """Operations of convolutions and matrix products; a product with its sum is two."""
-    # The counter does not know the fused attention of every device, but knows its products.
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        run()
-    return counter.get_total_flops()
 
 
 def _batch(size: Size, student: Predictor, device: torch.device) -> TrainingBatch:

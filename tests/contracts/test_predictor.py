@@ -86,6 +86,21 @@ def test_shapes_of_a_rollout(network: Predictor) -> None:
         assert (gates > 0).all() and (gates < 1).all()
 
 
+@pytest.mark.parametrize("cell", BACKBONES)
+def test_a_tmu_network_starts_as_the_plain_one_and_more(cell: str) -> None:
+    """Under one seed, so that students with and without the TMU can be compared pair by pair."""
+    found = []
+    for num_slots in (0, 2):
+        torch.manual_seed(3)
+        network = build_predictor(
+            FRAME, small(cell), tmu=TMUConfig(combine="mean"), num_slots=num_slots
+        )
+        found.append(network.state_dict())
+    plain, taught = found
+    assert plain.keys() < taught.keys()
+    assert all(torch.equal(value, taught[name]) for name, value in plain.items())
+
+
 def test_every_parameter_gets_a_gradient(network: Predictor) -> None:
     given = frames()
     batch = TrainingBatch(

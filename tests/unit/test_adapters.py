@@ -42,7 +42,8 @@ from tmu_dist.teachers.adapter import (
 )
 from tmu_dist.teachers.bank import FrozenTeacher, ReplicatedBank
 from tmu_dist.teachers.card import DataFacts, TeacherCard, TeacherError
-from tmu_dist.transfer.base import Objective, Reduction, Task, observed_share
+from tmu_dist.transfer.base import Objective, Reduction, Task
+from tmu_dist.transfer.imitation import observed_share
 from tmu_dist.transfer.tmu import MemoryDistillation, ProjectedStudent
 
 GREY_CODES = Units(

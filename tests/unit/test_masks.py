@@ -26,7 +26,8 @@ from tmu_dist.data.manifest import Manifest, Units
 from tmu_dist.models.rollout import Rollout
 from tmu_dist.models.shapes import MemoryShape
 from tmu_dist.run_folder import read_log
-from tmu_dist.transfer.base import Reduction, TrainingBatch, observed_share, reduce_squares
+from tmu_dist.transfer.base import Reduction, TrainingBatch, reduce_squares
+from tmu_dist.transfer.imitation import observed_share
 from tmu_dist.transfer.tmu import MemoryDistillation
 
 REDUCTIONS: tuple[Reduction, ...] = ("mean", "sum")

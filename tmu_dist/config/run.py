@@ -128,20 +128,39 @@ def from_dict(tree: Mapping[str, Any]) -> RunConfig:
     return with_overrides(RunConfig(), dict(flatten(tree)))
 
 
-# What may differ between a checkpoint and the command that continues it: where things lie and run.
-# An archive is compared by its manifest hash and a teacher by its weights hash, not by address.
-_FREE_TO_CHANGE = (
+# Where things lie and run. An archive is known by its manifest hash and a teacher by its weights
+# hash, not by address.
+_WHERE_AND_HOW = (
     "output",
     "launch.",
-    "schedule.",
     "data.url",
     "data.mix_with",
     "data.num_workers",
     "data.reading",
     "data.cache_",
     "transfer.teachers",
-    "training.num_steps",
 )
+# What may differ between a checkpoint and the command that continues it.
+_FREE_TO_CHANGE = (*_WHERE_AND_HOW, "schedule.", "training.num_steps")
+# Which weights can be selected depends on when they are validated; the rest of a schedule is free.
+_WITHOUT_EFFECT = (
+    *_WHERE_AND_HOW,
+    "schedule.log_every",
+    "schedule.checkpoint_every",
+    "schedule.keep_checkpoints",
+)
+
+
+def identity(config: RunConfig) -> dict[str, Any]:
+    """The settings that shape what a run finds, by dotted name.
+
+    Two runs with the same identity find the same from the same archives and teachers.
+    """
+    return {
+        path: value
+        for path, value in flatten(asdict(config))
+        if not path.startswith(_WITHOUT_EFFECT)
+    }
 
 
 def resume_conflicts(saved: RunConfig, wanted: RunConfig) -> list[str]:

@@ -25,7 +25,7 @@ class TMUConfig:
     combine: Literal["auto", "paper", "mean"] = "auto"
     """`paper`: Eq. 5 as printed, whose memory can grow with the number of teachers and time;
     `mean`: the same sum divided by 1 + M, a convex combination; `auto`: `paper` for up to three
-    teachers, `mean` for more (docs/lab_log.md)."""
+    teachers, `mean` for more (docs/lab_log.md), and always `mean` for M (zigzag)."""
     hidden_from: Literal["fused", "own"] = "fused"
     """`fused`: h reads the memory after transfer (Eq. 5); `own`: before it."""
     zigzag: bool = False

@@ -142,8 +142,10 @@ def interval_chart(intervals: Sequence[Interval], *, title: str, theme: Theme = 
     """
     if not intervals:
         raise ValueError("An interval chart needs at least one interval.")
-    width, height = _WIDTH_INCHES, 0.95 + 0.34 * len(intervals)
     labels = [fill(row.label, _LABEL_LETTERS) for row in intervals]
+    num_lines = max(label.count("\n") + 1 for label in labels)
+    row_inches = max(0.34, 1.3 * FONT_POINTS / 72 * num_lines)
+    width, height = _WIDTH_INCHES, 0.95 + row_inches * len(intervals)
     label_inches = _width_of(labels)
     figure = Figure(figsize=(width, height), facecolor=theme.background)
     text_in_inches(figure, 0.1, height - 0.2, title, color=theme.ink, fontsize=FONT_POINTS + 1)

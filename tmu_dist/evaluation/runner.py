@@ -36,6 +36,7 @@ from tmu_dist.evaluation.ensemble import ENSEMBLE_DEFINITIONS, Ensemble
 from tmu_dist.evaluation.forecaster import Forecaster
 from tmu_dist.evaluation.metrics import METRIC_NAMES, PHYSICAL_METRIC_NAMES, SSIMMode
 from tmu_dist.evaluation.pass_tables import ForecastScores, ForecastTable, PassTables
+from tmu_dist.evaluation.predictions import Keep
 from tmu_dist.evaluation.radar_result import RadarResult
 from tmu_dist.evaluation.rain import RadarSettings, RadarTable, radar_definitions
 from tmu_dist.evaluation.result import (
@@ -104,6 +105,7 @@ def score_predictor(
     radar: RadarSettings | None = None,
     flow: OpticalFlow | None = None,
     ensemble: Ensemble | None = None,
+    keep: Keep | None = None,
 ) -> PassScores:
     """Predict closed-loop and score, each rank its slice; every rank gets the merged result.
 
@@ -124,6 +126,7 @@ def score_predictor(
         flow: also score extrapolation along the optical flow, which takes its time.
         ensemble: how often a stochastic network forecasts each sequence; the best forecast by
             SSIM is the model's. None: once, without noise (the mean of its latents).
+        keep: is given every forecast of the model; not of an ensemble's, which has many.
 
     Raises:
         ValueError: sequences shorter than the window, a prediction that is not finite, or an
@@ -167,6 +170,8 @@ def score_predictor(
                     rollout = forecaster.roll_out(inputs.frames_BTCHW)
                     forecasts[MODEL] = forecaster.target_frames(rollout)
                     tables.add_gates(rollout, ids_B, weights_B)
+                    if keep is not None:
+                        keep(forecasts[MODEL], ids_B, weights_B)
                 else:
                     _score_draws(tables, forecaster, ensemble, inputs, truth, ids_B, weights_B)
                 tables.update(forecasts, truth, ids_B, weights_B)
@@ -245,6 +250,7 @@ def evaluate(
     radar: RadarSettings | None = None,
     flow: OpticalFlow | FlowUnavailableError | None = None,
     ensemble: Ensemble | None = None,
+    keep: Keep | None = None,
 ) -> EvaluationResult:
     """Everything that is reported about a trained model on one split.
 
@@ -254,7 +260,7 @@ def evaluate(
         data: what the batches are.
         units: of the archive.
         timing_frames_BTCHW: stored frames of at least one sequence, to measure time with.
-        device, collectives, ssim_mode: as in `score_predictor`.
+        device, collectives, ssim_mode, keep: as in `score_predictor`.
         radar: `rain.radar_settings` of the archive; None for video.
         flow: also score optical flow; of radar, an error says in the report why it is missing.
         ensemble: `choose_ensemble` of the model; None for deterministic ones.
@@ -276,6 +282,7 @@ def evaluate(
         radar=radar,
         flow=flow if isinstance(flow, OpticalFlow) else None,
         ensemble=ensemble,
+        keep=keep,
     )
     gates = scored.gates
     if gates is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import fields
+from functools import partial
 from importlib import import_module
 from typing import Any
 
@@ -36,6 +37,7 @@ class Layers:
         self._tmu = tmu if num_slots else None
         self._num_slots = num_slots
         self._made = 0
+        self._waiting: list[tuple[RecurrentLayer, dict[str, partial[MemoryTransfer]]]] = []
         self.used: set[str] = set()
         """Settings that cells were made with."""
 
@@ -61,6 +63,8 @@ class Layers:
         number = self._made
         self._made += 1
         self.used |= _parameters(kind) - settings.keys()
+        if tmu is not None and tmu.zigzag:
+            _check_zigzag(kind, self._model.cell)
         chosen = _settings(kind, self._model) | settings
         if (
             tmu is not None
@@ -72,30 +76,42 @@ class Layers:
             chosen["forget_bias"] = 0.0  # Eq. 5 lets the memory grow (docs/methods.md, 4.3)
         make_cell: Callable[..., RecurrentCell] = kind
         cell = make_cell(in_channels, hidden_channels, map_size=map_size, **chosen)
+        layer = RecurrentLayer(cell, number=number)
         if tmu is None:
-            return RecurrentLayer(cell, number=number)
+            return layer
         if cell.window > 1 and tmu.gate_kernel_size > 1:
             raise ConfigError(
                 f"transfer.tmu.gate_kernel_size={tmu.gate_kernel_size} does not work with "
                 f"model.cell={self._model.cell}, whose maps hold {cell.window} time slices: use 1."
             )
-        transfer = MemoryTransfer(
+        combine = tmu.combination(self._num_slots)
+        make_transfer = partial(
+            MemoryTransfer,
             in_channels,
             hidden_channels,
             self._num_slots,
             map_size=(cell.window * map_size[0], map_size[1]),
             gate_kernel_size=tmu.gate_kernel_size,
             gate_norm=tmu.gate_norm,
-            combine=tmu.combination(self._num_slots),
             norm_affine=self._model.norm_affine,
         )
-        return RecurrentLayer(cell, transfer, hidden_from=tmu.hidden_from, number=number)
+        # M is fused in every layer at every step, so that by Eq. 5 as printed it soon overflows.
+        zigzag_combine = "mean" if tmu.combine == "auto" else combine
+        makers = {"transfer": partial(make_transfer, combine=combine)}
+        if tmu.zigzag:
+            makers["transfer_zigzag"] = partial(make_transfer, combine=zigzag_combine)
+        layer.hidden_from = tmu.hidden_from
+        self._waiting.append((layer, makers))
+        return layer
 
-    def check_complete(self) -> None:
-        """Refuse TMU layers that the network does not have.
+    def complete(self) -> None:
+        """Put the TMUs around the layers, once the network has all else.
+
+        They draw their first weights last, so that under one seed the rest of a TMU network starts
+        as the plain network does.
 
         Raises:
-            ConfigError: names the layers there are.
+            ConfigError: TMU layers that the network does not have; names those there are.
         """
         chosen = () if self._tmu is None or self._tmu.layers == "all" else self._tmu.layers
         if bad := [k for k in chosen if k >= self._made]:
@@ -103,6 +119,9 @@ class Layers:
                 f"transfer.tmu.layers={list(chosen)}: this network has layers 0 to "
                 f"{self._made - 1}, not {bad}."
             )
+        for layer, makers in self._waiting:
+            for name, make in makers.items():
+                setattr(layer, name, make())
 
 
 def build_predictor(
@@ -131,7 +150,7 @@ def build_predictor(
         network = make_network(frame, layers, **_settings(backbone, model))
         layers.used |= _parameters(backbone)
     _refuse_unused(model, layers.used)
-    layers.check_complete()
+    layers.complete()
     return network
 
 
@@ -179,6 +198,16 @@ def _stack(
         patch_size=model.patch_size,
         image_channels=frame.channels,
     )
+
+
+def _check_zigzag(kind: type[RecurrentCell], cell: str) -> None:
+    """Refuse to transfer a memory M that a cell has not."""
+    if not kind.has_zigzag:
+        others = [name for name in BACKBONES if getattr(_backbone(name), "has_zigzag", False)]
+        raise ConfigError(
+            f"transfer.tmu.zigzag=true transfers ST-LSTM's memory M, which model.cell={cell} has "
+            f"not: leave it out, or use one of {', '.join(others)}."
+        )
 
 
 def _backbone(name: str) -> type[RecurrentCell] | type[Predictor]:

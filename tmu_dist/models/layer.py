@@ -42,6 +42,9 @@ class LayerStep(NamedTuple):
     forget_BPHW: Tensor | None
     imitations_BMPHW: Tensor | None = None
     gates_BMPHW: Tensor | None = None
+    zigzag_BPHW: Tensor | None = None
+    """The memory M that the hidden state has read; None where the cell has none."""
+    zigzag_imitations_BMPHW: Tensor | None = None
 
 
 class RecurrentLayer(nn.Module):
@@ -50,7 +53,9 @@ class RecurrentLayer(nn.Module):
     Args:
         cell: its recurrent cell.
         transfer: distillers and transfer gates of a TMU layer.
-        hidden_from: whether the cell's output reads the memory after transfer or before.
+        transfer_zigzag: those of ST-LSTM's memory M, in a TMU layer that transfers it, too.
+        hidden_from: whether the cell's output reads the memory C after transfer or before. Of M
+            there is one value a step, the one after transfer: the output reads it, and it travels.
         number: of the layer in its network, from the input to the output.
     """
 
@@ -59,12 +64,14 @@ class RecurrentLayer(nn.Module):
         cell: RecurrentCell,
         transfer: MemoryTransfer | None = None,
         *,
+        transfer_zigzag: MemoryTransfer | None = None,
         hidden_from: Literal["fused", "own"] = "fused",
         number: int = 0,
     ) -> None:
         super().__init__()
         self.cell = cell
         self.transfer = transfer
+        self.transfer_zigzag = transfer_zigzag
         self.hidden_from = hidden_from
         self.number = number
 
@@ -81,18 +88,33 @@ class RecurrentLayer(nn.Module):
 
     def _step(self, x_BCHW: Tensor, state: CellState, carry: Carry) -> LayerStep:
         proposal = self.cell.propose(x_BCHW, state, carry)
-        own = proposal.memory_BPHW
-        if self.transfer is None:
-            new_state, new_carry = self.cell.emit(proposal, own)
-            return LayerStep(new_state.hidden_BPHW, new_state, new_carry, proposal.forget_BPHW)
-
-        imitations = self.transfer.imitate(own)
-        gates = self.transfer.transfer_gates(x_BCHW, state.hidden_BPHW)
-        fused = self.transfer.fuse(own, imitations, gates)
+        own, zigzag, zigzag_imitations = proposal.memory_BPHW, proposal.zigzag_BPHW, None
+        fused, imitations, gates = _transferred(self.transfer, own, x_BCHW, state.hidden_BPHW)
+        if zigzag is not None:
+            zigzag, zigzag_imitations, _ = _transferred(
+                self.transfer_zigzag, zigzag, x_BCHW, state.hidden_BPHW
+            )
         new_state, new_carry = self.cell.emit(
-            proposal, fused if self.hidden_from == "fused" else own
+            proposal._replace(zigzag_BPHW=zigzag), fused if self.hidden_from == "fused" else own
         )
-        new_state = new_state._replace(memory_BPHW=fused)
         return LayerStep(
-            new_state.hidden_BPHW, new_state, new_carry, proposal.forget_BPHW, imitations, gates
+            new_state.hidden_BPHW,
+            new_state._replace(memory_BPHW=fused),
+            new_carry,
+            proposal.forget_BPHW,
+            imitations,
+            gates,
+            zigzag,
+            zigzag_imitations,
         )
+
+
+def _transferred(
+    transfer: MemoryTransfer | None, own_BPHW: Tensor, x_BCHW: Tensor, hidden_BPHW: Tensor
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """A memory after transfer (Eqs. 3 and 5), the imitations and the gates that let them in."""
+    if transfer is None:
+        return own_BPHW, None, None
+    imitations = transfer.imitate(own_BPHW)
+    gates = transfer.transfer_gates(x_BCHW, hidden_BPHW)
+    return transfer.fuse(own_BPHW, imitations, gates), imitations, gates

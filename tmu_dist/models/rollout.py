@@ -59,6 +59,8 @@ class Rollout(NamedTuple):
     """What every layer did, by time, then by layer; `states` stacks it."""
     imitations: dict[int, tuple[Tensor, ...]]
     """Per TMU layer (by layer number), an imitation of each teacher's memory [B, T, P, h, w]."""
+    zigzag_imitations: Mapping[int, tuple[Tensor, ...]] = MappingProxyType({})
+    """The same of ST-LSTM's memory M, where that is transferred, too."""
     objectives: Mapping[str, Tensor] = NOTHING
     """Only of networks that have them, and only where all targets were known:
     "kl_BT", divergence of the latents' posterior from their prior, in nats;
@@ -230,7 +232,8 @@ class Predictor(nn.Module, ABC):
             _over_time(predictions),
             _over_time(inputs),
             steps=layers,
-            imitations=_imitations(layers),
+            imitations=_imitations(layers, "imitations_BMPHW"),
+            zigzag_imitations=_imitations(layers, "zigzag_imitations_BMPHW"),
             objectives={name: _over_time([o[name] for o in objectives]) for name in objectives[-1]},
             diagnostics=_diagnose(layers) if diagnostics else None,
         )
@@ -323,22 +326,22 @@ def _over_time(maps: list[Tensor]) -> Tensor:
 
 def _state(step: LayerStep, name: StateName) -> Tensor:
     if name == "zigzag":
-        if step.carry.zigzag_BPHW is None:
+        if step.zigzag_BPHW is None:
             raise ValueError(
                 "These cells have no zig-zag memory: that is ST-LSTM's (model.cell=predrnn, mim, "
-                "e3d_lstm)."
+                "e3d_lstm, e3d_openstl)."
             )
-        return step.carry.zigzag_BPHW
+        return step.zigzag_BPHW
     return step.state.memory_BPHW if name == "memory" else step.state.hidden_BPHW
 
 
-def _imitations(steps: list[Sequence[LayerStep]]) -> dict[int, tuple[Tensor, ...]]:
+def _imitations(
+    steps: list[Sequence[LayerStep]], name: Literal["imitations_BMPHW", "zigzag_imitations_BMPHW"]
+) -> dict[int, tuple[Tensor, ...]]:
     return {
-        k: _over_time(
-            [s.imitations_BMPHW for s in over_time if s.imitations_BMPHW is not None]
-        ).unbind(2)
+        k: _over_time([getattr(step, name) for step in over_time]).unbind(2)
         for k, over_time in enumerate(zip(*steps))
-        if over_time[0].imitations_BMPHW is not None
+        if getattr(over_time[0], name) is not None
     }
 
 

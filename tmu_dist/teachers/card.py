@@ -12,7 +12,7 @@ from typing import ClassVar
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from tmu_dist.config import ModelConfig, TMUConfig, WindowConfig
+from tmu_dist.config import AdapterConfig, ARTConfig, ModelConfig, TMUConfig, WindowConfig
 from tmu_dist.data.manifest import Manifest, Units
 from tmu_dist.models.shapes import FrameShape
 
@@ -70,6 +70,13 @@ class TeacherCard:
     """Frozen parameters that stood beside it during training, one number a teacher."""
     auxiliary_parameters: int = 0
     """Trained parameters that stood beside it, such as the transforms of Knowledge Flow."""
+    sources: tuple[TeacherCard, ...] = ()
+    """Cards of the networks inside it, which it reads as it runs (transfer.method=art); their
+    weights lie among its own."""
+    art: ARTConfig = field(default_factory=ARTConfig)
+    """How it reads them."""
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    """What may differ between them and itself."""
     scores: dict[str, float] = field(default_factory=dict)
     git_revision: str = "unknown"
     weights_sha256: str = ""

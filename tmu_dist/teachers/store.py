@@ -23,7 +23,10 @@ from tmu_dist.folders import write_folder, write_text
 from tmu_dist.models.build import build_predictor
 from tmu_dist.models.rollout import Predictor
 from tmu_dist.run_folder import SELECTED_FILE
+from tmu_dist.teachers.adapter import StudentFacts, plan_teacher
+from tmu_dist.teachers.bank import FrozenTeacher
 from tmu_dist.teachers.card import TeacherCard, TeacherError
+from tmu_dist.teachers.sourced import SourcedPredictor
 
 WEIGHTS_FILE = "weights.safetensors"
 CARD_FILE = "card.json"
@@ -123,9 +126,27 @@ def load_model(source: str, *, device: torch.device | str = "cpu") -> LoadedMode
     """
     card, weights = load_weights(source)
     with torch.random.fork_rng(devices=[]):  # building draws weights that are replaced below
-        model = build_predictor(card.frame, card.model, tmu=card.tmu, num_slots=card.num_slots)
+        model = build_network(card)
     load_state(model, weights, where=source)
     return LoadedModel(model.to(device).eval().requires_grad_(False), card)
+
+
+def build_network(card: TeacherCard) -> Predictor:
+    """The network that a card describes, with fresh weights and its sources inside.
+
+    Raises:
+        ConfigError, TeacherError: the card contradicts itself.
+    """
+    network = build_predictor(card.frame, card.model, tmu=card.tmu, num_slots=card.num_slots)
+    if not card.sources:
+        return network
+    student = StudentFacts(frame=card.frame, memories=network.memory_shapes, data=card.data)
+    sources = []
+    for source_card in card.sources:
+        source = build_network(source_card)
+        plan = plan_teacher(source_card, source.memory_shapes, student, card.adapter)
+        sources.append(FrozenTeacher(source, plan))
+    return SourcedPredictor(network, sources, card.art)
 
 
 def load_state(model: Predictor, weights: dict[str, Tensor], *, where: str) -> None:

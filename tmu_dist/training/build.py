@@ -13,6 +13,7 @@ from tmu_dist.collectives import Collectives
 from tmu_dist.config import RunConfig
 from tmu_dist.models.rollout import Predictor
 from tmu_dist.training.adversarial import PRIOR, ROLLOUT, AdversarialStep, Discriminators
+from tmu_dist.training.rates import rate_groups
 from tmu_dist.training.schedules import learning_rate
 from tmu_dist.training.step import TrainingStep
 from tmu_dist.transfer.base import TransferMethod
@@ -37,14 +38,19 @@ def build_step(
         trainee: what is trained (`TransferMethod.trainee`), on `device`.
         device: of this rank.
         collectives: the ranks.
+
+    Raises:
+        ConfigError: `training.rates` does not go with the trainee's parameters.
     """
     training = config.training
+    groups = rate_groups(student, trainee, of_method=method.rates(), chosen=training.rates)
     wrap = partial(_data_parallel, device=device, collectives=collectives)
     step: dict[str, Any] = {
         "method": method,
         "student": student,
         "trainee": trainee,
         "forward": wrap(trainee),
+        "groups": groups,
         "device": device,
         "learning_rate": partial(learning_rate, settings=training),
         "adam_beta1": training.adam_beta1,

@@ -442,7 +442,7 @@ def _card(
     transfer: PreparedTransfer,
     auxiliary_parameters: int,
 ) -> TeacherCard:
-    return TeacherCard(
+    card = TeacherCard(
         name=Path(config.output).name,
         method=config.transfer.method,
         step=0,
@@ -458,3 +458,4 @@ def _card(
         auxiliary_parameters=auxiliary_parameters,
         git_revision=git_revision(),
     )
+    return transfer.method.describe(card)

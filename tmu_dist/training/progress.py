@@ -26,6 +26,9 @@ _POLL_STORE_SECONDS = 3.0
 _IN_LIVENESS = {
     "gate_means": "gates",
     "memory_correlation": "memory correlation",
+    "zigzag_correlation": "correlation of M",
+    "feature_correlation": "feature correlation",
+    "response_correlation": "response correlation",
     "own_shares": "own shares",
     "merge_means": "merge gates",
 }
@@ -57,7 +60,7 @@ class ProgressDisplay:
             found = [
                 f", {label} {_brief(event[name])}"
                 for name, label in _IN_LIVENESS.items()
-                if name in event
+                if event.get(name)
             ]
             self._say(
                 f"step {event['step']}: teaching alive: gradient norm "

@@ -32,7 +32,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 
 from tmu_dist.collectives import Collectives, Ranks, process_group_backend
-from tmu_dist.config import ConfigError, RunConfig, from_dict
+from tmu_dist.config import ConfigError, LaunchConfig, RunConfig, from_dict
 from tmu_dist.data.loader import ShardError
 from tmu_dist.data.manifest import MANIFEST_PATH
 from tmu_dist.data.storage import (
@@ -75,7 +75,7 @@ def train_on_ray(config: RunConfig) -> RunResult:
     """
     name = PurePosixPath(config.output).name
     storage_path = _ray_storage(config.output)
-    variables = _reach_stores(config)
+    variables = reach_stores(config)
     connect(variables)
     scaling = _scaling(config)
     trainer = TorchTrainer(
@@ -102,7 +102,7 @@ def train_on_ray(config: RunConfig) -> RunResult:
     return outcome
 
 
-def _reach_stores(config: RunConfig) -> dict[str, str]:
+def reach_stores(config: RunConfig) -> dict[str, str]:
     """Variables with which workers reach the stores that a run uses; none if it uses disks only.
 
     Each store is asked once from here, so that a wrong address or missing rights are not found by
@@ -185,13 +185,21 @@ def train_worker(settings: dict[str, Any]) -> RunResult | Exception:
         return error
 
 
+def wants_gpu(settings: LaunchConfig) -> bool:
+    """Whether workers take a GPU each, on the cluster as it is."""
+    if settings.device != "auto":
+        return settings.device == "cuda"
+    return any(node.get("GPU", 0) >= 1 for node in _nodes())
+
+
+def _nodes() -> list[dict[str, float]]:
+    """Resources of each node that is alive."""
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
 def _scaling(config: RunConfig) -> ScalingConfig:
     """How many workers, each on how many CPUs, so that they fit on the nodes as they are."""
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    wants_gpu = config.launch.device != "cpu"
-    use_gpu = wants_gpu and (
-        config.launch.device == "cuda" or any(node.get("GPU", 0) >= 1 for node in nodes)
-    )
+    nodes, use_gpu = _nodes(), wants_gpu(config.launch)
     kind = "GPU" if use_gpu else "CPU"
     places = [int(node[kind]) for node in nodes if node.get(kind, 0) >= 1]
     have = sum(places)

@@ -5,7 +5,7 @@ Legend: B batch, T time, C channels, H, W height, width.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tmu_dist.models.rollout import Predictor
+from tmu_dist.training.rates import rate_groups
 from tmu_dist.transfer.base import Forward, LossTerms, TrainingBatch, TransferMethod
 
 
@@ -28,6 +29,7 @@ class TrainingStep:
         trainee: the module that is trained, which contains the student (`TransferMethod.trainee`).
         forward: the trainee, wrapped for data-parallel training where there are several ranks.
         learning_rate: of an iteration.
+        groups: the trainee's parameters by learning rate (`rate_groups`); None: all at the one.
         precision: "bf16" runs the convolutions in bfloat16 under autocast; weights, memories and
             losses stay float32.
     """
@@ -41,6 +43,7 @@ class TrainingStep:
         *,
         device: torch.device,
         learning_rate: Callable[[int], float],
+        groups: Sequence[dict[str, Any]] | None = None,
         adam_beta1: float = 0.9,
         reverse_input: Literal["update", "average", "off"],
         grad_clip_norm: float | None = None,
@@ -54,9 +57,8 @@ class TrainingStep:
         self.reverse_input = reverse_input
         self.grad_clip_norm = grad_clip_norm
         self.precision = precision
-        self._parameters = list(trainee.parameters())
         self._adam_betas = (adam_beta1, 0.999)
-        self.optimizer = self.adam(self._parameters)
+        self.optimizer = self.adam(groups or rate_groups(student, trainee))
         of_student = {id(value) for value in student.state_dict(keep_vars=True).values()}
         self._beside_student = [
             name
@@ -104,8 +106,10 @@ class TrainingStep:
         values: dict[str, Tensor] = state["trainee"]
         self.trainee.load_state_dict(self.trainee.state_dict() | values)
 
-    def adam(self, parameters: list[nn.Parameter]) -> torch.optim.Adam:
-        """An optimiser with the run's settings; its learning rate is set before every update."""
+    def adam(
+        self, parameters: Sequence[nn.Parameter] | Sequence[dict[str, Any]]
+    ) -> torch.optim.Adam:
+        """An optimiser with the run's settings; its learning rates are set before every update."""
         return torch.optim.Adam(parameters, lr=self.learning_rate(1), betas=self._adam_betas)
 
     def autocast(self) -> torch.autocast:
@@ -115,14 +119,14 @@ class TrainingStep:
         )
 
     def update(self, optimizer: torch.optim.Optimizer, step: int) -> None:
-        """One update at the iteration's learning rate."""
+        """One update at the iteration's learning rate, times the factor of a group that has one."""
         for group in optimizer.param_groups:
-            group["lr"] = self.learning_rate(step)
+            group["lr"] = self.learning_rate(step) * group.get("factor", 1.0)
         optimizer.step()
 
     def _update(self, step: int) -> None:
         if self.grad_clip_norm is not None:
-            nn.utils.clip_grad_norm_(self._parameters, self.grad_clip_norm)
+            nn.utils.clip_grad_norm_(self.trainee.parameters(), self.grad_clip_norm)
         self.update(self.optimizer, step)
 
 

@@ -1,6 +1,6 @@
-"""The contract of a transfer method, and the losses and masks that all of them share.
+"""The contract of a transfer method, and the losses that all of them share.
 
-Legend: B batch, T time, C channels, P hidden channels, H, W height, width, h, w those of a map.
+Legend: B batch, T time, C channels, H, W height, width, Z noise.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tmu_dist.config import ModelConfig
 from tmu_dist.models.cells.base import FrameLoss
 from tmu_dist.models.rollout import Predictor, Rollout
-from tmu_dist.models.shapes import FrameShape, MemoryShape
+from tmu_dist.models.shapes import FrameShape
 from tmu_dist.teachers.bank import TeacherBank, Teaching
+from tmu_dist.teachers.card import TeacherCard
 
 Reduction = Literal["mean", "sum"]
 Forward = Callable[..., Rollout]
@@ -134,6 +134,10 @@ class TransferMethod(ABC):
         Called when the student has its first weights, before a checkpoint is restored.
         """
         return student
+
+    def describe(self, card: TeacherCard) -> TeacherCard:
+        """The student's card, completed by what it takes to rebuild a network of this method."""
+        return card
 
     def rates(self) -> Mapping[str, float]:
         """Learning rates of parameters of the trainee, by name pattern, in rates of the run."""
@@ -296,25 +300,6 @@ def reduce_values(values: Tensor, reduction: Reduction, weights: Tensor | None =
         return sums
     counted = weights.flatten(1).sum(1) * (values[0].numel() // weights[0].numel())
     return sums / torch.where(counted > 0, counted, 1)
-
-
-def observed_share(observed_BTCHW: Tensor, memory_BTPHW: Tensor, shape: MemoryShape) -> Tensor:
-    """Share of observed pixels in the patch under each element of a memory, [B, T, 1, h, w].
-
-    Step t of an unrolled network reads frame t, so the shares of frames 1..T-1 belong to its
-    memories. Where a step reads a prediction instead (scheduled sampling), the share is that of
-    the true frame at its place: there is nothing else to compare a memory with.
-
-    Args:
-        observed_BTCHW: of the frames that the T steps read.
-        memory_BTPHW: the memory; only its size and type are used.
-        shape: of that memory at the size the network was built for.
-    """
-    rows = memory_BTPHW.shape[-2] // shape.slices
-    share_NHW = observed_BTCHW.to(memory_BTPHW.dtype).mean(2).flatten(0, 1)
-    share_N1HW = F.adaptive_avg_pool2d(share_NHW.unsqueeze(1), (rows, memory_BTPHW.shape[-1]))
-    share_BT1HW = share_N1HW.unflatten(0, observed_BTCHW.shape[:2])
-    return share_BT1HW.repeat(1, 1, 1, shape.slices, 1)
 
 
 def weighted(per_sequence_B: Tensor, batch: TrainingBatch) -> Tensor:

@@ -1,14 +1,37 @@
-"""Teachers that cannot know better: what transfer must beat to be transfer (transfer.control)."""
+"""Teachers that cannot know better: what transfer must beat to be transfer (transfer.control).
+
+Legend: B batch, T time, C channels, H, W height, width, Z noise.
+"""
 
 from __future__ import annotations
 
+import hashlib
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tmu_dist.draws import keyed_hash
 from tmu_dist.teachers.adapter import TeacherPlan
 from tmu_dist.teachers.bank import TeacherBank, Teaching
-from tmu_dist.teachers.store import LoadedModel
+from tmu_dist.teachers.store import WEIGHTS_FILE, LoadedModel, build_network, model_files
+
+_WEIGHTS = 0x3E16
+"""Use of the hash: no other draw of a run has it."""
 
 
 class ShuffledBank:
-    """To be written."""
+    """Each sequence is taught what the teachers make of its partner in the batch.
+
+    Partners are neighbours (0 and 1, 2 and 3, ...), whatever the number of ranks: a rank's part of
+    a global batch begins at an even place where every rank has an even number of sequences. What
+    teachers tell keeps its distribution and loses all that it says about this sequence. In the
+    last batch of an epoch, filled up by repeats, a sequence may meet its own.
+
+    Args:
+        bank: who runs the teachers.
+    """
 
     def __init__(self, bank: TeacherBank) -> None:
         self._bank = bank
@@ -21,10 +44,70 @@ class ShuffledBank:
     def plans(self) -> tuple[TeacherPlan, ...]:
         return self._bank.plans
 
-    def teach(self, *arguments: object, **more: object) -> tuple[Teaching, ...]:
-        raise NotImplementedError
+    def teach(
+        self,
+        frames_BTCHW: Tensor,
+        *,
+        num_input_frames: int,
+        num_frames: int,
+        sampling_mask_BT: Tensor,
+        noise_BTZ: Tensor | None = None,
+    ) -> tuple[Teaching, ...]:
+        """As `TeacherBank.teach`, with partners' places exchanged.
+
+        Raises:
+            ValueError: a sequence has no partner.
+        """
+        size = len(frames_BTCHW)
+        if size % 2:
+            raise ValueError(
+                f"transfer.control=shuffled exchanges sequences in pairs, and this rank has {size} "
+                "of them: choose training.batch_size so that training.batch_size / ranks is even."
+            )
+        teachings = self._bank.teach(
+            frames_BTCHW,
+            num_input_frames=num_input_frames,
+            num_frames=num_frames,
+            sampling_mask_BT=sampling_mask_BT,
+            noise_BTZ=noise_BTZ,
+        )
+        return tuple(_exchanged(taught) for taught in teachings)
 
 
 def with_random_weights(loaded: LoadedModel, *, seed: int, number: int) -> LoadedModel:
-    """To be written."""
-    raise NotImplementedError
+    """A teacher's network before any training: the same architecture, other weights.
+
+    Args:
+        loaded: the teacher.
+        seed: of the run.
+        number: of the teacher in it; torch's generators are left alone.
+    """
+    card = loaded.card
+    device = next(loaded.model.parameters()).device
+    key = keyed_hash(np.array([number]), _WEIGHTS, seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(int(key[0]))
+        model = build_network(card)
+    untrained = replace(
+        card,
+        name=f"{card.name} (random weights)",
+        step=0,
+        scores={},
+        origin="",
+        weights_sha256=hashlib.sha256(model_files(model, card)[WEIGHTS_FILE]).hexdigest(),
+    )
+    return LoadedModel(model.to(device).eval().requires_grad_(False), untrained)
+
+
+def _exchanged(taught: Teaching) -> Teaching:
+    states = {
+        name: {k: _partners(state) for k, state in by_layer.items()}
+        for name, by_layer in taught.states.items()
+    }
+    predictions = taught.predictions_BTCHW
+    return Teaching(states, None if predictions is None else _partners(predictions))
+
+
+def _partners(values: Tensor) -> Tensor:
+    """The same with the places 0 and 1, 2 and 3, ... of the first axis exchanged."""
+    return values.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)

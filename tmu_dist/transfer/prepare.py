@@ -14,11 +14,12 @@ import torch
 
 from tmu_dist.config import ConfigError, KLConfig, RunConfig, TrainingConfig, TransferConfig
 from tmu_dist.models.build import skeleton
+from tmu_dist.models.layer import RecurrentLayer
 from tmu_dist.models.rollout import Predictor
 from tmu_dist.models.shapes import FrameShape
 from tmu_dist.teachers.adapter import StudentFacts, check_start, plan_teacher
 from tmu_dist.teachers.bank import FrozenTeacher, ReplicatedBank, TeacherBank, Wanted
-from tmu_dist.teachers.card import DataFacts, TeacherCard
+from tmu_dist.teachers.card import DataFacts, TeacherCard, TeacherError
 from tmu_dist.teachers.store import LoadedModel, load_model
 from tmu_dist.transfer.art import AttentiveTransfer
 from tmu_dist.transfer.base import Objective, Task, TaughtMethod, TransferMethod, annealed
@@ -93,7 +94,7 @@ def prepare_transfer(
     student = StudentFacts(
         frame=frame, memories=network.memory_shapes, data=data, taught=_taught_layers(transfer)
     )
-    method = _make_method(config, task, loaded, student)
+    method = _make_method(config, task, loaded, student, start)
     resident = method.bank.parameters_per_teacher if isinstance(method, TaughtMethod) else ()
     return PreparedTransfer(
         method=method,
@@ -119,14 +120,18 @@ def _taught_layers(transfer: TransferConfig) -> Literal["all"] | tuple[int, ...]
 
 
 def _make_method(
-    config: RunConfig, task: Task, teachers: Sequence[LoadedModel], student: StudentFacts
+    config: RunConfig,
+    task: Task,
+    teachers: Sequence[LoadedModel],
+    student: StudentFacts,
+    start: Start | None,
 ) -> TransferMethod:
     transfer = config.transfer
 
     def frozen(*wanted: Wanted) -> list[FrozenTeacher]:
         return [
             FrozenTeacher(
-                each.model,
+                _able_to_tell(each, wanted).model,
                 plan_teacher(each.card, each.model.memory_shapes, student, transfer.adapter),
                 wanted,
             )
@@ -174,9 +179,22 @@ def _make_method(
                 teachers=list(zip([t.card for t in teachers], frozen("hidden", "memory"))),
             )
         case "l2_sp":
-            return L2SP(task, settings=transfer.l2_sp)
+            assert start is not None
+            return L2SP(task, settings=transfer.l2_sp, start=start)
         case "scratch" | "finetune" | "tmu_scratch":
             return Scratch(task, tmu=transfer.tmu, num_slots=transfer.num_slots)
+
+
+def _able_to_tell(teacher: LoadedModel, wanted: Sequence[Wanted]) -> LoadedModel:
+    """The teacher, unless its cells have not what it is asked for."""
+    layers = [layer for layer in teacher.model.modules() if isinstance(layer, RecurrentLayer)]
+    if "zigzag" in wanted and not all(layer.cell.has_zigzag for layer in layers):
+        raise TeacherError(
+            f"Teacher {teacher.card.name!r} (model.cell={teacher.card.model.cell}) has no memory M "
+            "to teach: leave transfer.tmu.zigzag out, or choose teachers whose cells have it "
+            "(predrnn, mim, e3d_lstm)."
+        )
+    return teacher
 
 
 def _check_training(config: RunConfig, network: Predictor) -> None:

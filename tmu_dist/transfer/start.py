@@ -25,6 +25,11 @@ class Start:
     unmatched: Literal["refuse", "random"]
     """What to do with the student's other tensors."""
 
+    def value_of(self, name: str, own: Tensor) -> Tensor | None:
+        """What a tensor of a student starts from; None: nothing here has its name and shape."""
+        value = self.weights.get(name)
+        return value if value is not None and value.shape == own.shape else None
+
     def apply(self, plain: nn.Module, names: frozenset[str]) -> StartReport:
         """Copy what fits into a student and tell what did not.
 
@@ -37,40 +42,24 @@ class Start:
             TeacherError: some tensors do not fit, and `unmatched` refuses that; or none fits.
         """
         own = {name: value for name, value in plain.state_dict().items() if name in names}
-        matched = {
-            name: self.weights[name]
-            for name, value in own.items()
-            if name in self.weights and self.weights[name].shape == value.shape
-        }
-        unmatched = {
-            name: f"{_shape(self.weights.get(name))} there, {_shape(value)} here"
-            for name, value in own.items()
-            if name not in matched
-        }
-        unused = tuple(sorted(self.weights.keys() - own.keys()))
-        if not matched or (self.unmatched == "refuse" and (unmatched or unused)):
-            shown = [f"{name} is {what}" for name, what in sorted(unmatched.items())]
-            shown += [f"{name} is unknown here" for name in unused]
-            raise TeacherError(
-                f"The weights of teacher {self.name!r} do not fit the student: "
-                f"{len(matched)} of its {len(own)} tensors match, {len(shown)} differ "
-                f"({'; '.join(shown[:5])}{'; ...' if len(shown) > 5 else ''}). Use the model.* "
-                "settings of its card"
-                + (
-                    ", or start the others at random with transfer.start.unmatched=random."
-                    if matched
-                    else "."
-                )
-            )
-        with torch.no_grad():
-            for name, value in matched.items():
-                own[name].copy_(value)
-        return StartReport(
+        started = {name: self.value_of(name, value) for name, value in own.items()}
+        report = StartReport(
             source=self.name,
-            matched=tuple(matched),
-            random=unmatched,
-            unused=unused,
+            matched=tuple(name for name, value in started.items() if value is not None),
+            random={
+                name: f"{_shape(self.weights.get(name))} there, {_shape(own[name])} here"
+                for name, value in started.items()
+                if value is None
+            },
+            unused=tuple(sorted(self.weights.keys() - own.keys())),
         )
+        is_partial = bool(report.random or report.unused)
+        if not report.matched or (is_partial and self.unmatched == "refuse"):
+            raise TeacherError(_refusal(report))
+        with torch.no_grad():
+            for name in report.matched:
+                own[name].copy_(self.weights[name])
+        return report
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +73,21 @@ class StartReport:
     """Tensors that kept their random start, and why."""
     unused: tuple[str, ...]
     """Tensors of the source that the student has not."""
+
+
+def _refusal(report: StartReport) -> str:
+    """Why a start is refused, and what to do."""
+    shown = [f"{name} is {what}" for name, what in sorted(report.random.items())]
+    shown += [f"{name} is unknown here" for name in report.unused]
+    advice = "Use the model.* settings of its card"
+    if report.matched:
+        advice += ", or start the others at random with transfer.start.unmatched=random"
+    return (
+        f"The weights of teacher {report.source!r} do not fit the student: of its "
+        f"{len(report.matched) + len(report.random)} tensors {len(report.matched)} are found there "
+        "under the same name and shape "
+        f"({'; '.join(shown[:5])}{'; ...' if len(shown) > 5 else ''}). {advice}."
+    )
 
 
 def _shape(value: Tensor | None) -> str:

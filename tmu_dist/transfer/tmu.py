@@ -1,16 +1,15 @@
 """Memory transfer: the paper's method (Eqs. 3-6).
 
-Legend: B batch, T time, M teachers, P hidden channels, H, W height, width.
+Legend: B batch, T time, L TMU layers, M teachers, K layers, C channels, H, W height, width.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
 from tmu_dist.config import BetaSchedule, ImitationConfig, TMUConfig
@@ -19,7 +18,6 @@ from tmu_dist.models.rollout import Predictor, Rollout
 from tmu_dist.teachers.adapter import LayerPlan
 from tmu_dist.teachers.bank import TeacherBank, Teaching
 from tmu_dist.transfer.base import (
-    DeadDistillationError,
     Forward,
     Liveness,
     LossTerms,
@@ -27,10 +25,8 @@ from tmu_dist.transfer.base import (
     TaughtMethod,
     Term,
     TrainingBatch,
-    observed_share,
-    reduce_squares,
-    weighted,
 )
+from tmu_dist.transfer.imitation import Comparison, Projections, teaching_norms
 
 
 class MemoryDistillation(TaughtMethod):
@@ -44,6 +40,11 @@ class MemoryDistillation(TaughtMethod):
         task, bank, teacher_input: as in `TaughtMethod`.
         tmu: settings of the TMU layers.
         beta: weight of the distillation.
+        beta_schedule: how that weight changes with the iterations; None: not at all.
+        imitation: what counts how much in Eq. 4; None: everything alike.
+
+    Raises:
+        ConfigError: layers to compare that the student has not.
     """
 
     def __init__(
@@ -61,15 +62,20 @@ class MemoryDistillation(TaughtMethod):
         self.tmu = tmu
         self.beta = beta
         self.beta_schedule = beta_schedule or BetaSchedule()
-        self.imitation = imitation or ImitationConfig()
+        self.comparison = Comparison(
+            imitation or ImitationConfig(), bank.plans, task.objective.reduction
+        )
+        self._projected = {
+            (k, m): layer
+            for m, plan in enumerate(bank.plans)
+            for k, layer in plan.layers.items()
+            if layer.is_projected and k in self.comparison.shapes
+        }
 
     @property
     def teaches(self) -> bool:
         """Whether there is any distillation at any time."""
         return self.beta > 0 or self.beta_schedule.final > 0
-
-    def _beta(self, batch: TrainingBatch) -> float:
-        return self.beta_schedule.at(batch.step, self.beta)
 
     def build_student(self) -> Predictor:
         num_slots = len(self.bank.plans)
@@ -78,88 +84,59 @@ class MemoryDistillation(TaughtMethod):
 
     def trainee(self, student: Predictor) -> nn.Module:
         """The student, and a projection for each teacher and layer whose channels differ."""
-        shapes = {
-            (k, m): layer
-            for m, plan in enumerate(self.bank.plans)
-            for k, layer in plan.layers.items()
-            if layer.is_projected
-        }
         # Without distillation they would be parameters without a gradient.
-        if not self.teaches or not shapes:
+        if not self.teaches or not self._projected:
             return student
-        return ProjectedStudent(student, shapes)
+        return ProjectedStudent(student, self._projected, zigzag=self.tmu.zigzag)
 
     def loss(self, forward: Forward, batch: TrainingBatch) -> LossTerms:
         rollout = self.unroll(forward, batch)
         terms = LossTerms(terms=self.task.objective.terms(rollout, batch), rollout=rollout)
-        if not self.teaches:
+        beta = self._beta(batch)
+        # While beta is 0 only projections need the teachers, for a gradient of zeros.
+        if not (beta or (self.teaches and self._projected)):
             return terms
         distillation = self._distillation(rollout, self.teach(batch, rollout), batch)
-        return terms.with_terms({"distillation": Term(distillation, self._beta(batch))})
+        return terms.with_terms({"distillation": Term(distillation, beta)})
+
+    def _beta(self, batch: TrainingBatch) -> float:
+        return self.beta_schedule.at(batch.step, self.beta)
 
     def _distillation(
         self, rollout: Rollout, teachings: Sequence[Teaching], batch: TrainingBatch
     ) -> Tensor:
-        """Eq. 4, summed over TMU layers and teachers; time is reduced like pixels are.
-
-        An element of a memory counts as much as its patch was observed (`observed_share`).
-        """
-        reduction = self.task.objective.reduction
-        per_sequence_B = torch.stack(
-            [
-                reduce_squares(
-                    imitation - taught.states["memory"][k],
-                    reduction,
-                    self._share(batch, imitation, k),
-                )
-                for k, imitations in rollout.imitations.items()
-                for imitation, taught in zip(imitations, teachings, strict=True)
-            ]
-        ).sum(0)
-        return weighted(per_sequence_B, batch)
-
-    def _share(self, batch: TrainingBatch, memory_BTPHW: Tensor, layer: int) -> Tensor | None:
-        """What each memory element of steps 1..T-1 counts, [B, T-1, 1, h, w]; None: 1."""
-        if batch.observed_BTCHW is None:
-            return None
-        shape = self.bank.plans[0].layers[layer].student
-        return observed_share(batch.observed_BTCHW[:, :-1], memory_BTPHW, shape)
+        """Eq. 4, summed over layers and teachers; the same of ST-LSTM's M where it is imitated."""
+        distance = self.comparison.distance(rollout.imitations, teachings, "memory", batch)
+        if not self.tmu.zigzag:
+            return distance
+        return distance + self.comparison.distance(
+            rollout.zigzag_imitations, teachings, "zigzag", batch
+        )
 
     def liveness(self, trainee: nn.Module, batch: TrainingBatch) -> Liveness | None:
-        if not self._beta(batch) or _nothing_counts(batch):
+        beta = self._beta(batch)
+        if not (beta and self.comparison.counts(batch)):
             return None
         rollout = self.unroll(trainee, batch, diagnostics=True)
         teachings = self.teach(batch, rollout)
-        distillation = self._beta(batch) * self._distillation(rollout, teachings, batch)
-        # Of the student alone: projections could learn from imitations that are constant.
-        student = trainee.student if isinstance(trainee, ProjectedStudent) else trainee
-        parameters = [p for p in student.parameters() if p.requires_grad]
-        distilled = _gradient_norm(distillation, parameters)
-        own = LossTerms(terms=self.task.objective.terms(rollout, batch), rollout=rollout).total()
-        predicted = _gradient_norm(own, parameters)
-        # A gradient this far below the other one cannot move a float32 weight any more.
-        if not distilled > 1e-7 * predicted:
-            raise DeadDistillationError(
-                f"The distillation term gives the student a gradient of norm {distilled:.3g} "
-                f"(the prediction term: {predicted:.3g}), so the teachers teach nothing. Check "
-                f"that transfer.beta={self.beta:g} is not too small, that the teachers are trained "
-                "networks, and that no loss term was dropped."
-            )
+        own = LossTerms(terms=self.task.objective.terms(rollout, batch), rollout=rollout)
+        distilled, predicted = teaching_norms(
+            beta * self._distillation(rollout, teachings, batch),
+            own.total(),
+            trainee.student if isinstance(trainee, ProjectedStudent) else trainee,
+            weights=f"transfer.beta={beta:g} (at iteration {batch.step})",
+        )
         diagnostics = rollout.diagnostics
         assert diagnostics is not None and diagnostics.transfer_gates_BTLM is not None
+        correlations = self.comparison.correlations
         return MemoryLiveness(
             teaching_gradient_norm=distilled,
             prediction_gradient_norm=predicted,
             gate_means=diagnostics.transfer_gates_BTLM.mean((0, 1)).tolist(),
-            memory_correlation=[
-                [
-                    _correlation(
-                        imitation, taught.states["memory"][k], self._share(batch, imitation, k)
-                    )
-                    for imitation, taught in zip(imitations, teachings, strict=True)
-                ]
-                for k, imitations in rollout.imitations.items()
-            ],
+            memory_correlation=correlations(rollout.imitations, teachings, "memory", batch),
+            zigzag_correlation=correlations(rollout.zigzag_imitations, teachings, "zigzag", batch)
+            if self.tmu.zigzag
+            else [],
             forget_gate_means=[
                 None if math.isnan(mean) else mean
                 for mean in diagnostics.forget_gates_BTK.mean((0, 1)).tolist()
@@ -175,7 +152,9 @@ class MemoryLiveness(Liveness):
     gate_means: list[list[float]]
     """Mean transfer gate by TMU layer, then by teacher."""
     memory_correlation: list[list[float]]
-    """Pearson correlation of imitation and teacher memory, by TMU layer, then by teacher."""
+    """Pearson correlation of imitation and teacher memory, by compared layer, then by teacher."""
+    zigzag_correlation: list[list[float]] = field(default_factory=list)
+    """The same of ST-LSTM's M; empty where it is not imitated."""
     forget_gate_means: list[float | None]
     """By layer; None where the cell has no such gate."""
     memory_rms: list[float]
@@ -185,79 +164,29 @@ class MemoryLiveness(Liveness):
 class ProjectedStudent(nn.Module):
     """A student whose imitations are compared in the teachers' own channels.
 
-    A learned 1x1 convolution without bias stands behind the distiller of every teacher and layer
-    whose memory has another number of channels. It changes the imitation for the loss alone: what
-    the transfer gates let into the student's memory stays in the student's channels. Were the
-    teacher's memory projected instead, projecting everything to 0 would be a solution.
+    A projection stands behind the distiller of every teacher and layer whose memory has another
+    number of channels. It changes the imitation for the loss alone: what the transfer gates let
+    into the student's memory stays in the student's channels.
 
     Args:
         student: the network, which is trained and offered.
-        layers: what is compared, by layer of the student and teacher.
+        layers: what is projected, by layer of the student and teacher.
+        zigzag: whether ST-LSTM's M is imitated, too; it has projections of its own.
     """
 
-    def __init__(self, student: Predictor, layers: Mapping[tuple[int, int], LayerPlan]) -> None:
+    def __init__(
+        self, student: Predictor, layers: Mapping[tuple[int, int], LayerPlan], *, zigzag: bool
+    ) -> None:
         super().__init__()
         self.student = student
-        self.projections = nn.ModuleDict(
-            {
-                _name(k, m): nn.Conv2d(plan.student.channels, plan.teacher.channels, 1, bias=False)
-                for (k, m), plan in layers.items()
-            }
-        )
+        self.projections = Projections(layers)
+        self.zigzag_projections = Projections(layers) if zigzag else None
 
-    def forward(
-        self,
-        frames_BTCHW: Tensor,
-        *,
-        num_input_frames: int,
-        num_frames: int,
-        sampling_mask_BT: Tensor | None = None,
-        noise_BTZ: Tensor | None = None,
-        diagnostics: bool = False,
-    ) -> Rollout:
+    def forward(self, frames_BTCHW: Tensor, **arguments: Any) -> Rollout:
         """The student's rollout with its imitations projected; as `Predictor.forward`."""
-        rollout = self.student(
-            frames_BTCHW,
-            num_input_frames=num_input_frames,
-            num_frames=num_frames,
-            sampling_mask_BT=sampling_mask_BT,
-            noise_BTZ=noise_BTZ,
-            diagnostics=diagnostics,
-        )
-        projected = {
-            k: tuple(self._project(imitation, _name(k, m)) for m, imitation in enumerate(each))
-            for k, each in rollout.imitations.items()
-        }
-        return rollout._replace(imitations=projected)
-
-    def _project(self, imitation_BTPHW: Tensor, name: str) -> Tensor:
-        if name not in self.projections:
-            return imitation_BTPHW
-        projected_NPHW = self.projections[name](imitation_BTPHW.flatten(0, 1))
-        return projected_NPHW.unflatten(0, imitation_BTPHW.shape[:2])
-
-
-def _name(layer: int, teacher: int) -> str:
-    return f"layer{layer}_teacher{teacher}"
-
-
-def _gradient_norm(loss: Tensor, parameters: list[torch.nn.Parameter]) -> float:
-    gradients = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
-    squares = [g.float().square().sum() for g in gradients if g is not None]
-    return float(torch.stack(squares).sum().sqrt()) if squares else 0.0
-
-
-def _nothing_counts(batch: TrainingBatch) -> bool:
-    """Whether no frame that is read has an observed pixel, so that nothing can be distilled."""
-    observed = batch.observed_BTCHW
-    if observed is None:
-        return False
-    return not weighted(observed[:, :-1].flatten(1).sum(1), batch) > 0
-
-
-def _correlation(first: Tensor, second: Tensor, weights: Tensor | None) -> float:
-    """Pearson correlation over all elements; NaN when one of them is constant."""
-    a, b = first.detach().double(), second.double()
-    w = torch.ones_like(a) if weights is None else weights.double().expand_as(a)
-    a, b = ((x - (w * x).sum() / w.sum()) * w.sqrt() for x in (a, b))
-    return float((a * b).sum() / (a.norm() * b.norm()))
+        rollout: Rollout = self.student(frames_BTCHW, **arguments)
+        rollout = rollout._replace(imitations=self.projections(rollout.imitations))
+        if self.zigzag_projections is None:
+            return rollout
+        projected = self.zigzag_projections(rollout.zigzag_imitations)
+        return rollout._replace(zigzag_imitations=projected)

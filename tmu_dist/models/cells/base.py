@@ -48,6 +48,8 @@ class Proposal(NamedTuple):
     """Pre-activation of the output gate, without the memory's own contribution."""
     forget_BPHW: Tensor | None
     """The gate in [0, 1] that keeps the old memory, for diagnostics; None where there is none."""
+    zigzag_BPHW: Tensor | None = None
+    """The candidate of ST-LSTM's spatiotemporal memory M; None for cells without (`has_zigzag`)."""
     extra: Any = ()
     """Whatever else `emit` needs, of the cell's own making."""
 
@@ -63,6 +65,8 @@ class RecurrentCell(nn.Module, ABC):
     frame_loss: ClassVar[FrameLoss] = "l2"
     output_bias: ClassVar[bool] = False
     """Whether the convolution from the top hidden state to the frame has a bias."""
+    has_zigzag: ClassVar[bool] = False
+    """Whether the cell has ST-LSTM's memory M, which `propose` then gives a candidate of."""
 
     def __init__(self, in_channels: int, hidden_channels: int, *, window: int = 1) -> None:
         """Remember the sizes.
@@ -95,4 +99,9 @@ class RecurrentCell(nn.Module, ABC):
 
     @abstractmethod
     def emit(self, proposal: Proposal, memory_BPHW: Tensor) -> tuple[CellState, Carry]:
-        """Turn the final memory into the new state and the carry for the layer above."""
+        """Turn the final memory into the new state and the carry for the layer above.
+
+        Args:
+            proposal: as `propose` made it, but for M, which is the final one.
+            memory_BPHW: the final memory C.
+        """

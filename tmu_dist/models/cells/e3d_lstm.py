@@ -42,12 +42,10 @@ class WindowConv(nn.Conv3d):
 
 
 class Eidetic(NamedTuple):
-    """What `emit` needs of a step."""
+    """What `emit` needs of a step beside C and M'."""
 
-    zigzag_BPHW: Tensor
-    """The new spatiotemporal memory M'."""
-    handed_on_BPHW: Tensor
-    """The M that the layer above reads."""
+    incoming_BPHW: Tensor
+    """The M that the step read."""
     history_BPHW: tuple[Tensor, ...]
     """The memories C that were recalled, oldest first."""
 
@@ -72,6 +70,7 @@ class E3DLSTMCell(RecurrentCell):
     """
 
     frame_loss: ClassVar[FrameLoss] = "l1l2"
+    has_zigzag: ClassVar[bool] = True
     output_bias: ClassVar[bool] = True
 
     def __init__(
@@ -117,25 +116,26 @@ class E3DLSTMCell(RecurrentCell):
         incoming = carry.zigzag_BPHW
         if incoming is None:
             incoming = torch.zeros_like(state.memory_BPHW)
-        zigzag = self._new_zigzag(x_of_zigzag, incoming)
-        handed_on = zigzag if self.e3d_memory == "paper" else incoming
         return Proposal(
             candidate,
             output_BPHW=xo + ho,
             forget_BPHW=None,
-            extra=Eidetic(zigzag, handed_on, history),
+            zigzag_BPHW=self._new_zigzag(x_of_zigzag, incoming),
+            extra=Eidetic(incoming, history),
         )
 
     def emit(self, proposal: Proposal, memory_BPHW: Tensor) -> tuple[CellState, Carry]:
         """O = s(Xo + Ho + Wco * C + Wmo * M') and H = O . tanh(W * [C, M'])."""
-        eidetic: Eidetic = proposal.extra
-        o = proposal.output_BPHW + self.conv_c(memory_BPHW) + self.conv_n(eidetic.zigzag_BPHW)
+        zigzag, eidetic = proposal.zigzag_BPHW, proposal.extra
+        assert zigzag is not None
+        o = proposal.output_BPHW + self.conv_c(memory_BPHW) + self.conv_n(zigzag)
         if self.e3d_memory == "code":
             o = torch.tanh(o)
-        both = torch.cat([memory_BPHW, eidetic.zigzag_BPHW], dim=1)
+        both = torch.cat([memory_BPHW, zigzag], dim=1)
         hidden = torch.sigmoid(o) * torch.tanh(self.conv_last(both))
         state = CellState(hidden, memory_BPHW, eidetic.history_BPHW)
-        return state, Carry(zigzag_BPHW=eidetic.handed_on_BPHW)
+        handed_on = zigzag if self.e3d_memory == "paper" else eidetic.incoming_BPHW
+        return state, Carry(zigzag_BPHW=handed_on)
 
     def _new_zigzag(self, x_terms: list[Tensor], incoming_BPHW: Tensor) -> Tensor:
         """M' = I'.G' + F'.M, or F'.tanh(m) in "code"; in "paper" m only shares the others' LN."""

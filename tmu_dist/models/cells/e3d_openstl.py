@@ -7,7 +7,7 @@ below each other: its maps "BPHW" have L * H rows, the oldest slice on top.
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,15 +19,6 @@ from tmu_dist.models.cells.st_lstm import ZIGZAG_FORGET_BIAS
 from tmu_dist.models.norm import Affine, MapLayerNorm
 
 
-class OpenSTLStep(NamedTuple):
-    """What `emit` needs of a step."""
-
-    zigzag_BPHW: Tensor
-    """The new spatiotemporal memory M', which only this step's hidden state reads."""
-    history_BPHW: tuple[Tensor, ...]
-    """The memories C that were recalled, oldest first."""
-
-
 class OpenSTLE3DCell(RecurrentCell):
     """E3D-LSTM of OpenSTL, for networks that were trained there.
 
@@ -36,8 +27,9 @@ class OpenSTLE3DCell(RecurrentCell):
     places; normalisations have a gain for each element and eps 1e-5; there are no biases. As in
     the authors' code the layer above gets the incoming M, and the output gate is squashed twice.
 
-    M is therefore zero in the whole network. What OpenSTL convolves it with never matters and is
-    left out here; with a normalisation, its shift remains.
+    The M that travels is therefore zero in the whole network. What OpenSTL convolves it with never
+    matters and is left out here; with a normalisation, its shift remains. M' is read by its own
+    step's hidden state alone.
 
     Args:
         gate_norm: "layer" normalises what each convolution gives, but for the 1x1 one. The
@@ -46,6 +38,7 @@ class OpenSTLE3DCell(RecurrentCell):
     """
 
     frame_loss: ClassVar[FrameLoss] = "l1l2"
+    has_zigzag: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -91,12 +84,14 @@ class OpenSTLE3DCell(RecurrentCell):
             candidate + torch.sigmoid(xi + hi) * torch.tanh(xg + hg),
             output_BPHW=xo + ho,
             forget_BPHW=None,
-            extra=OpenSTLStep(self._zigzag(x_of_zigzag), history),
+            zigzag_BPHW=self._zigzag(x_of_zigzag),
+            extra=history,
         )
 
     def emit(self, proposal: Proposal, memory_BPHW: Tensor) -> tuple[CellState, Carry]:
         """O = s(tanh(Xo + Ho + Wco * C + Wmo * M')) and H = O . tanh(W * [C, M'])."""
-        zigzag, history = proposal.extra
+        zigzag, history = proposal.zigzag_BPHW, proposal.extra
+        assert zigzag is not None
         o = proposal.output_BPHW + self.norm_c(_one_slice(self.conv_c, memory_BPHW))
         o = o + self.norm_n(_one_slice(self.conv_n, zigzag))
         both = torch.cat([memory_BPHW, zigzag], dim=1)

@@ -71,13 +71,6 @@ class InnerMemories(NamedTuple):
     """The input before this one; None before the first."""
 
 
-class InnerStep(NamedTuple):
-    """What `MIMCell.emit` needs of `MIMCell.propose`."""
-
-    zigzag_BPHW: Tensor
-    memories: InnerMemories
-
-
 class MIMCell(ZigzagCell):
     """Memory-in-memory block; the lowest layer of a MIM network is an ST-LSTM.
 
@@ -165,12 +158,14 @@ class MIMCell(ZigzagCell):
             candidate,
             output_BPHW=x_o + h_o + m_o[0] if m_o else x_o + h_o,
             forget_BPHW=stationary.forget_BPHW,
-            extra=InnerStep(zigzag, memories),
+            zigzag_BPHW=zigzag,
+            extra=memories,
         )
 
     def emit(self, proposal: Proposal, memory_BPHW: Tensor) -> tuple[CellState, Carry]:
-        """Output gate and hidden state from the final C and the new M; M and D travel upwards."""
-        zigzag, memories = proposal.extra
+        """Output gate and hidden state from the final C and M; M and D travel upwards."""
+        zigzag, memories = proposal.zigzag_BPHW, proposal.extra
+        assert zigzag is not None
         hidden = self.hidden_state(proposal.output_BPHW, memory_BPHW, zigzag)
         carry = Carry(zigzag_BPHW=zigzag, difference_BPHW=memories.difference_BPHW)
         return CellState(hidden, memory_BPHW, memories), carry

@@ -5,7 +5,7 @@ Legend: B batch, C input channels, P hidden channels, H, W map height and width.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from tmu_dist.models.cells.gates import GateLayers
 from tmu_dist.models.norm import Affine
 
 ZIGZAG_FORGET_BIAS = 1.0
-"""Added to the forget gate of M, which no memory transfer touches: always as published."""
+"""Added to the forget gate of M, as published, whatever transfers into M."""
 
 
 class ZigzagCell(RecurrentCell):
@@ -25,6 +25,8 @@ class ZigzagCell(RecurrentCell):
         make: of the layers of this cell.
         gate_reads_memories: whether the output gate reads the new C and M.
     """
+
+    has_zigzag: ClassVar[bool] = True
 
     def __init__(
         self, in_channels: int, hidden_channels: int, make: GateLayers, *, gate_reads_memories: bool
@@ -52,8 +54,8 @@ class ZigzagCell(RecurrentCell):
 class STLSTMCell(ZigzagCell):
     """Spatiotemporal LSTM.
 
-    Wang et al. 2017 (PredRNN). A TMU transfers into C, before output gate
-    and hidden state read [C, M].
+    Wang et al. 2017 (PredRNN). A TMU transfers into C, and with transfer.tmu.zigzag into M, before
+    output gate and hidden state read [C, M].
 
     Args:
         st_form: "seven_gate" has gates of their own for C and M, stacked in `conv_x` as i, f, g of
@@ -113,11 +115,12 @@ class STLSTMCell(ZigzagCell):
         candidate = forget * memory + torch.sigmoid(i) * torch.tanh(g)
         keep = torch.sigmoid(f_zigzag + ZIGZAG_FORGET_BIAS)
         zigzag = keep * zigzag + torch.sigmoid(i_zigzag) * torch.tanh(g_zigzag)
-        return Proposal(candidate, output_BPHW=output, forget_BPHW=forget, extra=zigzag)
+        return Proposal(candidate, output_BPHW=output, forget_BPHW=forget, zigzag_BPHW=zigzag)
 
     def emit(self, proposal: Proposal, memory_BPHW: Tensor) -> tuple[CellState, Carry]:
-        """Output gate and hidden state from the final C and the new M, which travels on upwards."""
-        zigzag = proposal.extra
+        """Output gate and hidden state from the final C and M; M travels on upwards."""
+        zigzag = proposal.zigzag_BPHW
+        assert zigzag is not None
         hidden = self.hidden_state(proposal.output_BPHW, memory_BPHW, zigzag)
         return CellState(hidden, memory_BPHW), Carry(zigzag_BPHW=zigzag)
 

@@ -1,0 +1,194 @@
+"""From the arms of a ledger to its finished and evaluated runs.
+
+A run counts as done when its folder has both its result and its evaluation; nothing else is
+remembered, so every call looks at the disk and adds what is missing.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tmu_dist.config import RunConfig
+from tmu_dist.data.loader import Archive, open_archives
+from tmu_dist.evaluate import evaluate_model
+from tmu_dist.evaluation.operations import cost_of_transfer
+from tmu_dist.evaluation.predictions import PREDICTIONS_NAME
+from tmu_dist.evaluation.result import JSON_NAME
+from tmu_dist.ledger.arms import Arm, make_arms, run_configs
+from tmu_dist.ledger.records import EVALUATION_FOLDER, ArmRecord, SeedRecord, read_seed
+from tmu_dist.models.build import skeleton
+from tmu_dist.models.shapes import FrameShape
+from tmu_dist.recipes.base import Recipe
+from tmu_dist.run_folder import RESULT_FILE
+from tmu_dist.teachers.store import load_card, load_model
+from tmu_dist.train import make_archive, missing_teachers
+from tmu_dist.training.launch import pick_device
+from tmu_dist.training.many import Job, Outcome, absolute, run_many
+
+log = logging.getLogger(__name__)
+
+RUNS_FOLDER = "runs"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Every run that there could be."""
+
+    arms: tuple[Arm, ...]
+    configs: Mapping[tuple[str, int], RunConfig]
+    """By arm and seed."""
+    facts: Mapping[str, Any]
+    """Of the experiment, for the page."""
+
+
+def train_teachers(recipe: Recipe, parallel: int | None) -> dict[str, Outcome]:
+    """Make the archives of a recipe and train its teachers, side by side; what is there stays.
+
+    Returns:
+        How each teacher that was missing ended, by run folder.
+    """
+    make_archive(recipe, recipe.config.data.url)
+    missing = missing_teachers(recipe)
+    for teacher in missing:
+        make_archive(teacher, teacher.config.data.url)
+    jobs = [Job(config=absolute(teacher.config)) for teacher in missing]
+    if jobs:
+        log.info("%d teachers are to be trained first", len(jobs))
+    return _run(jobs, recipe.config, parallel)
+
+
+def make_plan(recipe: Recipe, seeds: Sequence[int], out: Path) -> Plan:
+    """The runs of all arms, when archives and teachers are there.
+
+    Raises:
+        ManifestError, TeacherError: an archive or a teacher cannot be read.
+    """
+    config = absolute(recipe.config)
+    urls = (config.data.url, *config.data.mix_with)
+    archives = open_archives(urls)
+    manifest = archives[0].manifest
+    teachers = [load_model(address) for address in config.transfer.teachers]
+    frame = FrameShape(channels=manifest.channels, height=manifest.height, width=manifest.width)
+    cost = cost_of_transfer(config, frame, teachers)
+    arms = make_arms(config, cost)
+    contents = {url: archive.manifest.content_hash for url, archive in zip(urls, archives)}
+    for address, teacher in zip(config.transfer.teachers, teachers):
+        contents[address] = teacher.card.weights_sha256
+    return Plan(
+        arms=arms,
+        configs=run_configs(arms, seeds, str(out / RUNS_FOLDER), contents),
+        facts=_facts(config, archives[0], cost),
+    )
+
+
+def run_missing(
+    plan: Plan, wanted: Sequence[tuple[str, int]], parallel: int | None
+) -> dict[str, Outcome]:
+    """Train and evaluate what is not done yet.
+
+    Args:
+        plan: of all runs.
+        wanted: arms and seeds to look after.
+        parallel: as in `run_many`.
+
+    Returns:
+        How each run that was missing ended, by run folder.
+    """
+    chosen = {plan.configs[key].output: plan.configs[key] for key in wanted}
+    jobs = [
+        Job(config=config, then=evaluate_run)
+        for folder, config in chosen.items()
+        if not is_done(Path(folder))
+    ]
+    log.info("%d runs, %d of them are done", len(chosen), len(chosen) - len(jobs))
+    return _run(jobs, plan.configs[wanted[0]], parallel)
+
+
+def evaluate_run(config: RunConfig) -> None:
+    """Evaluate a finished run on the test split, once, with its forecasts kept if it has one each.
+
+    `evaluation.json` is written last, so where it is, the rest is, too.
+    """
+    run = Path(config.output)
+    folder = run / EVALUATION_FOLDER
+    if is_done(run):
+        return
+    card = load_card(config.output)
+    is_stochastic = skeleton(card.frame, card.model).noise_size > 0
+    result = evaluate_model(
+        config.output,
+        config.data.url,
+        predictions_to=None if is_stochastic else folder / PREDICTIONS_NAME,
+        device=pick_device(config.launch.device, local_rank=0),
+    )
+    result.save(folder)
+
+
+def is_done(run: Path) -> bool:
+    """Whether a run is finished and evaluated."""
+    return (run / RESULT_FILE).is_file() and (run / EVALUATION_FOLDER / JSON_NAME).is_file()
+
+
+def arm_records(
+    plan: Plan, seeds: Sequence[int], out: Path, outcomes: Mapping[str, Outcome]
+) -> tuple[ArmRecord, ...]:
+    """What is known of every arm.
+
+    Args:
+        plan: of all runs.
+        seeds: to look for.
+        out: folder of the ledger.
+        outcomes: of the runs of this call, by run folder.
+    """
+    read: dict[str, SeedRecord] = {}
+
+    def record(arm: Arm) -> ArmRecord:
+        done, failed = {}, {}
+        for seed in seeds:
+            folder = plan.configs[arm.name, seed].output
+            run = str(Path(folder).relative_to(out))
+            if is_done(Path(folder)):
+                if run not in read:
+                    read[run] = read_seed(out, run)
+                done[seed] = read[run]
+            elif folder in outcomes and (error := outcomes[folder].error) is not None:
+                failed[seed] = error
+        return ArmRecord(
+            name=arm.name,
+            label=arm.label,
+            group=arm.group,
+            sources=arm.sources,
+            method=arm.config.transfer.method,
+            seeds=done,
+            failures=failed,
+        )
+
+    return tuple(record(arm) for arm in plan.arms)
+
+
+def _run(jobs: Sequence[Job], config: RunConfig, parallel: int | None) -> dict[str, Outcome]:
+    """How each job ended, by run folder; all are launched as `config` is."""
+    outcomes = run_many(jobs, config.launch, parallel)
+    return {job.config.output: outcome for job, outcome in zip(jobs, outcomes)}
+
+
+def _facts(config: RunConfig, archive: Archive, cost: float) -> dict[str, Any]:
+    manifest, model, training = archive.manifest, config.model, config.training
+    return {
+        "archive": manifest.name,
+        "sequences": {split: manifest.num_samples(split) for split in manifest.splits},
+        "frame": [manifest.channels, manifest.height, manifest.width],
+        "num_input_frames": config.window.num_input_frames,
+        "num_target_frames": config.window.num_target_frames,
+        "cell": model.cell,
+        "num_layers": model.num_layers,
+        "hidden_channels": model.hidden_channels,
+        "num_steps": training.num_steps,
+        "batch_size": training.batch_size,
+        "fraction": config.data.fraction,
+        "cost_of_transfer": cost,
+    }
