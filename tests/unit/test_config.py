@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 
 from tmu_dist.config import (
+    BetaSchedule,
     ConfigError,
     RunConfig,
     TMUConfig,
@@ -43,6 +45,9 @@ def test_settings_that_belong_together_may_come_in_any_order() -> None:
         assert transfer.num_tmu_slots == 2
 
 
+TAUGHT = {"transfer.method": "tmu", "transfer.teachers": ["a", "b"]}
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
@@ -75,6 +80,33 @@ def test_settings_that_belong_together_may_come_in_any_order() -> None:
         (
             {"transfer.adapter.grid": "resample"},
             "transfer.adapter only has an effect with transfer.method=finetune, l2_sp",
+        ),
+        ({"transfer.method": "l2_sp", "transfer.teachers": ["a", "b"]}, "exactly one teacher"),
+        ({"transfer.method": "art"}, "needs at least one teacher"),
+        ({"transfer.l2_sp.alpha": 0.1}, "transfer.l2_sp only has an effect with"),
+        ({"transfer.art.window": 3}, "transfer.art only has an effect with transfer.method=art"),
+        ({**TAUGHT, "transfer.start.teacher": 2}, "is none of the 2 teachers"),
+        ({**TAUGHT, "transfer.start.unmatched": "random"}, "no effect without transfer.start.te"),
+        ({**TAUGHT, "transfer.imitation.teacher_weights": [1]}, "one number for each of the 2"),
+        ({**TAUGHT, "transfer.imitation.layers": [-1]}, "different numbers from 0 on, or all"),
+        ({**TAUGHT, "transfer.beta_schedule.stop": 9}, "no effect with transfer.beta_schedule.sh"),
+        ({**TAUGHT, "transfer.beta_schedule.shape": "linear"}, "needs 0 <= start < stop"),
+        ({**TAUGHT, "transfer.method": "finetune"}, "exactly one teacher"),
+        (
+            {**TAUGHT, "transfer.method": "art", "transfer.control": "shuffled"},
+            "part of the tested network",
+        ),
+        (
+            {**TAUGHT, "transfer.method": "knowledge_flow", "transfer.teacher_input": "student"},
+            "reads the teachers' states",
+        ),
+        (
+            {
+                "transfer.method": "finetune",
+                "transfer.teachers": ["a"],
+                "transfer.start.teacher": 0,
+            },
+            "starts from its only teacher",
         ),
         ({"data.fraction": 0}, r"must be > 0 and finite"),
         ({"data.fraction": float("inf")}, r"must be > 0 and finite"),
@@ -115,6 +147,29 @@ def test_what_may_change_between_starts() -> None:
     other = replace(saved, training=replace(saved.training, learning_rate=0.1))
     (line,) = resume_conflicts(saved, other)
     assert "training.learning_rate" in line and "0.001" in line and "0.1" in line
+    flowing = with_overrides(
+        saved, {"transfer.method": "knowledge_flow", "transfer.teachers": ["a"]}
+    )
+    longer = replace(flowing, training=replace(flowing.training, num_steps=90_000))
+    (line,) = resume_conflicts(flowing, longer)  # its curriculum is laid out over all iterations
+    assert "training.num_steps" in line
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [
+        ("constant", [0.2] * 5),
+        ("linear", [0.2, 0.2, 0.1, 0.0, 0.0]),
+        ("cosine", [0.2, 0.2, 0.1, 0.0, 0.0]),
+    ],
+)
+def test_beta_moves_from_one_value_to_another(shape: str, expected: list[float]) -> None:
+    ends = {} if shape == "constant" else {"start": 10, "stop": 30}
+    schedule = BetaSchedule(shape=shape, **ends)  # type: ignore[arg-type]
+    found = [schedule.at(step, 0.2) for step in (1, 10, 20, 30, 99)]
+    assert found == pytest.approx(expected)
+    if shape == "cosine":  # slow at both ends
+        assert schedule.at(15, 0.2) == pytest.approx(0.2 * (1 + math.cos(math.pi / 4)) / 2)
 
 
 def test_every_recipe_is_valid_and_knows_how_to_make_what_it_needs() -> None:

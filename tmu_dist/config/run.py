@@ -167,7 +167,8 @@ def resume_conflicts(saved: RunConfig, wanted: RunConfig) -> list[str]:
     """Settings that forbid continuing `saved` as `wanted`, as readable lines; empty when none."""
     before, now = dict(flatten(asdict(saved))), dict(flatten(asdict(wanted)))
     free = set(_FREE_TO_CHANGE)
-    if saved.training.decay_from is not None:  # then the last step shapes all steps before it
+    # Here the last step shapes all steps before it.
+    if saved.training.decay_from is not None or saved.transfer.method == "knowledge_flow":
         free.remove("training.num_steps")
     return [
         f"{path}: the checkpoint has {before[path]!r}, this command {now[path]!r}"

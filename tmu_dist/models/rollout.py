@@ -64,7 +64,8 @@ class Rollout(NamedTuple):
     objectives: Mapping[str, Tensor] = NOTHING
     """Only of networks that have them, and only where all targets were known:
     "kl_BT", divergence of the latents' posterior from their prior, in nats;
-    "nll_BTCHW", negative log-likelihood of the true next frame, in nats."""
+    "nll_BTCHW", negative log-likelihood of the true next frame, in nats.
+    Trainees of transfer methods add what their losses read."""
     prior_predictions_BTCHW: Tensor | None = None
     """Of stochastic networks in training: predictions from latents of the prior."""
     diagnostics: Diagnostics | None = None

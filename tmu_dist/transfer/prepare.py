@@ -204,6 +204,12 @@ def _check_training(config: RunConfig, network: Predictor) -> None:
         raise ConfigError(
             f"training.kl only has an effect on networks with latents, not on model.cell={cell}."
         )
+    flow = config.transfer.knowledge_flow
+    if flow.consistency and training.reverse_input == "average":
+        raise ConfigError(
+            "transfer.knowledge_flow.consistency compares with the iterate before the last update, "
+            "and with training.reverse_input=average two passes share an update: use update or off."
+        )
     if network.frame_loss != "likelihood":
         return
     if training.sampling != "always" or training.frame_loss != "backbone":
