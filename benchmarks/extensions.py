@@ -36,7 +36,7 @@ from tmu_dist.recipes.base import Recipe, in_workspace
 from tmu_dist.training.many import Job, absolute, run_many
 from tmu_dist.training.run_log import git_revision
 
-NUM_STEPS = 300
+NUM_STEPS = 200
 
 
 @dataclass(frozen=True, kw_only=True)

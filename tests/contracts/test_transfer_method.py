@@ -341,14 +341,7 @@ def test_nothing_comes_from_later_frames(config: RunConfig) -> None:
     check_nothing_comes_from_later_frames(config)
 
 
-def _start_case(name: str) -> Any:
-    later = pytest.mark.xfail(
-        strict=True, reason="a TMU layer draws its distillers before the next layer its cell"
-    )
-    return pytest.param(name, marks=[later] if CASES[name].network == "slots" else [])
-
-
-@pytest.mark.parametrize("name", [_start_case(name) for name in CASES if not CASES[name].starts])
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if not case.starts])
 def test_plain_part_starts_like_scratch(config: RunConfig, tiny_config: RunConfig) -> None:
     check_plain_part_starts_like_scratch(config, case_of(tiny_config, "scratch", ()))
 

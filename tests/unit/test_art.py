@@ -218,6 +218,7 @@ def test_every_backbone_merges_and_without_update_is_the_plain_network(cell: str
     sources = [FrozenTeacher(build_predictor(OTHER_FRAME, small(cell)))]
     plain = build_predictor(OTHER_FRAME, small(cell))
     student = SourcedPredictor(plain, sources, BOTH)
+    assert student.frame_loss == plain.frame_loss
     generator = torch.Generator().manual_seed(1)
     given = TrainingBatch(
         frames_BTCHW=torch.rand(2, 6, 2, 12, 20, generator=generator),

@@ -393,12 +393,13 @@ def test_a_true_ledger_passes(checked: Path) -> None:
 def test_a_changed_prediction_is_found(copy: Path) -> None:
     path = copy / "runs" / "tmu" / EVALUATION_FOLDER / PREDICTIONS_NAME
     frames_NTCHW = np.load(path, mmap_mode="r+")
-    frames_NTCHW[2, 1] += 0.1
+    frames_NTCHW[2, 1] += 0.5
     frames_NTCHW.flush()
     problems = check_ledger(copy)
     assert any("runs/tmu: mse_per_frame of 1 frames differs, first of sequence 2, lead time 2" in p
                for p in problems)  # fmt: skip
     assert any("average ssim" in p for p in problems)
+    assert any("table.md: tmu shows MSE / frame" in p for p in problems)
     assert not any("runs/scratch" in p for p in problems)
 
 

@@ -142,6 +142,7 @@ def test_resamples_are_fixed_and_whole() -> None:
     counts_RN = sequence_counts(25)
     assert counts_RN.shape == (NUM_RESAMPLES, 25) and set(counts_RN.sum(1)) == {25}
     assert len(np.unique(counts_RN, axis=0)) == NUM_RESAMPLES
+    assert (ledger.seed_counts(25) != counts_RN).any(), "drawn apart from the sequences"
     ledger.sequence_counts.cache_clear()
     np.testing.assert_array_equal(sequence_counts(25), counts_RN)
 

@@ -82,7 +82,8 @@ if __name__ == "__main__":
 def test_killed_driver_takes_its_processes_with_it_and_the_jobs_continue(
     tiny_config: RunConfig, tmp_path: Path
 ) -> None:
-    config = with_overrides(tiny_config, {"training.num_steps": 150})
+    few = {"schedule.checkpoint_every": 10, "schedule.validate_every": 100}
+    config = with_overrides(tiny_config, {"training.num_steps": 100, **few})
     script, settings = tmp_path / "driver.py", tmp_path / "config.json"
     script.write_text(DRIVER)
     settings.write_text(to_json(config))

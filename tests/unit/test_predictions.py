@@ -116,8 +116,8 @@ def test_half_a_pass_leaves_no_file(tmp_path: Path) -> None:
 def test_padding_is_not_kept(tmp_path: Path) -> None:
     frames_BTCHW = torch.tensor([1.0, 2.0, 3.0]).view(3, 1, 1, 1, 1)
     with saved_predictions(tmp_path / "kept.npy", (2, 1, 1, 1, 1)) as keep:
-        keep(frames_BTCHW, torch.tensor([1, 0, 0]), torch.tensor([1.0, 1.0, 0.0]))
-    assert np.load(tmp_path / "kept.npy").ravel().tolist() == [2.0, 1.0]
+        keep(frames_BTCHW, torch.tensor([0, 1, 0]), torch.tensor([0.0, 1.0, 1.0]))
+    assert np.load(tmp_path / "kept.npy").ravel().tolist() == [3.0, 2.0]
 
 
 def test_several_ranks_are_refused(archive_url: str, tmp_path: Path) -> None:
