@@ -33,7 +33,8 @@ from tmu_dist.ledger.runs import evaluate_run, is_done, train_teachers
 from tmu_dist.ledger.statistics import Measurement, gain, measure_mean
 from tmu_dist.recipes import get_recipe
 from tmu_dist.recipes.base import Recipe, in_workspace
-from tmu_dist.training.many import Job, absolute, run_many
+from tmu_dist.training.launch import with_absolute_paths
+from tmu_dist.training.many import Job, run_many
 from tmu_dist.training.run_log import git_revision
 
 NUM_STEPS = 200
@@ -166,7 +167,7 @@ def _configs(
         for seed in seeds:
             output = in_workspace(f"runs/extensions/{run}-seed{seed}")
             changed = with_overrides(config, {**changes, "training.seed": seed, "output": output})
-            found[name, variant, seed] = absolute(changed)
+            found[name, variant, seed] = with_absolute_paths(changed)
     return found
 
 

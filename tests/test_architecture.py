@@ -222,8 +222,7 @@ def test_only_two_modules_load_ray() -> None:
         name
         for name, path in modules("tmu_dist", "data_prep", "tests", "benchmarks").items()
         for i in imports_of(name, path)
-        if i.at_import_time
-        and (i.imported.partition(".")[0] == "ray" or i.imported in RAY_ROOMS)
+        if i.at_import_time and (i.imported.partition(".")[0] == "ray" or i.imported in RAY_ROOMS)
     ]
     assert set(users) <= RAY_ROOMS
 

@@ -22,19 +22,16 @@ pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
 RAY = LaunchConfig(launcher="ray", max_failures=2)
 
 
-def kill_when_both_train(folders: list[str], killed: list[int]) -> None:
-    """Kill the task that writes to the first folder, once both are beyond a checkpoint."""
-    while not all(any(e["step"] >= 5 for e in read_log(folder)) for folder in folders):
+def kill_the_worker_of(folder: str, killed: list[int]) -> None:
+    """Kill the process that trains in a folder, once it is beyond a checkpoint."""
+    while not any(event["step"] >= 5 for event in read_log(folder)):
         time.sleep(0.02)
-    for place in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):  # gone since, or somebody else's
-            if any(
-                str(file.readlink()).startswith(folders[0]) for file in (place / "fd").iterdir()
-            ):
-                killed.append(int(place.name))
-    killed[:] = [pid for pid in killed if pid != os.getpid()]
-    for pid in killed:
-        os.kill(pid, signal.SIGKILL)
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # gone since
+            opened = [str(file.readlink()) for file in (process / "fd").iterdir()]
+            if int(process.name) != os.getpid() and f"{folder}/.lock" in opened:
+                os.kill(int(process.name), signal.SIGKILL)
+                killed.append(int(process.name))
 
 
 def test_runs_side_by_side_survive_the_loss_of_a_worker(tmu_config: RunConfig) -> None:
@@ -44,7 +41,7 @@ def test_runs_side_by_side_survive_the_loss_of_a_worker(tmu_config: RunConfig) -
     ]
     killed: list[int] = []
     folders = [config.output for config in configs]
-    killer = threading.Thread(target=kill_when_both_train, args=(folders, killed))
+    killer = threading.Thread(target=kill_the_worker_of, args=(folders[0], killed))
     killer.start()
     outcomes = run_many([Job(config=config) for config in configs], RAY)
     killer.join()
@@ -52,6 +49,8 @@ def test_runs_side_by_side_survive_the_loss_of_a_worker(tmu_config: RunConfig) -
     assert [outcome.error for outcome in outcomes] == [None, None]
     resumed = [any(e["event"] == "resume" for e in read_log(folder)) for folder in folders]
     assert resumed == [True, False]
+    began, ended = Path(folders[1], "config.json").stat(), Path(folders[0], "result.json").stat()
+    assert began.st_mtime < ended.st_mtime, "one after the other"
     for seed, folder in enumerate(folders):
         straight = run(named(tmu_config, f"straight-{seed}", **longer, **{"training.seed": seed}))
         assert_same(final_state(folder), final_state(straight.run))

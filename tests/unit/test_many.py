@@ -14,7 +14,8 @@ import pytest
 from tests.unit.test_training import assert_same, final_state, run
 from tmu_dist.config import ConfigError, LaunchConfig, RunConfig, to_json, with_overrides
 from tmu_dist.run_folder import RESULT_FILE, read_log
-from tmu_dist.training.many import Job, absolute, run_job, run_many
+from tmu_dist.training.launch import with_absolute_paths
+from tmu_dist.training.many import Job, run_job, run_many
 from tmu_dist.training.run_lock import lock_run
 
 LOCAL = LaunchConfig(launcher="local")
@@ -71,6 +72,7 @@ DRIVER = """
 import sys
 from pathlib import Path
 from tmu_dist.config import LaunchConfig, from_dict
+from tmu_dist.training.launch import with_absolute_paths
 from tmu_dist.training.many import Job, run_many
 import json
 if __name__ == "__main__":
@@ -123,7 +125,7 @@ def test_local_addresses_become_absolute(
         "data.url": "s3://bucket/archive",
         "transfer.teachers": ["a", "b"],
     }
-    config = absolute(with_overrides(tmu_config, settings))
+    config = with_absolute_paths(with_overrides(tmu_config, settings))
     assert config.output == str(tmp_path / "here")
     assert config.data.url == "s3://bucket/archive"
     assert config.transfer.teachers == (str(tmp_path / "a"), str(tmp_path / "b"))

@@ -6,6 +6,7 @@ Legend: B batch, T time, C channels, Z noise, H, W height, width.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -15,7 +16,9 @@ from tmu_dist.config import RunConfig, WindowConfig
 from tmu_dist.models.build import build_predictor
 from tmu_dist.models.rollout import Predictor
 from tmu_dist.models.shapes import FrameShape
-from tmu_dist.teachers.store import LoadedModel
+
+if TYPE_CHECKING:  # whoever only counts a network needs no stores
+    from tmu_dist.teachers.store import LoadedModel
 
 _BACKWARD = 2
 """A backward pass in forward passes: gradients of the inputs, and of the weights."""

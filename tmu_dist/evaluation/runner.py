@@ -384,7 +384,8 @@ def check_archive_fits(card: TeacherCard, manifest: Manifest) -> None:
         weight_shapes(frame, card.model, tmu=card.tmu, num_slots=card.num_slots)
         for frame in (card.frame, archive)
     )
-    if mine != theirs:
+    # What is inside a network with sources may be tied to its frames, too.
+    if mine != theirs or (card.sources and card.frame != archive):
         raise ValueError(
             f"{card.name} was made for frames of channels x height x width = "
             f"{card.frame}, but {manifest.name} has {archive}: "

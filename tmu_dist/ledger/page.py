@@ -33,9 +33,10 @@ from tmu_dist.ledger.findings import (
     first_result,
     scores_of_sequences,
 )
-from tmu_dist.ledger.parts import Part, all_parts, between, called, signed
+from tmu_dist.ledger.parts import Part, all_parts
 from tmu_dist.ledger.records import EVALUATION_FOLDER, Ledger, load
 from tmu_dist.ledger.statistics import NUM_RESAMPLES, VERDICT_RULE
+from tmu_dist.ledger.words import between, called, signed
 
 log = logging.getLogger(__name__)
 
@@ -119,13 +120,6 @@ def verdict(ledger: Ledger, findings: Findings) -> tuple[str, str]:
         least = min(known, key=lambda name: known[name].mean)
         ends = between((known[least].low, known[least].high), decimals)
         second += f", and least over {names[least]}: {signed(known[least].mean, decimals)} ({ends})"
-    unsure = [
-        names[name]
-        for name, found in findings.main.controls.items()
-        if found and found.flag == "helps" and not found.is_sure_by_seeds
-    ]
-    if unsure:
-        second += f"; by Student's t over seeds alone the gain over {', '.join(unsure)} is unsure"
     return first, second + "."
 
 
@@ -194,8 +188,8 @@ def _notes(ledger: Ledger, findings: Findings) -> list[str]:
         f"Of {num_seeds} seeds, resampling makes few different sets, so the seed part of the "
         "intervals is coarse and too short: of three seeds, it goes from the lowest to the "
         "highest, which would hold the truth in 3 of 4 cases and not in 19 of 20 if only seeds "
-        "mattered. A finding stands on both feet where the interval over seeds alone (Student's "
-        "t), which takes the test sequences as given, is on the same side."
+        "mattered. So nothing is concluded unless the interval over seeds alone (Student's t), "
+        "which takes the test sequences as given, is on the same side."
     )
     if num_seeds == 1:
         seeds = (

@@ -1,6 +1,7 @@
 """The parts of a ledger's page: its tables, its charts and the words around them.
 
-Deliberately not here: HTML and Markdown (`page`), numbers (`findings`).
+Deliberately not here: HTML and Markdown (`page`), numbers (`findings`), how they are
+written (`words`).
 """
 
 from __future__ import annotations
@@ -22,16 +23,24 @@ from tmu_dist.ledger.findings import (
     NO_TEACHERS,
     SCRATCH,
     Findings,
-    Score,
     ScoreFindings,
     SourceFinding,
     distinct_arms,
     first_result,
 )
-from tmu_dist.ledger.records import ArmRecord, Ledger
-from tmu_dist.ledger.statistics import MIN_POINTS, Difference, Measurement
+from tmu_dist.ledger.records import Ledger
+from tmu_dist.ledger.statistics import MIN_POINTS, Difference
+from tmu_dist.ledger.words import (
+    NONE,
+    between,
+    called,
+    difference_cells,
+    in_short,
+    signed,
+    spread,
+    with_arrow,
+)
 
-_NONE = "–"
 _COLOURS = {"baseline": 4, "start": 1, "features": 2, "memory": 0, "subset": 0, "control": 3}
 _CHARTED = (MAIN, "ssim", "csi")
 _INTERVALS = ("95 % interval", "over seeds alone", "by seed")
@@ -39,15 +48,15 @@ _BETTER = {"helps": "better", "negative transfer": "worse", "undecided": "undeci
 
 _PAPER = {
     ("scratch", ()): (120.5, 0.712, "3.0 M / 3.0 M"),
-    ("tmu_scratch", ()): (120.6, 0.715, _NONE),
+    ("tmu_scratch", ()): (120.6, 0.715, NONE),
     ("finetune", (0,)): (114.8, 0.720, "3.0 M / 3.0 M"),
-    ("finetune", (1,)): (110.0, 0.732, _NONE),
+    ("finetune", (1,)): (110.0, 0.732, NONE),
     ("l2_sp", (0,)): (118.5, 0.703, "3.0 M / 3.0 M"),
-    ("l2_sp", (1,)): (116.4, 0.705, _NONE),
+    ("l2_sp", (1,)): (116.4, 0.705, NONE),
     ("knowledge_flow", (0, 1)): (107.2, 0.748, "10.1 M / 4.1 M"),
     ("art", (0, 1)): (105.0, 0.734, "10.1 M / 10.1 M"),
-    ("tmu", (0,)): (96.1, 0.762, _NONE),
-    ("tmu", (1,)): (97.3, 0.756, _NONE),
+    ("tmu", (0,)): (96.1, 0.762, NONE),
+    ("tmu", (1,)): (97.3, 0.756, NONE),
     ("tmu", (0, 1)): (94.7, 0.777, "9.5 M / 3.6 M"),
 }
 """MSE, SSIM and parameters of the paper's Table 1, by method and numbers of the sources."""
@@ -82,29 +91,6 @@ def all_parts(ledger: Ledger, findings: Findings) -> list[Part]:
         _sources(ledger, findings),
     ]
     return [part for part in parts if part.tables]
-
-
-def called(arm: ArmRecord, ledger: Ledger) -> str:
-    """An arm's label, with its sources where several arms have that label."""
-    shared = sum(other.label == arm.label for other in ledger.arms) > 1
-    return f"{arm.label} ({', '.join(arm.sources)})" if shared else arm.label
-
-
-def signed(value: float, decimals: int) -> str:
-    """A difference, with a real minus sign; a dash where it is undefined."""
-    return _NONE if math.isnan(value) else f"{value:+.{decimals}f}".replace("-", "−")
-
-
-def spread(values: Measurement | Sequence[float], decimals: int) -> str:
-    """Mean and standard deviation over seeds; of one seed, its value."""
-    scores = values.score_S.tolist() if isinstance(values, Measurement) else list(values)
-    mean = f"{statistics.fmean(scores):.{decimals}f}"
-    return mean if len(scores) < 2 else f"{mean} ± {statistics.stdev(scores):.{decimals}f}"
-
-
-def between(ends: tuple[float, float] | None, decimals: int) -> str:
-    """An interval; a dash where there is none."""
-    return _NONE if ends is None else " to ".join(signed(end, decimals) for end in ends)
 
 
 def _costs_and_scores(ledger: Ledger, findings: Findings) -> Part:
@@ -142,7 +128,7 @@ def _costs_and_scores(ledger: Ledger, findings: Findings) -> Part:
             "s/batch, train",
             "ms/seq., test",
         ),
-        *(_with_arrow(found.score) for found in scores),
+        *(with_arrow(found.score) for found in scores),
         "Seeds",
     ]
     caption = (
@@ -160,7 +146,7 @@ def _baseline_row(ledger: Ledger, forecast: str, scores: Sequence[ScoreFindings]
     result = first_result(ledger)
     if forecast not in result.overall:
         return None
-    cells = [Cell("none", is_text=True), *[Cell(_NONE)] * 4]
+    cells = [Cell("none", is_text=True), *[Cell(NONE)] * 4]
     for found in scores:
         score = found.score
         if score.name in result.overall[forecast]:
@@ -169,7 +155,7 @@ def _baseline_row(ledger: Ledger, forecast: str, scores: Sequence[ScoreFindings]
             assert result.radar is not None
             value = float(result.radar.forecasts[forecast].mean(score.name)[0])
         cells.append(Cell(f"{value:.{score.decimals}f}"))
-    return Row(FORECAST_LABELS[forecast], [*cells, Cell(_NONE)])
+    return Row(FORECAST_LABELS[forecast], [*cells, Cell(NONE)])
 
 
 def _beside_the_paper(ledger: Ledger, findings: Findings) -> list[tuple[TableData, str]]:
@@ -218,7 +204,7 @@ def _from_scratch(ledger: Ledger, findings: Findings) -> Part:
     rows = [
         Row(
             called(arm, ledger),
-            _difference_cells(main.from_scratch[arm.name], main.score),
+            difference_cells(main.from_scratch[arm.name], main.score),
             series=_COLOURS[arm.group],
         )
         for arm in arms
@@ -226,7 +212,7 @@ def _from_scratch(ledger: Ledger, findings: Findings) -> Part:
     others = [
         Row(
             called(arm, ledger),
-            [Cell(_in_short(f.from_scratch[arm.name], f.score)) for f in findings.scores[1:]],
+            [Cell(in_short(f.from_scratch[arm.name], f.score)) for f in findings.scores[1:]],
             series=_COLOURS[arm.group],
         )
         for arm in arms
@@ -253,7 +239,7 @@ def _from_scratch(ledger: Ledger, findings: Findings) -> Part:
             (TableData([main.score.label, "minus scratch", *_INTERVALS], rows), ""),
             (
                 TableData(
-                    ["The same of", *(_with_arrow(f.score) for f in findings.scores[1:])], others
+                    ["The same of", *(with_arrow(f.score) for f in findings.scores[1:])], others
                 ),
                 "",
             ),
@@ -271,14 +257,14 @@ def _controls(ledger: Ledger, findings: Findings) -> Part:
             names[name],
             [
                 Cell(CONTROLS.get(name, "the plain network"), is_text=True),
-                *_difference_cells(found, main.score),
+                *difference_cells(found, main.score),
                 Cell(_BETTER[found.flag], is_text=True),
             ],
         )
         for name, found in known.items()
     ]
     others = [
-        Row(names[name], [Cell(_in_short(f.controls[name], f.score)) for f in findings.scores[1:]])
+        Row(names[name], [Cell(in_short(f.controls[name], f.score)) for f in findings.scores[1:]])
         for name in known
     ]
     if not rows:
@@ -322,8 +308,8 @@ def _shares(main: ScoreFindings) -> list[str]:
     if parameters is None or teachers is None:
         return []
     return [
-        f"The parameters alone change {main.score.label} by {_in_short(parameters, main.score)} "
-        f"against scratch; the teachers then gain {_in_short(teachers, main.score)}."
+        f"The parameters alone change {main.score.label} by {in_short(parameters, main.score)} "
+        f"against scratch; the teachers then gain {in_short(teachers, main.score)}."
     ]
 
 
@@ -342,7 +328,7 @@ def _sources(ledger: Ledger, findings: Findings) -> Part:
         Row(
             name,
             [
-                Cell(_in_short(each, found.score))
+                Cell(in_short(each, found.score))
                 for found in findings.scores[1:]
                 for each in (found.sources[name].contribution, found.sources[name].alone)
             ],
@@ -388,7 +374,7 @@ def _source_cells(found: SourceFinding, findings: Findings, source: str) -> list
     """Contribution with both intervals, worth alone, mean gate, and what follows."""
     decimals = findings.main.score.decimals + 1
     first, second = (
-        (_NONE, _NONE)
+        (NONE, NONE)
         if each is None
         else (signed(each.mean, decimals), between((each.low, each.high), decimals))
         for each in (found.contribution, found.alone)
@@ -396,8 +382,8 @@ def _source_cells(found: SourceFinding, findings: Findings, source: str) -> list
     student = None if found.contribution is None else found.contribution.student
     gates = findings.gates.get(source)
     texts = (*first, between(student, decimals), *second)
-    flag = _NONE if found.contribution is None else found.contribution.flag
-    gate = _NONE if gates is None else spread(gates, 3)
+    flag = NONE if found.contribution is None else found.contribution.flag
+    gate = NONE if gates is None else spread(gates, 3)
     return [*map(Cell, texts), Cell(gate), Cell(flag, is_text=True)]
 
 
@@ -419,30 +405,6 @@ def _gates_in_words(findings: Findings) -> str:
         f"{signed(pearson, 2)}, Spearman {signed(spearman, 2)}. So few points describe these "
         "sources and say nothing about others."
     )
-
-
-def _difference_cells(found: Difference, score: Score) -> list[Cell]:
-    """Mean, both intervals, and every seed."""
-    decimals = score.decimals + 1
-    return [
-        Cell(signed(found.mean, decimals)),
-        Cell(between((found.low, found.high), decimals)),
-        Cell(between(found.student, decimals)),
-        Cell(", ".join(signed(value, decimals) for value in found.by_seed)),
-    ]
-
-
-def _in_short(found: Difference | None, score: Score) -> str:
-    """Mean and interval in one cell."""
-    if found is None:
-        return _NONE
-    decimals = score.decimals + 1
-    ends = between((found.low, found.high), decimals)
-    return f"{signed(found.mean, decimals)} ({ends})"
-
-
-def _with_arrow(score: Score) -> str:
-    return f"{score.label}\u00a0{'↑' if score.higher_is_better else '↓'}"
 
 
 def _chart(title: str, marks: Iterable[tuple[str, Difference | None, int]]) -> Chart:

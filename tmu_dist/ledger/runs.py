@@ -26,8 +26,8 @@ from tmu_dist.recipes.base import Recipe
 from tmu_dist.run_folder import RESULT_FILE
 from tmu_dist.teachers.store import load_card, load_model
 from tmu_dist.train import make_archive, missing_teachers
-from tmu_dist.training.launch import pick_device
-from tmu_dist.training.many import Job, Outcome, absolute, run_many
+from tmu_dist.training.launch import pick_device, with_absolute_paths
+from tmu_dist.training.many import Job, Outcome, run_many
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ def train_teachers(recipe: Recipe, parallel: int | None) -> dict[str, Outcome]:
     missing = missing_teachers(recipe)
     for teacher in missing:
         make_archive(teacher, teacher.config.data.url)
-    jobs = [Job(config=absolute(teacher.config)) for teacher in missing]
+    jobs = [Job(config=with_absolute_paths(teacher.config)) for teacher in missing]
     if jobs:
         log.info("%d teachers are to be trained first", len(jobs))
     return _run(jobs, recipe.config, parallel)
@@ -67,7 +67,7 @@ def make_plan(recipe: Recipe, seeds: Sequence[int], out: Path) -> Plan:
     Raises:
         ManifestError, TeacherError: an archive or a teacher cannot be read.
     """
-    config = absolute(recipe.config)
+    config = with_absolute_paths(recipe.config)
     urls = (config.data.url, *config.data.mix_with)
     archives = open_archives(urls)
     manifest = archives[0].manifest

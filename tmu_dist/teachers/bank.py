@@ -79,6 +79,14 @@ class FrozenTeacher(nn.Module):
         self.plan = plan or TeacherPlan.unchanged(network.memory_shapes)
         self.eval().requires_grad_(False)
 
+    def hide_targets(self) -> Self:
+        """Show it no true next frame, also where it learned with one (SAVP's posterior, VPN).
+
+        For students that read its states: they would be told what they are to predict.
+        """
+        self.network.learns_from_targets = False
+        return self
+
     def train(self, mode: bool = True) -> Self:
         """Stays in eval mode, also as a part of something that is trained."""
         return super().train(False)

@@ -56,8 +56,7 @@ class SourcedPredictor(Predictor):
             names = ("hidden",)
         for source in self.sources:
             source.wanted = names
-            # A state that has seen the next frame would tell the student what it is to predict.
-            source.network.learns_from_targets = False
+            source.hide_targets()
         self.groups = (
             [tuple(range(len(sources)))]
             if art.sources == "joint"

@@ -27,7 +27,7 @@ def launch(config: RunConfig, collectives: Collectives | None = None) -> RunResu
     Raises:
         Everything that `loop.train` raises, in the calling process.
     """
-    config = _with_absolute_paths(config)
+    config = with_absolute_paths(config)
     if config.launch.launcher == "ray":
         from tmu_dist.training.ray_worker import train_on_ray
 
@@ -61,7 +61,7 @@ def pick_device(wanted: str, *, local_rank: int) -> torch.device:
     return device
 
 
-def _with_absolute_paths(config: RunConfig) -> RunConfig:
+def with_absolute_paths(config: RunConfig) -> RunConfig:
     """Workers start in other folders, so local paths are resolved once, here."""
 
     def absolute(address: str) -> str:

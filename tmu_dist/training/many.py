@@ -25,8 +25,8 @@ from pathlib import PurePosixPath
 import torch
 
 from tmu_dist.collectives import Collectives
-from tmu_dist.config import ConfigError, LaunchConfig, RunConfig, with_overrides
-from tmu_dist.data.storage import exists, local_path
+from tmu_dist.config import ConfigError, LaunchConfig, RunConfig
+from tmu_dist.data.storage import exists
 from tmu_dist.run_folder import RESULT_FILE, read_json
 from tmu_dist.training.launch import launch, pick_device
 from tmu_dist.training.loop import RunResult, train
@@ -113,24 +113,6 @@ def run_job(job: Job) -> Outcome:
     """Train a run as the one rank of this process, and do what follows; never raises an error."""
     torch.set_num_threads(1)
     return _attempt(job, _train_alone)
-
-
-def absolute(config: RunConfig) -> RunConfig:
-    """The same run for processes that start in other folders: local addresses are resolved."""
-
-    def resolved(address: str) -> str:
-        folder = local_path(address)
-        return address if folder is None else str(folder)
-
-    return with_overrides(
-        config,
-        {
-            "output": resolved(config.output),
-            "data.url": resolved(config.data.url),
-            "data.mix_with": tuple(map(resolved, config.data.mix_with)),
-            "transfer.teachers": tuple(map(resolved, config.transfer.teachers)),
-        },
-    )
 
 
 def _attempt(job: Job, run: Callable[[RunConfig], RunResult]) -> Outcome:

@@ -139,7 +139,10 @@ def _make_method(
         ]
 
     def taught(*wanted: Wanted) -> dict[str, Any]:
-        bank: TeacherBank = ReplicatedBank(frozen(*wanted))
+        beside = frozen(*wanted)
+        if transfer.method == "knowledge_flow":  # its student reads their states
+            beside = [teacher.hide_targets() for teacher in beside]
+        bank: TeacherBank = ReplicatedBank(beside)
         if transfer.control == "shuffled":
             bank = ShuffledBank(bank)
         return {"bank": bank, "teacher_input": transfer.teacher_input}
