@@ -34,15 +34,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks.backbones.__main__ import (
-    _git_revision,
-    _machine,
-    _version,
-    _without_folder,
-    say,
-)
-from benchmarks.backbones.costs import NUM_TEACHERS, SIZES, Size, _batch, _timed
+from benchmarks.backbones.costs import NUM_TEACHERS, SIZES, Size, timed, training_batch
 from benchmarks.backbones.report import PAPER, Stated
+from benchmarks.provenance import git_revision, machine, say, version_of, without_folder
 from tmu_dist.config import (
     AdapterConfig,
     ARTConfig,
@@ -220,7 +214,7 @@ def prepare(name: str, size: Size, teachers: Teachers, device: torch.device) -> 
         learning_rate=lambda step: 1e-3,
         reverse_input="off",
     )
-    batch = _batch(size, student, device)
+    batch = training_batch(size, student, device)
     inputs_BTCHW = batch.frames_BTCHW[:1, : size.window.num_input_frames]
     beside = method.bank.parameters_per_teacher if isinstance(method, TaughtMethod) else ()
     return Prepared(
@@ -261,7 +255,7 @@ def measure(
     for number in range(1, repeats + 1):
         say(f"repeat {number} of {repeats}")
         for name, part in random.Random(number).sample(list(runs), len(runs)):
-            found[name][part]["seconds"].append(_timed(runs[name, part], device, seconds))
+            found[name][part]["seconds"].append(timed(runs[name, part], device, seconds))
     return found
 
 
@@ -326,13 +320,13 @@ def main() -> None:
         parser.error("--device cuda: torch sees no CUDA device here")
     names = list(dict.fromkeys([YARDSTICK, *chosen.methods]))
     record = {
-        "command": "python -m benchmarks.methods " + shlex.join(_without_folder(sys.argv[1:])),
-        "git_revision": chosen.revision or _git_revision(),
+        "command": "python -m benchmarks.methods " + shlex.join(without_folder(sys.argv[1:])),
+        "git_revision": chosen.revision or git_revision(),
         "size": chosen.size,
         "device": chosen.device,
         "repeats": chosen.repeats,
-        "machine": _machine(chosen.device),
-        "versions": {name: _version(name) for name in ("tmu-dist", "torch", "numpy")},
+        "machine": machine(chosen.device),
+        "versions": {name: version_of(name) for name in ("tmu-dist", "torch", "numpy")},
         "methods": measure(
             SIZES[chosen.size],
             chosen.device,

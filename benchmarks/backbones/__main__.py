@@ -27,14 +27,11 @@ import contextlib
 import itertools
 import json
 import multiprocessing
-import os
-import platform
 import random
 import shlex
 import sys
 import time
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +39,7 @@ import torch
 
 from benchmarks.backbones.costs import SIZES, Case, parameters, serve
 from benchmarks.backbones.report import PARTS, VARIANTS, Cell, table
+from benchmarks.provenance import git_revision, machine, say, version_of, without_folder
 from tmu_dist.backbones import BACKBONES
 
 
@@ -170,13 +168,13 @@ def main() -> None:
     if chosen.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no CUDA device here")
     record = {
-        "command": "python -m benchmarks.backbones " + shlex.join(_without_folder(sys.argv[1:])),
-        "git_revision": chosen.revision or _git_revision(),
+        "command": "python -m benchmarks.backbones " + shlex.join(without_folder(sys.argv[1:])),
+        "git_revision": chosen.revision or git_revision(),
         "size": chosen.size,
         "device": chosen.device,
         "rounds": chosen.rounds,
-        "machine": _machine(chosen.device),
-        "versions": {name: _version(name) for name in ("tmu-dist", "torch", "numpy")},
+        "machine": machine(chosen.device),
+        "versions": {name: version_of(name) for name in ("tmu-dist", "torch", "numpy")},
         **measure(
             chosen.size,
             chosen.device,
@@ -192,52 +190,6 @@ def main() -> None:
         chosen.out.mkdir(parents=True, exist_ok=True)
         (chosen.out / "results.json").write_text(json.dumps(record, indent=1) + "\n")
         (chosen.out / "table.md").write_text(table(record))
-
-
-def _machine(device: str) -> dict[str, Any]:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    cpu = models[0] if models else platform.processor()
-    facts = {
-        "processor": cpu,
-        "cpu": cpu,
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "system": f"{platform.system()} {platform.release()}",
-        "python": platform.python_version(),
-    }
-    if device == "cuda":
-        facts |= {
-            "processor": torch.cuda.get_device_name(),
-            "cuda": torch.version.cuda,
-            "cudnn": torch.backends.cudnn.version(),
-            "tf32_convolutions": torch.backends.cudnn.allow_tf32,
-        }
-    return facts
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
-
-
-def _git_revision() -> str:
-    try:
-        from tmu_dist.training.run_log import git_revision
-    except ModuleNotFoundError:  # it comes with what runs need: stores and TensorBoard
-        return "unknown"
-    return git_revision()
-
-
-def _without_folder(arguments: Sequence[str]) -> list[str]:
-    """The arguments as they would be on another machine."""
-    return ["FOLDER" if b == "--out" else a for b, a in itertools.pairwise(["", *arguments])]
-
-
-def say(text: str) -> None:
-    print(time.strftime("%H:%M:%S"), text, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

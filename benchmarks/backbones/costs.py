@@ -87,7 +87,7 @@ def serve(connection: Connection, case: Case) -> None:
         run, facts = (prepare_training if case.part == "train" else prepare_forecast)(case)
         connection.send(facts)
         while True:
-            connection.send({"seconds": _timed(run, case.device, connection.recv())})
+            connection.send({"seconds": timed(run, case.device, connection.recv())})
     except EOFError:
         return
     except (RuntimeError, MemoryError) as error:  # torch is out of memory: a RuntimeError
@@ -111,7 +111,7 @@ def prepare_training(case: Case) -> tuple[Callable[[], object], Cell]:
         learning_rate=lambda step: 1e-3,
         reverse_input="off",
     )
-    batch = _batch(size, student, device)
+    batch = training_batch(size, student, device)
     step(batch)
     peak = _peak_memory(case.device) - before
     return lambda: step(batch), {"peak_bytes": peak, "flops": count_operations(lambda: step(batch))}
@@ -169,7 +169,7 @@ def parameters(size: Size, backbone: str, variant: str) -> dict[str, int]:
     return {"test": student, "train": student + NUM_TEACHERS * plain}
 
 
-def _batch(size: Size, student: Predictor, device: torch.device) -> TrainingBatch:
+def training_batch(size: Size, student: Predictor, device: torch.device) -> TrainingBatch:
     window = size.window
     mask_BT = torch.rand(BATCH_SIZE, window.num_target_frames - 1, device=device) < 0.5
     return TrainingBatch(
@@ -190,7 +190,7 @@ def _noise(size: int, batch: int, steps: int, device: torch.device) -> Tensor | 
     return torch.randn(batch, steps, size, device=device) if size else None
 
 
-def _timed(run: Callable[[], object], device: str, seconds: float) -> float:
+def timed(run: Callable[[], object], device: str, seconds: float) -> float:
     wait: Callable[[], object] = torch.cuda.synchronize if device == "cuda" else lambda: None
     if device == "cuda":
         run()  # takes its memory again

@@ -425,7 +425,6 @@ def test_every_backbone(
         assert after.keys() == skeleton(FRAME, run.config.model).state_dict().keys()
 
 
-@pytest.mark.xfail(strict=True, reason="teachers with latents are shown the frame to predict")
 def test_a_teacher_that_learns_from_targets_does_not_pass_them_on(
     tiny_config: RunConfig, teachers_by_cell: TeachersOf
 ) -> None:

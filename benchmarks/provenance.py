@@ -1,0 +1,65 @@
+"""What benchmarks share: where a record was made, and telling how far they are."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import platform
+import sys
+import time
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def machine(device: str) -> dict[str, Any]:
+    """Processor, cores, system and, of "cuda", its libraries."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    cpu = models[0] if models else platform.processor()
+    facts = {
+        "processor": cpu,
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "system": f"{platform.system()} {platform.release()}",
+        "python": platform.python_version(),
+    }
+    if device == "cuda":
+        facts |= {
+            "processor": torch.cuda.get_device_name(),
+            "cuda": torch.version.cuda,
+            "cudnn": torch.backends.cudnn.version(),
+            "tf32_convolutions": torch.backends.cudnn.allow_tf32,
+        }
+    return facts
+
+
+def version_of(package: str) -> str:
+    """Of an installed package."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def git_revision() -> str:
+    """Of this checkout, where what runs need is installed."""
+    try:
+        from tmu_dist.training.run_log import git_revision as found
+    except ModuleNotFoundError:  # stores and TensorBoard
+        return "unknown"
+    return found()
+
+
+def without_folder(arguments: Sequence[str]) -> list[str]:
+    """The arguments as they would be on another machine."""
+    return ["FOLDER" if b == "--out" else a for b, a in itertools.pairwise(["", *arguments])]
+
+
+def say(text: str) -> None:
+    """Tell a person how far it is."""
+    print(time.strftime("%H:%M:%S"), text, file=sys.stderr, flush=True)
