@@ -7,8 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from tmu_dist.config import AdapterConfig, ARTConfig
 from tmu_dist.models.attention import Merged, StateMerge
@@ -25,6 +24,7 @@ from tmu_dist.transfer.base import (
     Task,
     TrainingBatch,
     TransferMethod,
+    gradient_norm,
 )
 
 
@@ -81,11 +81,10 @@ class AttentiveTransfer(TransferMethod):
         """
         student = _sourced(trainee)
         readers = [merge.of_source.weight for layer in _by_layer(student) for merge in layer]
-        own = [p for p in student.network.parameters() if p.requires_grad]
         with _updates(student) as means:
             total = self.loss(trainee, batch).total()
-        gradients = torch.autograd.grad(total, [*readers, *own])
-        read, predicted = _norm(gradients[: len(readers)]), _norm(gradients[len(readers) :])
+        read = gradient_norm(total, readers)
+        predicted = gradient_norm(total, student.network.parameters())
         if predicted == 0:
             return None
         # A gradient this far below the other one cannot move a float32 weight any more.
@@ -93,7 +92,7 @@ class AttentiveTransfer(TransferMethod):
             raise DeadDistillationError(
                 f"The weights that read the teachers' states have a gradient of norm {read:.3g} "
                 f"(the student's own: {predicted:.3g}), so nothing is transferred. Check that the "
-                "teachers are trained networks."
+                "teachers are trained networks, and that training.rates does not freeze the merges."
             )
         return ARTLiveness(
             teaching_gradient_norm=read,
@@ -153,7 +152,3 @@ def _updates(student: SourcedPredictor) -> Iterator[list[list[float]]]:
 def _note(means: list[float], merge: nn.Module, seen: object, merged: Merged) -> None:
     """A hook after a merge."""
     means.append(float(merged.update_BPHW.detach().mean()))
-
-
-def _norm(gradients: Sequence[Tensor]) -> float:
-    return float(torch.stack([g.float().square().sum() for g in gradients]).sum().sqrt())

@@ -6,7 +6,7 @@ Legend: B batch, T time, C channels, H, W height, width, Z noise.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
@@ -305,6 +305,16 @@ def reduce_values(values: Tensor, reduction: Reduction, weights: Tensor | None =
 def weighted(per_sequence_B: Tensor, batch: TrainingBatch) -> Tensor:
     """This rank's share of the mean over the global batch."""
     return (per_sequence_B * batch.weights_B).sum()
+
+
+def gradient_norm(loss: Tensor, parameters: Iterable[Tensor]) -> float:
+    """Norm of the gradient that a loss gives those parameters that are trained; 0 if none are."""
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    if not trained:
+        return 0.0
+    gradients = torch.autograd.grad(loss, trained, retain_graph=True, allow_unused=True)
+    squares = [g.float().square().sum() for g in gradients if g is not None]
+    return float(torch.stack(squares).sum().sqrt()) if squares else 0.0
 
 
 def annealed(weight: float, step: int, *, start: int, stop: int) -> float:

@@ -23,6 +23,7 @@ from tmu_dist.transfer.base import (
     DeadDistillationError,
     Reduction,
     TrainingBatch,
+    gradient_norm,
     reduce_squares,
     weighted,
 )
@@ -199,8 +200,8 @@ def teaching_norms(
     Raises:
         DeadDistillationError: nothing comes from the teachers.
     """
-    parameters = [p for p in student.parameters() if p.requires_grad]
-    taught, learned = _gradient_norm(teaching, parameters), _gradient_norm(own, parameters)
+    parameters = list(student.parameters())
+    taught, learned = gradient_norm(teaching, parameters), gradient_norm(own, parameters)
     # A gradient this far below the other one cannot move a float32 weight any more.
     if not taught > 1e-7 * learned:
         raise DeadDistillationError(
@@ -222,9 +223,3 @@ def correlation(first: Tensor, second: Tensor, weights: Tensor | None) -> float:
 
 def _name(layer: int, teacher: int) -> str:
     return f"layer{layer}_teacher{teacher}"
-
-
-def _gradient_norm(loss: Tensor, parameters: list[nn.Parameter]) -> float:
-    gradients = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
-    squares = [g.float().square().sum() for g in gradients if g is not None]
-    return float(torch.stack(squares).sum().sqrt()) if squares else 0.0

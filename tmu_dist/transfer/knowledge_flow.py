@@ -32,6 +32,7 @@ from tmu_dist.transfer.base import (
     Term,
     TrainingBatch,
     annealed,
+    gradient_norm,
     reduce_squares,
     weighted,
 )
@@ -103,8 +104,8 @@ class KnowledgeFlow(TaughtMethod):
         assert isinstance(trainee, FlowingStudent)
         rollout = self.unroll(trainee, batch, teachings=self.teach(batch))
         own = LossTerms(terms=self.task.objective.terms(rollout, batch), rollout=rollout).total()
-        taught = _gradient_norm(own, trainee.flows.transforms)
-        predicted = _gradient_norm(own, trainee.student)
+        taught = gradient_norm(own, trainee.flows.transforms.values())
+        predicted = gradient_norm(own, trainee.student.parameters())
         own_shares = trainee.flows.own_shares()
         # The curriculum lets the flows dry up, and their gradients with them.
         flowing = 1 - min(own_shares)
@@ -313,14 +314,3 @@ def _name(layer: int, flow: Flow) -> str:
 
 def _with(rollout: Rollout, **objectives: Tensor) -> Rollout:
     return rollout._replace(objectives={**rollout.objectives, **objectives})
-
-
-def _gradient_norm(loss: Tensor, module: nn.Module) -> float:
-    """Over the module's parameters that are trained."""
-    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    if not trained:
-        return 0.0
-    gradients = torch.autograd.grad(
-        loss, trained, retain_graph=True, allow_unused=True, materialize_grads=True
-    )
-    return float(nn.utils.get_total_norm(gradients))
