@@ -23,7 +23,14 @@ from tmu_dist.evaluation.predictions import PREDICTIONS_NAME
 from tmu_dist.evaluation.result import JSON_NAME, MODEL, EvaluationResult, TransferGates
 from tmu_dist.evaluation.score_table import Scores
 from tmu_dist.ledger.findings import CONTROLS, find
-from tmu_dist.ledger.page import PAGE_FILE, TABLE_FILE, check_ledger, verdict, write_ledger
+from tmu_dist.ledger.page import (
+    PAGE_FILE,
+    RESULTS_FILE,
+    TABLE_FILE,
+    check_ledger,
+    verdict,
+    write_ledger,
+)
 from tmu_dist.ledger.records import EVALUATION_FOLDER, ArmRecord, Ledger, SeedRecord, load, save
 
 SEEDS = (0, 1, 2)
@@ -206,6 +213,19 @@ def test_sources_are_told_apart(page: PageText, whole: Ledger) -> None:
     assert cells[6].startswith("0.58")
     assert find(whole).gate_relation is None
     assert "2 sources are too few for a correlation" in page.text
+
+
+def test_other_programs_get_every_number(tmp_path: Path, whole: Ledger) -> None:
+    write_ledger(tmp_path, whole)
+    record = json.loads((tmp_path / RESULTS_FILE).read_text())
+    runs = record["arms"]["finetune-2"]["runs"]
+    assert [runs[str(s)]["scores"]["mse_per_frame"] for s in SEEDS] == pytest.approx(
+        means("finetune-2")
+    )
+    without = record["differences"]["mse_per_frame"]["sources"]["2"]["contribution"]
+    assert without["by_seed"] == pytest.approx(np.subtract(means("tmu-alone-1"), means("tmu")))
+    assert without["flag"] == "helps" and record["answer"] == "knowledge"
+    assert record["same_bits"] is True and len(record["gates"]["1"]) == len(SEEDS)
 
 
 def test_the_page_is_whole(page: PageText) -> None:

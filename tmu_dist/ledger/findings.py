@@ -7,9 +7,11 @@ Legend: S seeds, N sequences, T lead time, L TMU layers, M teachers.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, is_dataclass
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 
@@ -135,6 +137,58 @@ def find(ledger: Ledger) -> Findings:
         ),
         same_bits=_same_bits(ledger),
     )
+
+
+def as_record(ledger: Ledger, findings: Findings) -> dict[str, Any]:
+    """All numbers of a ledger as plain data, for other programs; undefined ones are None."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {str(key): plain(each) for key, each in value.items()}
+        if isinstance(value, tuple | list):
+            return [plain(each) for each in value]
+        if is_dataclass(value) and not isinstance(value, type):
+            return plain(asdict(value) | ({"flag": value.flag} if hasattr(value, "flag") else {}))
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return {
+        "recipe": ledger.recipe,
+        "command": ledger.command,
+        "git_revision": ledger.git_revision,
+        "facts": plain(ledger.facts),
+        "answer": findings.answer,
+        "same_bits": findings.same_bits,
+        "gates": plain(findings.gates),
+        "gate_relation": plain(findings.gate_relation),
+        "arms": {
+            arm.name: {
+                "label": arm.label,
+                "group": arm.group,
+                "method": arm.method,
+                "sources": list(arm.sources),
+                "failures": plain(arm.failures),
+                "runs": {
+                    str(seed): {
+                        "run": record.run,
+                        "scores": plain(record.evaluation.overall[MODEL]),
+                        "parameters": plain(record.evaluation.parameters),
+                        "runtime": plain(record.evaluation.runtime),
+                        "seconds_per_batch": record.seconds_per_batch,
+                    }
+                    for seed, record in arm.seeds.items()
+                },
+            }
+            for arm in ledger.arms
+        },
+        "differences": {
+            found.score.name: {
+                "minus_scratch": plain(found.from_scratch),
+                "gain_over_controls": plain(found.controls),
+                "sources": plain(found.sources),
+            }
+            for found in findings.scores
+        },
+    }
 
 
 def first_result(ledger: Ledger) -> EvaluationResult:

@@ -2,12 +2,14 @@
 
 OUT/report.html      self-contained, for people
 OUT/table.md         verdict and tables as text
+OUT/results.json     every number, for other programs
 
 Deliberately not here: tables and charts (`parts`), numbers (`findings`).
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 from collections.abc import Mapping
@@ -28,6 +30,7 @@ from tmu_dist.html_page import Html, bullet_list, definition_list, document, ele
 from tmu_dist.ledger.findings import (
     SCRATCH,
     Findings,
+    as_record,
     distinct_arms,
     find,
     first_result,
@@ -40,7 +43,7 @@ from tmu_dist.ledger.words import between, called, signed
 
 log = logging.getLogger(__name__)
 
-PAGE_FILE, TABLE_FILE = "report.html", "table.md"
+PAGE_FILE, TABLE_FILE, RESULTS_FILE = "report.html", "table.md", "results.json"
 _STYLE = f"""{STYLE}
 th:first-child {{ white-space: normal; min-width: 11rem; }}
 td.text, th.text {{ min-width: 4.5rem; }}
@@ -51,10 +54,10 @@ _NOTES = "What this does and does not show"
 
 
 def write_ledger(folder: Path, ledger: Ledger) -> None:
-    """Write the page and the table.
+    """Write the page, the table and the numbers.
 
     Args:
-        folder: for both files, each of which appears whole or not at all.
+        folder: for the files, each of which appears whole or not at all.
         ledger: with a finished run at least; arms and seeds may be missing.
 
     Raises:
@@ -62,6 +65,8 @@ def write_ledger(folder: Path, ledger: Ledger) -> None:
     """
     findings = find(ledger)
     atomic_write_text(folder / TABLE_FILE, _as_markdown(ledger, findings))
+    record = json.dumps(as_record(ledger, findings), indent=1, allow_nan=False)
+    atomic_write_text(folder / RESULTS_FILE, record + "\n")
     title = f"Knowledge or parameters? {ledger.recipe}"
     first, second = verdict(ledger, findings)
     body = [
