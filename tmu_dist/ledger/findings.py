@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from types import MappingProxyType
 from typing import Any
 
@@ -147,8 +147,10 @@ def as_record(ledger: Ledger, findings: Findings) -> dict[str, Any]:
             return {str(key): plain(each) for key, each in value.items()}
         if isinstance(value, tuple | list):
             return [plain(each) for each in value]
-        if is_dataclass(value) and not isinstance(value, type):
-            return plain(asdict(value) | ({"flag": value.flag} if hasattr(value, "flag") else {}))
+        if is_dataclass(value):
+            names = [entry.name for entry in fields(value)]
+            names += ["flag"] if isinstance(value, Difference) else []
+            return {name: plain(getattr(value, name)) for name in names}
         return None if isinstance(value, float) and not math.isfinite(value) else value
 
     return {
