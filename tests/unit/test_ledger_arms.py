@@ -102,7 +102,7 @@ def test_arms_differ_in_transfer_alone_but_for_the_longer_one() -> None:
 def test_settings_follow_the_teachers_and_methods_that_use_them() -> None:
     config = tmu(
         start=StartConfig(teacher=1, unmatched="random"),
-        adapter=AdapterConfig(channels="project"),
+        adapter=AdapterConfig(channels="project", units="any"),
         imitation=ImitationConfig(teacher_weights=(0.25, 4.0)),
         teacher_input="student",
         tmu=TMUConfig(gate_kernel_size=3),
@@ -115,7 +115,7 @@ def test_settings_follow_the_teachers_and_methods_that_use_them() -> None:
     assert alone.imitation.teacher_weights == (4.0,)
     assert transfer["tmu-alone-1"].start == StartConfig()
     assert transfer["finetune-1"].start == StartConfig(unmatched="random")
-    assert transfer["finetune-1"].adapter.channels == "project"
+    assert transfer["finetune-1"].adapter == AdapterConfig(units="any")
     assert transfer["distillation"].imitation.teacher_weights == (0.25, 4.0)
     assert transfer["distillation"].teacher_input == "student"
     assert transfer["knowledge-flow"].teacher_input == transfer["art"].teacher_input == "own"

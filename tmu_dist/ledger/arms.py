@@ -210,7 +210,7 @@ def started(base: TransferConfig, method: Method, teacher: int) -> TransferConfi
     return TransferConfig(
         method=method,
         teachers=(base.teachers[teacher],),
-        adapter=base.adapter,
+        adapter=AdapterConfig(units=base.adapter.units),  # the others are about running beside
         start=StartConfig(unmatched="refuse" if fits else "random"),
     )
 
