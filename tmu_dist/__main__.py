@@ -11,8 +11,11 @@ COMMANDS = {
     "predict": "draw what a model predicts for chosen sequences",
     "zoo": "list, show and add teachers",
     "data": "who reads what when; the loader beside the bare storage",
+    "ledger": "every method and control from one recipe: is it the teachers that help?",
     "demo": "from raw digits to a transferred student, with a report",
 }
+PACKAGES = ("data", "ledger")
+"""Commands that are more than one file."""
 
 
 def main() -> None:
@@ -24,7 +27,7 @@ def main() -> None:
             "usage: tmu-dist COMMAND ... (each has --help)\n" + "\n".join(lines) + "\n"
         )
         raise SystemExit(0 if name in ("", "-h", "--help") else 2)
-    module = f"tmu_dist.{name}" + (".__main__" if name == "data" else "")  # a package
+    module = f"tmu_dist.{name}" + (".__main__" if name in PACKAGES else "")
     import_module(module).main(sys.argv[2:])
 
 
