@@ -55,7 +55,7 @@ from tmu_dist.evaluation.score_table import ScoreTable
 from tmu_dist.evaluation.terminal import comparison_table, terminal_summary
 from tmu_dist.models.build import build_predictor
 from tmu_dist.models.cells.base import Carry, CellState
-from tmu_dist.models.layer import LayerStep
+from tmu_dist.models.layer import Guide, LayerStep
 from tmu_dist.models.rollout import Predictor, Step
 from tmu_dist.models.shapes import FrameShape, MemoryShape
 from tmu_dist.teachers.card import DataFacts, TeacherCard
@@ -82,6 +82,7 @@ class Guess(Predictor):
         *,
         target_BCHW: Tensor | None,
         noise_BZ: Tensor | None,
+        guide: Guide | None = None,
     ) -> Step:
         if noise_BZ is None:
             noise_BZ = frame_BCHW.new_zeros(len(frame_BCHW), self.noise_size)
@@ -90,6 +91,7 @@ class Guess(Predictor):
         change = noise_BCHW.repeat_interleave(height // 2, -2).repeat_interleave(width // 2, -1)
         memory = noise_BCHW[..., :1, :1]
         layer = LayerStep(
+            memory,
             CellState(memory, memory),
             Carry(),
             forget_BPHW=None,

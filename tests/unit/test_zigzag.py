@@ -299,4 +299,4 @@ def test_m_stays_small_by_default_and_explodes_as_printed() -> None:
         return max(float(x.square().mean().sqrt()) for x in rollout.states("zigzag"))
 
     assert largest(BOTH) < 1.0
-    assert largest(replace(BOTH, combine="paper")) > 1e6
+    assert not largest(replace(BOTH, combine="paper")) < 1e6  # inf, or NaN after it
