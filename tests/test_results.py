@@ -88,7 +88,6 @@ def test_the_documents_show_the_ledgers_table(name: str) -> None:
     [
         ("extensions", "docs/lab_log.md"),
         ("methods", "docs/methods.md"),
-        ("methods-paper", "docs/methods.md"),
     ],
 )
 def test_documents_show_what_methods_bring_and_cost(name: str, document: str) -> None:

@@ -346,8 +346,8 @@ def _sources(ledger: Ledger, findings: Findings) -> Part:
         texts=(
             "Contribution: error without the source minus error with all sources. Alone: error of "
             "the network without teachers minus error with this source only. Positive is better "
-            f"for both, by {score.label}. A source “helps” where the whole interval of its "
-            "contribution is above zero, is “negative transfer” where it is below, and is "
+            f"for both, by {score.label}. A source “helps” where both whole intervals of its "
+            "contribution are above zero, is “negative transfer” where both are below, and is "
             "“undecided” otherwise. Mean gates are those of the student with all sources.",
             _gates_in_words(findings),
         ),
