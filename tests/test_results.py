@@ -89,7 +89,6 @@ def test_the_documents_show_the_ledgers_table(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "document"),
     [
-        ("extensions", "docs/lab_log.md"),
         ("methods", "docs/methods.md"),
     ],
 )
