@@ -232,7 +232,8 @@ def _rows(variants: Mapping[str, Any]) -> Iterator[str]:
             for metric, (_, decimals) in METRICS.items()
         ]
         over = scores["mse_per_frame"]["gain"]
-        gained = f"{over['mean']:+.2f} ({over['low']:+.2f} to {over['high']:+.2f}, {over['flag']})"
+        verdict = {"helps": "better", "negative transfer": "worse"}.get(over["flag"], "undecided")
+        gained = f"{over['mean']:+.2f} ({over['low']:+.2f} to {over['high']:+.2f}, {verdict})"
         by_seed = ", ".join(f"{value:+.2f}" for value in over["by_seed"])
         cells += [gained, by_seed] if number else ["", ""]
         yield f"| {variant} | {' | '.join(cells)} |"
