@@ -31,6 +31,7 @@ from tmu_dist.evaluation.result import MODEL, EvaluationResult
 from tmu_dist.ledger.records import EVALUATION_FOLDER
 from tmu_dist.ledger.runs import evaluate_run, is_done, train_teachers
 from tmu_dist.ledger.statistics import Measurement, gain, measure_mean
+from tmu_dist.ledger.words import BETTER, spread
 from tmu_dist.recipes import get_recipe
 from tmu_dist.recipes.base import Recipe, in_workspace
 from tmu_dist.training.launch import with_absolute_paths
@@ -200,8 +201,6 @@ def _measure(
             assert over is not None
             found[variant][metric] = {
                 "by_seed": measured.score_S.tolist(),
-                "mean": measured.mean,
-                "deviation": measured.deviation,
                 "gain": asdict(over) | {"flag": over.flag},
             }
     return found
@@ -223,17 +222,11 @@ def table(record: Mapping[str, Any]) -> str:
 def _rows(variants: Mapping[str, Any]) -> Iterator[str]:
     for number, (variant, scores) in enumerate(variants.items()):
         cells = [
-            f"{scores[metric]['mean']:.{decimals}f}"
-            + (
-                f" ± {scores[metric]['deviation']:.{decimals}f}"
-                if scores[metric]["deviation"] is not None
-                else ""
-            )
-            for metric, (_, decimals) in METRICS.items()
+            spread(scores[metric]["by_seed"], decimals) for metric, (_, decimals) in METRICS.items()
         ]
         over = scores["mse_per_frame"]["gain"]
-        verdict = {"helps": "better", "negative transfer": "worse"}.get(over["flag"], "undecided")
-        gained = f"{over['mean']:+.2f} ({over['low']:+.2f} to {over['high']:+.2f}, {verdict})"
+        ends = f"{over['low']:+.2f} to {over['high']:+.2f}"
+        gained = f"{over['mean']:+.2f} ({ends}, {BETTER[over['flag']]})"
         by_seed = ", ".join(f"{value:+.2f}" for value in over["by_seed"])
         cells += [gained, by_seed] if number else ["", ""]
         yield f"| {variant} | {' | '.join(cells)} |"

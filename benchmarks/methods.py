@@ -23,9 +23,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import shlex
 import statistics
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -34,9 +32,16 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks.backbones.costs import NUM_TEACHERS, SIZES, Size, timed, training_batch
+from benchmarks.backbones.costs import (
+    NUM_TEACHERS,
+    SIZES,
+    Size,
+    timed,
+    training_batch,
+    training_step,
+)
 from benchmarks.backbones.report import PAPER, Stated
-from benchmarks.provenance import git_revision, machine, say, version_of, without_folder
+from benchmarks.provenance import provenance, say
 from tmu_dist.config import (
     AdapterConfig,
     ARTConfig,
@@ -52,7 +57,6 @@ from tmu_dist.evaluation.operations import count_operations
 from tmu_dist.models.build import build_predictor, count_parameters, count_trained
 from tmu_dist.teachers.bank import FrozenTeacher, ReplicatedBank, Wanted
 from tmu_dist.teachers.card import DataFacts, TeacherCard
-from tmu_dist.training.step import TrainingStep
 from tmu_dist.transfer.art import AttentiveTransfer
 from tmu_dist.transfer.base import Objective, Task, TaughtMethod, TransferMethod
 from tmu_dist.transfer.distillation import Distillation
@@ -204,24 +208,15 @@ def prepare(name: str, size: Size, teachers: Teachers, device: torch.device) -> 
     if chosen.starts:
         start = teachers.start()
         start.apply(student, frozenset(start.weights))
-    trainee = method.trainee(student).to(device)
-    step = TrainingStep(
-        method,
-        student,
-        trainee,
-        trainee,
-        device=device,
-        learning_rate=lambda step: 1e-3,
-        reverse_input="off",
-    )
+    step = training_step(method, student, device)
     batch = training_batch(size, student, device)
     inputs_BTCHW = batch.frames_BTCHW[:1, : size.window.num_input_frames]
     beside = method.bank.parameters_per_teacher if isinstance(method, TaughtMethod) else ()
     return Prepared(
         {
-            "trained": count_trained(trainee),
+            "trained": count_trained(step.trainee),
             "test": count_parameters(student),
-            "train": count_parameters(trainee) + sum(beside),
+            "train": count_parameters(step.trainee) + sum(beside),
         },
         {
             "train": lambda: step(batch),
@@ -320,13 +315,9 @@ def main() -> None:
         parser.error("--device cuda: torch sees no CUDA device here")
     names = list(dict.fromkeys([YARDSTICK, *chosen.methods]))
     record = {
-        "command": "python -m benchmarks.methods " + shlex.join(without_folder(sys.argv[1:])),
-        "git_revision": chosen.revision or git_revision(),
+        **provenance("benchmarks.methods", chosen.device, chosen.revision),
         "size": chosen.size,
-        "device": chosen.device,
         "repeats": chosen.repeats,
-        "machine": machine(chosen.device),
-        "versions": {name: version_of(name) for name in ("tmu-dist", "torch", "numpy")},
         "methods": measure(
             SIZES[chosen.size],
             chosen.device,

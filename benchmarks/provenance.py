@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import platform
+import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -15,7 +16,24 @@ from typing import Any
 import torch
 
 
-def machine(device: str) -> dict[str, Any]:
+def provenance(module: str, device: str, revision: str | None) -> dict[str, Any]:
+    """Where a record comes from.
+
+    Args:
+        module: of the benchmark, which was called with this process' arguments.
+        device: "cpu" or "cuda".
+        revision: of this code; None: what git tells.
+    """
+    return {
+        "command": f"python -m {module} {shlex.join(_without_folder(sys.argv[1:]))}",
+        "git_revision": revision or _git_revision(),
+        "device": device,
+        "machine": _machine(device),
+        "versions": {name: _version_of(name) for name in ("tmu-dist", "torch", "numpy")},
+    }
+
+
+def _machine(device: str) -> dict[str, Any]:
     """Processor, cores, system and, of "cuda", its libraries."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -38,7 +56,7 @@ def machine(device: str) -> dict[str, Any]:
     return facts
 
 
-def version_of(package: str) -> str:
+def _version_of(package: str) -> str:
     """Of an installed package."""
     try:
         return version(package)
@@ -46,7 +64,7 @@ def version_of(package: str) -> str:
         return "not installed"
 
 
-def git_revision() -> str:
+def _git_revision() -> str:
     """Of this checkout, where what runs need is installed."""
     try:
         from tmu_dist.training.run_log import git_revision as found
@@ -55,7 +73,7 @@ def git_revision() -> str:
     return found()
 
 
-def without_folder(arguments: Sequence[str]) -> list[str]:
+def _without_folder(arguments: Sequence[str]) -> list[str]:
     """The arguments as they would be on another machine."""
     return ["FOLDER" if b == "--out" else a for b, a in itertools.pairwise(["", *arguments])]
 

@@ -13,8 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from tmu_dist.config import with_overrides
 from tmu_dist.demo import EXPERIMENTS
 from tmu_dist.evaluate import evaluate_model
 from tmu_dist.evaluation.result import MODEL, EvaluationResult
+from tmu_dist.ledger.words import spread
 from tmu_dist.recipes import get_recipe
 from tmu_dist.train import run_recipe
 from tmu_dist.training.run_log import git_revision
@@ -104,12 +104,10 @@ def table(record: Mapping[str, Any]) -> str:
         "|---" * (len(columns) + 2) + "|",
     ]
     for label, own in record["baselines"].items():
-        cells = [mean_and_spread([own[metric]], columns[metric][1]) for metric in columns]
+        cells = [spread([own[metric]], columns[metric][1]) for metric in columns]
         lines.append(f"| {label} | {' | '.join(cells)} | |")
     for label, by_seed in scores.items():
-        cells = [
-            mean_and_spread([s[metric] for s in by_seed], columns[metric][1]) for metric in columns
-        ]
+        cells = [spread([s[metric] for s in by_seed], columns[metric][1]) for metric in columns]
         differences = [
             f"{own[first] - scratch[first]:+.2f}"
             for own, scratch in zip(by_seed, scores["scratch"], strict=True)
@@ -117,14 +115,6 @@ def table(record: Mapping[str, Any]) -> str:
         paired = "" if label == "scratch" else ", ".join(differences)
         lines.append(f"| {label} | {' | '.join(cells)} | {paired} |")
     return "\n".join(lines) + "\n"
-
-
-def mean_and_spread(values: Sequence[float], decimals: int) -> str:
-    """Mean ± standard deviation over seeds; of one seed its value."""
-    mean = f"{statistics.fmean(values):.{decimals}f}"
-    if len(values) == 1:
-        return mean
-    return f"{mean} ± {statistics.stdev(values):.{decimals}f}"
 
 
 if __name__ == "__main__":

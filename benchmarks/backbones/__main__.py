@@ -28,8 +28,6 @@ import itertools
 import json
 import multiprocessing
 import random
-import shlex
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -39,7 +37,7 @@ import torch
 
 from benchmarks.backbones.costs import SIZES, Case, parameters, serve
 from benchmarks.backbones.report import PARTS, VARIANTS, Cell, table
-from benchmarks.provenance import git_revision, machine, say, version_of, without_folder
+from benchmarks.provenance import provenance, say
 from tmu_dist.backbones import BACKBONES
 
 
@@ -168,13 +166,9 @@ def main() -> None:
     if chosen.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no CUDA device here")
     record = {
-        "command": "python -m benchmarks.backbones " + shlex.join(without_folder(sys.argv[1:])),
-        "git_revision": chosen.revision or git_revision(),
+        **provenance("benchmarks.backbones", chosen.device, chosen.revision),
         "size": chosen.size,
-        "device": chosen.device,
         "rounds": chosen.rounds,
-        "machine": machine(chosen.device),
-        "versions": {name: version_of(name) for name in ("tmu-dist", "torch", "numpy")},
         **measure(
             chosen.size,
             chosen.device,

@@ -101,16 +101,7 @@ def prepare_training(case: Case) -> tuple[Callable[[], object], Cell]:
     torch.manual_seed(0)
     method = make_method(size, case.backbone, case.variant, device)
     student = method.build_student().to(device)
-    trainee = method.trainee(student).to(device)
-    step = TrainingStep(
-        method,
-        student,
-        trainee,
-        trainee,
-        device=device,
-        learning_rate=lambda step: 1e-3,
-        reverse_input="off",
-    )
+    step = training_step(method, student, device)
     batch = training_batch(size, student, device)
     step(batch)
     peak = _peak_memory(case.device) - before
@@ -167,6 +158,20 @@ def parameters(size: Size, backbone: str, variant: str) -> dict[str, int]:
             return {"test": plain, "train": plain}
         student = count_parameters(build(size, backbone, NUM_TEACHERS))
     return {"test": student, "train": student + NUM_TEACHERS * plain}
+
+
+def training_step(method: TransferMethod, student: Predictor, device: torch.device) -> TrainingStep:
+    """One update an iteration, forwards in time."""
+    trainee = method.trainee(student).to(device)
+    return TrainingStep(
+        method,
+        student,
+        trainee,
+        trainee,
+        device=device,
+        learning_rate=lambda step: 1e-3,
+        reverse_input="off",
+    )
 
 
 def training_batch(size: Size, student: Predictor, device: torch.device) -> TrainingBatch:

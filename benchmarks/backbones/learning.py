@@ -20,12 +20,12 @@ from typing import Any
 
 import torch
 
-from benchmarks.seeds import mean_and_spread
 from tmu_dist.collectives import Collectives
 from tmu_dist.config import with_overrides
 from tmu_dist.data.loader import SequenceLoader, open_archive
 from tmu_dist.evaluation.result import MODEL, PERSISTENCE
 from tmu_dist.evaluation.runner import score_predictor
+from tmu_dist.ledger.words import spread
 from tmu_dist.recipes import get_recipe
 from tmu_dist.teachers.store import load_model
 from tmu_dist.train import run_recipe
@@ -124,8 +124,8 @@ def _row(label: str, steps: str, scores: Mapping[str, Sequence[Mapping[str, floa
 
 
 def _cell(by_seed: Sequence[Mapping[str, float]]) -> str:
-    mse = mean_and_spread([scores["mse_per_frame"] for scores in by_seed], 1)
-    return f"{mse} ({mean_and_spread([scores['ssim'] for scores in by_seed], 3)})"
+    mse = spread([scores["mse_per_frame"] for scores in by_seed], 1)
+    return f"{mse} ({spread([scores['ssim'] for scores in by_seed], 3)})"
 
 
 if __name__ == "__main__":

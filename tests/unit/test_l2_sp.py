@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tests.distributed.test_ranks import spawn
 from tests.unit.test_start import SMALLER_PATCHES, start_from
 from tests.unit.test_training import MODELS, assert_same, final_state, run, run_until
-from tests.unit.test_transfer import FRAME, batch, student_of, task, teacher
+from tests.unit.test_transfer import FRAME, batch, part_of_batch, student_of, task, teacher
 from tmu_dist.collectives import Collectives
 from tmu_dist.config import ConfigError, L2SPConfig, RunConfig, TrainingConfig
 from tmu_dist.models.build import build_predictor
@@ -22,7 +22,6 @@ from tmu_dist.run_folder import read_log
 from tmu_dist.teachers.store import load_weights
 from tmu_dist.training.build import build_step
 from tmu_dist.training.step import TrainingStep
-from tmu_dist.transfer.base import TrainingBatch
 from tmu_dist.transfer.l2_sp import L2SP, HeldStudent
 from tmu_dist.transfer.scratch import Scratch
 
@@ -261,19 +260,8 @@ def _updates(collectives: Collectives, folder: str) -> None:
     config = RunConfig(training=TrainingConfig(learning_rate=0.01, reverse_input="average"))
     step = build_step(config, method, student, trainee, CPU, collectives)
     ranks = collectives.ranks
-    share = 4 // ranks.world_size
-    rows = slice(ranks.rank * share, (ranks.rank + 1) * share)
-    whole = batch(4)
     for count in (1, 2):
-        terms = step(
-            TrainingBatch(
-                frames_BTCHW=whole.frames_BTCHW[rows].double(),
-                observed_BTCHW=None,
-                sampling_mask_BT=whole.sampling_mask_BT[rows],
-                weights_B=torch.full((share,), ranks.world_size / 4),
-                step=count,
-            )
-        )
+        terms = step(part_of_batch(ranks, count))
     kept = {name: terms[f"loss/{name}"] for name in ("l2_sp_start", "l2_sp_rest")}
     state = {"student": student.state_dict(), "terms": kept, "step": step.state_dict()}
     torch.save(state, f"{folder}/{ranks.world_size}-{ranks.rank}.pt")

@@ -14,7 +14,15 @@ from torch import nn
 from tests.conftest import TINY_MODEL
 from tests.distributed.test_ranks import spawn
 from tests.unit.test_training import assert_same, final_state, run, run_until
-from tests.unit.test_transfer import INPUTS, batch, student_of, task, teacher, tmu_method
+from tests.unit.test_transfer import (
+    INPUTS,
+    batch,
+    part_of_batch,
+    student_of,
+    task,
+    teacher,
+    tmu_method,
+)
 from tmu_dist.collectives import Collectives
 from tmu_dist.config import AdversarialConfig, ConfigError, RunConfig, TrainingConfig, WindowConfig
 from tmu_dist.models.rollout import Predictor
@@ -22,7 +30,6 @@ from tmu_dist.training.adversarial import AdversarialStep
 from tmu_dist.training.build import build_step
 from tmu_dist.training.rates import rate_groups
 from tmu_dist.training.step import TrainingStep
-from tmu_dist.transfer.base import TrainingBatch
 from tmu_dist.transfer.scratch import Scratch
 
 CPU = torch.device("cpu")
@@ -201,19 +208,8 @@ def _updates(collectives: Collectives, folder: str) -> None:
     before = {name: value.clone() for name, value in student.state_dict().items()}
     step = step_of(Scratch(task()), student, collectives, rates=RATES)
     ranks = collectives.ranks
-    share = 4 // ranks.world_size
-    rows = slice(ranks.rank * share, (ranks.rank + 1) * share)
-    whole = batch(4)
     for count in (1, 2):
-        step(
-            TrainingBatch(
-                frames_BTCHW=whole.frames_BTCHW[rows].double(),
-                observed_BTCHW=None,
-                sampling_mask_BT=whole.sampling_mask_BT[rows],
-                weights_B=torch.full((share,), ranks.world_size / 4),
-                step=count,
-            )
-        )
+        step(part_of_batch(ranks, count))
     state = {"before": before, "after": dict(student.state_dict())}
     torch.save(state, f"{folder}/{ranks.world_size}-{ranks.rank}.pt")
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from tests.conftest import TINY_MODEL
+from tmu_dist.collectives import Ranks
 from tmu_dist.config import TMUConfig
 from tmu_dist.models.build import build_predictor
 from tmu_dist.models.rollout import Predictor
@@ -35,6 +36,19 @@ def batch(size: int = 2) -> TrainingBatch:
         observed_BTCHW=None,
         sampling_mask_BT=torch.rand(size, 2, generator=generator) < 0.5,
         weights_B=torch.full((size,), 1 / size),
+    )
+
+
+def part_of_batch(ranks: Ranks, step: int) -> TrainingBatch:
+    """A rank's sequences of one global batch of four, in float64."""
+    whole, share = batch(4), 4 // ranks.world_size
+    rows = slice(ranks.rank * share, (ranks.rank + 1) * share)
+    return TrainingBatch(
+        frames_BTCHW=whole.frames_BTCHW[rows].double(),
+        observed_BTCHW=None,
+        sampling_mask_BT=whole.sampling_mask_BT[rows],
+        weights_B=torch.full((share,), ranks.world_size / 4),
+        step=step,
     )
 
 

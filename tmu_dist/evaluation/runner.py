@@ -380,12 +380,12 @@ def check_archive_fits(card: TeacherCard, manifest: Manifest) -> None:
             or another meaning of the numbers; names what the model has and what the archive has.
     """
     archive = FrameShape(channels=manifest.channels, height=manifest.height, width=manifest.width)
-    mine, theirs = (
-        weight_shapes(frame, card.model, tmu=card.tmu, num_slots=card.num_slots)
-        for frame in (card.frame, archive)
-    )
+
+    def weights(frame: FrameShape) -> dict[str, torch.Size]:
+        return weight_shapes(frame, card.model, tmu=card.tmu, num_slots=card.num_slots)
+
     # What is inside a network with sources may be tied to its frames, too.
-    if mine != theirs or (card.sources and card.frame != archive):
+    if archive != card.frame and (card.sources or weights(archive) != weights(card.frame)):
         raise ValueError(
             f"{card.name} was made for frames of channels x height x width = "
             f"{card.frame}, but {manifest.name} has {archive}: "

@@ -31,6 +31,7 @@ from tmu_dist.ledger.findings import (
 from tmu_dist.ledger.records import Ledger
 from tmu_dist.ledger.statistics import MIN_POINTS, Difference
 from tmu_dist.ledger.words import (
+    BETTER,
     NONE,
     between,
     called,
@@ -44,7 +45,6 @@ from tmu_dist.ledger.words import (
 _COLOURS = {"baseline": 4, "start": 1, "features": 2, "memory": 0, "subset": 0, "control": 3}
 _CHARTED = (MAIN, "ssim", "csi")
 _INTERVALS = ("95 % interval", "over seeds alone", "by seed")
-_BETTER = {"helps": "better", "negative transfer": "worse", "undecided": "undecided"}
 
 _PAPER = {
     ("scratch", ()): (120.5, 0.712, "3.0 M / 3.0 M"),
@@ -258,7 +258,7 @@ def _controls(ledger: Ledger, findings: Findings) -> Part:
             [
                 Cell(CONTROLS.get(name, "the plain network"), is_text=True),
                 *difference_cells(found, main.score),
-                Cell(_BETTER[found.flag], is_text=True),
+                Cell(BETTER[found.flag], is_text=True),
             ],
         )
         for name, found in known.items()

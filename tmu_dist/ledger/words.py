@@ -15,6 +15,8 @@ from tmu_dist.ledger.records import ArmRecord, Ledger
 from tmu_dist.ledger.statistics import Difference, Measurement
 
 NONE = "–"
+BETTER = {"helps": "better", "negative transfer": "worse", "undecided": "undecided"}
+"""Flags of a difference, where it is not about what a source is worth."""
 
 
 def called(arm: ArmRecord, ledger: Ledger) -> str:

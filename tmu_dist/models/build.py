@@ -200,13 +200,17 @@ def _stack(
     )
 
 
+def backbones_with_zigzag() -> list[str]:
+    """Names of the backbones whose cells have ST-LSTM's memory M."""
+    return [name for name in BACKBONES if getattr(_backbone(name), "has_zigzag", False)]
+
+
 def _check_zigzag(kind: type[RecurrentCell], cell: str) -> None:
     """Refuse to transfer a memory M that a cell has not."""
     if not kind.has_zigzag:
-        others = [name for name in BACKBONES if getattr(_backbone(name), "has_zigzag", False)]
         raise ConfigError(
             f"transfer.tmu.zigzag=true transfers ST-LSTM's memory M, which model.cell={cell} has "
-            f"not: leave it out, or use one of {', '.join(others)}."
+            f"not: leave it out, or use one of {', '.join(backbones_with_zigzag())}."
         )
 
 

@@ -25,6 +25,7 @@ from tmu_dist.transfer.base import (
     TrainingBatch,
     TransferMethod,
     gradient_norm,
+    is_negligible,
 )
 
 
@@ -71,7 +72,7 @@ class AttentiveTransfer(TransferMethod):
 
     def loss(self, forward: Forward, batch: TrainingBatch) -> LossTerms:
         rollout = self.unroll(forward, batch)
-        return LossTerms(terms=self.task.objective.terms(rollout, batch), rollout=rollout)
+        return self.own_terms(rollout, batch)
 
     def liveness(self, trainee: nn.Module, batch: TrainingBatch) -> Liveness | None:
         """How much the merges change, and the gradient of the weights that read the sources.
@@ -87,8 +88,7 @@ class AttentiveTransfer(TransferMethod):
         predicted = gradient_norm(total, student.network.parameters())
         if predicted == 0:
             return None
-        # A gradient this far below the other one cannot move a float32 weight any more.
-        if not read > 1e-7 * predicted:
+        if is_negligible(read, predicted):
             raise DeadDistillationError(
                 f"The weights that read the teachers' states have a gradient of norm {read:.3g} "
                 f"(the student's own: {predicted:.3g}), so nothing is transferred. Check that the "

@@ -83,6 +83,11 @@ class TrainingBatch:
     step: int = 0
     """The iteration, from 1, for weights and schedules that depend on it."""
 
+    @property
+    def observed_targets_BTCHW(self) -> Tensor | None:
+        """`observed_BTCHW` of frames 2..T, which are predicted."""
+        return None if self.observed_BTCHW is None else self.observed_BTCHW[:, 1:]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
@@ -154,6 +159,10 @@ class TransferMethod(ABC):
             DeadDistillationError: they should, and do not.
         """
         return None
+
+    def own_terms(self, rollout: Rollout, batch: TrainingBatch) -> LossTerms:
+        """The terms of the objective apart from any transfer."""
+        return LossTerms(terms=self.task.objective.terms(rollout, batch), rollout=rollout)
 
     def unroll(
         self,
@@ -256,7 +265,7 @@ class Objective:
         return found
 
     def _frame_loss(self, rollout: Rollout, batch: TrainingBatch) -> Tensor:
-        observed = None if batch.observed_BTCHW is None else batch.observed_BTCHW[:, 1:]
+        observed = batch.observed_targets_BTCHW
         if self.frame_loss == "likelihood":
             error = rollout.objectives["nll_BTCHW"]
         else:
@@ -315,6 +324,11 @@ def gradient_norm(loss: Tensor, parameters: Iterable[Tensor]) -> float:
     gradients = torch.autograd.grad(loss, trained, retain_graph=True, allow_unused=True)
     squares = [g.float().square().sum() for g in gradients if g is not None]
     return float(torch.stack(squares).sum().sqrt()) if squares else 0.0
+
+
+def is_negligible(gradient_norm: float, beside: float) -> bool:
+    """Whether a gradient is so far below another that it cannot move a float32 weight any more."""
+    return not gradient_norm > 1e-7 * beside
 
 
 def annealed(weight: float, step: int, *, start: int, stop: int) -> float:

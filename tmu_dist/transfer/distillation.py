@@ -87,7 +87,7 @@ class Distillation(TaughtMethod):
 
     def loss(self, forward: Forward, batch: TrainingBatch) -> LossTerms:
         rollout = self.unroll(forward, batch)
-        terms = LossTerms(terms=self.task.objective.terms(rollout, batch), rollout=rollout)
+        terms = self.own_terms(rollout, batch)
         if not (self.settings.features or self.settings.responses):
             return terms
         return terms.with_terms(self._taught(rollout, self.teach(batch, rollout), batch))
@@ -111,7 +111,7 @@ class Distillation(TaughtMethod):
         self, rollout: Rollout, teachings: Sequence[Teaching], batch: TrainingBatch
     ) -> Tensor:
         """Squared distance of frames 2..T from the teachers', masked like the frame loss."""
-        observed = None if batch.observed_BTCHW is None else batch.observed_BTCHW[:, 1:]
+        observed = batch.observed_targets_BTCHW
         parts_B = [
             weight
             * reduce_squares(
@@ -130,7 +130,7 @@ class Distillation(TaughtMethod):
         rollout = self.unroll(trainee, batch)
         teachings = self.teach(batch, rollout)
         taught = LossTerms(terms=self._taught(rollout, teachings, batch), rollout=rollout)
-        own = LossTerms(terms=self.task.objective.terms(rollout, batch), rollout=rollout)
+        own = self.own_terms(rollout, batch)
         teaching_norm, own_norm = teaching_norms(
             taught.total(),
             own.total(),
@@ -138,7 +138,7 @@ class Distillation(TaughtMethod):
             weights=f"transfer.distillation.features={settings.features:g} or "
             f"responses={settings.responses:g}",
         )
-        observed = None if batch.observed_BTCHW is None else batch.observed_BTCHW[:, 1:]
+        observed = batch.observed_targets_BTCHW
         return DistillationLiveness(
             teaching_gradient_norm=teaching_norm,
             prediction_gradient_norm=own_norm,

@@ -24,6 +24,7 @@ from tmu_dist.transfer.base import (
     Reduction,
     TrainingBatch,
     gradient_norm,
+    is_negligible,
     reduce_squares,
     weighted,
 )
@@ -202,8 +203,7 @@ def teaching_norms(
     """
     parameters = list(student.parameters())
     taught, learned = gradient_norm(teaching, parameters), gradient_norm(own, parameters)
-    # A gradient this far below the other one cannot move a float32 weight any more.
-    if not taught > 1e-7 * learned:
+    if is_negligible(taught, learned):
         raise DeadDistillationError(
             f"What comes from the teachers gives the student a gradient of norm {taught:.3g} "
             f"(the other terms: {learned:.3g}), so the teachers teach nothing. Check that "

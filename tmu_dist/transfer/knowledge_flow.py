@@ -33,6 +33,7 @@ from tmu_dist.transfer.base import (
     TrainingBatch,
     annealed,
     gradient_norm,
+    is_negligible,
     reduce_squares,
     weighted,
 )
@@ -103,13 +104,13 @@ class KnowledgeFlow(TaughtMethod):
             return None
         assert isinstance(trainee, FlowingStudent)
         rollout = self.unroll(trainee, batch, teachings=self.teach(batch))
-        own = LossTerms(terms=self.task.objective.terms(rollout, batch), rollout=rollout).total()
+        own = self.own_terms(rollout, batch).total()
         taught = gradient_norm(own, trainee.flows.transforms.values())
         predicted = gradient_norm(own, trainee.student.parameters())
         own_shares = trainee.flows.own_shares()
         # The curriculum lets the flows dry up, and their gradients with them.
         flowing = 1 - min(own_shares)
-        if flowing and not taught > 1e-7 * flowing * predicted:
+        if flowing and is_negligible(taught, flowing * predicted):
             raise DeadDistillationError(
                 f"The frames give the transforms of the teachers' states a gradient of norm "
                 f"{taught:.3g} (the student: {predicted:.3g}) although {flowing:.3g} of a layer's "
@@ -131,7 +132,7 @@ class KnowledgeFlow(TaughtMethod):
 
     def _change(self, change_BTCHW: Tensor, batch: TrainingBatch) -> Tensor:
         """Divergence of this iterate's frames from the last one's as Gaussians of variance 1."""
-        observed = None if batch.observed_BTCHW is None else batch.observed_BTCHW[:, 1:]
+        observed = batch.observed_targets_BTCHW
         reduction = self.task.objective.reduction
         return weighted(0.5 * reduce_squares(change_BTCHW, reduction, observed), batch)
 

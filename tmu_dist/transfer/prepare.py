@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 
 from tmu_dist.config import ConfigError, KLConfig, RunConfig, TrainingConfig, TransferConfig
-from tmu_dist.models.build import skeleton
+from tmu_dist.models.build import backbones_with_zigzag, skeleton
 from tmu_dist.models.layer import RecurrentLayer
 from tmu_dist.models.rollout import Predictor
 from tmu_dist.models.shapes import FrameShape
@@ -138,11 +138,8 @@ def _make_method(
             for each in teachers
         ]
 
-    def taught(*wanted: Wanted) -> dict[str, Any]:
-        beside = frozen(*wanted)
-        if transfer.method == "knowledge_flow":  # its student reads their states
-            beside = [teacher.hide_targets() for teacher in beside]
-        bank: TeacherBank = ReplicatedBank(beside)
+    def taught(teachers: Sequence[FrozenTeacher]) -> dict[str, Any]:
+        bank: TeacherBank = ReplicatedBank(teachers)
         if transfer.control == "shuffled":
             bank = ShuffledBank(bank)
         return {"bank": bank, "teacher_input": transfer.teacher_input}
@@ -158,21 +155,22 @@ def _make_method(
                 imitation=transfer.imitation,
                 beta=transfer.beta,
                 beta_schedule=transfer.beta_schedule,
-                **taught(*states),
+                **taught(frozen(*states)),
             )
         case "distillation":
             settings = transfer.distillation
             wanted: list[Wanted] = [settings.state] if settings.features else []
             wanted += ["predictions"] if settings.responses else []
             return Distillation(
-                task, settings=settings, imitation=transfer.imitation, **taught(*wanted)
+                task, settings=settings, imitation=transfer.imitation, **taught(frozen(*wanted))
             )
         case "knowledge_flow":
             return KnowledgeFlow(
                 task,
                 settings=transfer.knowledge_flow,
                 num_steps=config.training.num_steps,
-                **taught("hidden"),
+                # Its student reads their states.
+                **taught([teacher.hide_targets() for teacher in frozen("hidden")]),
             )
         case "art":
             return AttentiveTransfer(
@@ -195,7 +193,7 @@ def _able_to_tell(teacher: LoadedModel, wanted: Sequence[Wanted]) -> LoadedModel
         raise TeacherError(
             f"Teacher {teacher.card.name!r} (model.cell={teacher.card.model.cell}) has no memory M "
             "to teach: leave transfer.tmu.zigzag out, or choose teachers whose cells have it "
-            "(predrnn, mim, e3d_lstm)."
+            f"({', '.join(backbones_with_zigzag())})."
         )
     return teacher
 

@@ -32,4 +32,4 @@ class Scratch(TransferMethod):
 
     def loss(self, forward: Forward, batch: TrainingBatch) -> LossTerms:
         rollout = self.unroll(forward, batch)
-        return LossTerms(terms=self.task.objective.terms(rollout, batch), rollout=rollout)
+        return self.own_terms(rollout, batch)

@@ -91,7 +91,7 @@ class MemoryDistillation(TaughtMethod):
 
     def loss(self, forward: Forward, batch: TrainingBatch) -> LossTerms:
         rollout = self.unroll(forward, batch)
-        terms = LossTerms(terms=self.task.objective.terms(rollout, batch), rollout=rollout)
+        terms = self.own_terms(rollout, batch)
         beta = self._beta(batch)
         # While beta is 0 only projections need the teachers, for a gradient of zeros.
         if not (beta or (self.teaches and self._projected)):
@@ -119,7 +119,7 @@ class MemoryDistillation(TaughtMethod):
             return None
         rollout = self.unroll(trainee, batch, diagnostics=True)
         teachings = self.teach(batch, rollout)
-        own = LossTerms(terms=self.task.objective.terms(rollout, batch), rollout=rollout)
+        own = self.own_terms(rollout, batch)
         distilled, predicted = teaching_norms(
             beta * self._distillation(rollout, teachings, batch),
             own.total(),
