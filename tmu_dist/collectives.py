@@ -1,4 +1,5 @@
-"""Ranks, and the few collectives that the project uses; all are the identity in one process.
+"""Ranks, groups of them, and the few collectives that the project uses; all are the identity in one
+process.
 
 Deliberately not here: gradient averaging (that is DistributedDataParallel's work, in
 `tmu_dist.training`), and anything about Ray, whose workers come with a process group.
@@ -8,13 +9,15 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
+from datetime import timedelta
+from typing import Literal, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from tmu_dist.config import ConfigError
 
@@ -100,6 +103,42 @@ class Collectives:
                 raise failure
         return [result for result, _ in outcomes]  # type: ignore[misc]
 
+    def together(self, action: Callable[[], Item]) -> Item:
+        """Run `action`, which uses collectives itself, on every rank; all return or raise rank 0's.
+
+        What it finds on other ranks is not looked at: they are only needed for the collectives,
+        which every rank must make before it can fail.
+        """
+        outcome = self._attempt(action)
+        result, failure = self.broadcast_object(outcome)
+        if failure is not None:
+            raise (outcome[1] if self.ranks.is_main else None) or failure
+        return result  # type: ignore[return-value]
+
+    def group(self, size: Literal["node", "all"] | int) -> RankGroup:
+        """This rank's group of neighbours; every rank must call this at once.
+
+        Args:
+            size: ranks of one node, all ranks, or so many neighbours (the last group may be
+                smaller).
+        """
+        ranks = self.ranks
+        if ranks.world_size == 1:
+            return RankGroup(range(1), 0)
+        everyone = range(ranks.world_size)
+        if size == "all":
+            groups = [everyone]
+        elif size == "node":
+            groups = sorted(set(self.all_gather_objects(ranks.on_node)), key=lambda g: g.start)
+        else:
+            groups = [everyone[start : start + size] for start in everyone[::size]]
+        own = RankGroup(range(ranks.rank, ranks.rank + 1), 0)
+        for members in groups:  # every rank takes part in making every group
+            made = dist.new_group(list(members)) if len(members) > 1 else None
+            if ranks.rank in members:
+                own = RankGroup(members, ranks.rank - members.start, made)
+        return own
+
     @staticmethod
     def _attempt(action: Callable[[], Item]) -> tuple[Item | None, Exception | None]:
         try:
@@ -108,16 +147,69 @@ class Collectives:
             return None, error
 
 
+@dataclass(frozen=True)
+class RankGroup:
+    """Neighbouring ranks that share something. Each makes the same calls in the same order."""
+
+    ranks: range
+    """Its members, in the numbers of the whole run."""
+    place: int
+    """Of this rank in it, from 0."""
+    process_group: dist.ProcessGroup | None = None
+    """None for a group of one."""
+
+    @property
+    def size(self) -> int:
+        """Number of members."""
+        return len(self.ranks)
+
+    def all_gather(self, values: Tensor) -> Tensor:
+        """Every member's tensor, all of one shape, by place: [size, ...]."""
+        if self.size == 1:
+            return values.unsqueeze(0)
+        gathered = values.new_empty((self.size, *values.shape))
+        dist.all_gather_into_tensor(gathered, values.contiguous(), group=self.process_group)
+        return gathered
+
+    def all_to_all(self, values: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tensor:
+        """Send each member its part of a vector; return the parts from each, in order.
+
+        Args:
+            values: [sum of `sent`], the parts by place.
+            sent: numbers for each member.
+            received: numbers from each member.
+        """
+        if self.size == 1:
+            return values
+        incoming = values.new_empty(sum(received))
+        dist.all_to_all_single(
+            incoming, values, list(received), list(sent), group=self.process_group
+        )
+        return incoming
+
+    def all_gather_objects(self, item: Item) -> list[Item]:
+        """The given object of every member, by place."""
+        if self.size == 1:
+            return [item]
+        gathered: list[Item | None] = [None] * self.size
+        dist.all_gather_object(gathered, item, group=self.process_group)
+        return gathered  # type: ignore[return-value]
+
+
 def process_group_backend(on_gpu: bool) -> str:
     """NCCL for GPU tensors, gloo for everything on the CPU."""
     return "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
 
 
 @contextmanager
-def joined_ranks(launcher: str) -> Iterator[Collectives]:
+def joined_ranks(launcher: str, *, timeout_seconds: float = 600.0) -> Iterator[Collectives]:
     """The ranks that this process belongs to: those of a torchrun job, or this process alone.
 
     Ray's workers are ranks of their own; the process that starts them is alone.
+
+    Args:
+        launcher: of the run.
+        timeout_seconds: a rank that others wait for this long counts as hung.
 
     Raises:
         ConfigError: torchrun is named, but did not start this process.
@@ -137,7 +229,9 @@ def joined_ranks(launcher: str) -> Iterator[Collectives]:
         local_rank=int(os.environ["LOCAL_RANK"]),
         local_world_size=int(os.environ["LOCAL_WORLD_SIZE"]),
     )
-    dist.init_process_group(process_group_backend(torch.cuda.is_available()))
+    dist.init_process_group(
+        process_group_backend(torch.cuda.is_available()), timeout=timedelta(seconds=timeout_seconds)
+    )
     try:
         yield Collectives(ranks)
         # Without this and the collection below, 11 of 50 small runs on gloo aborted while the

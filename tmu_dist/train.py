@@ -40,7 +40,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     recipe = parse_command(sys.argv[1:] if arguments is None else arguments)
     from tmu_dist.collectives import joined_ranks  # loads torch, which --help does not need
 
-    with command_errors(), joined_ranks(recipe.config.launch.launcher) as collectives:
+    config = recipe.config
+    timeout = config.faults.collective_timeout_seconds
+    with (
+        command_errors(),
+        joined_ranks(config.launch.launcher, timeout_seconds=timeout) as collectives,
+    ):
         run_recipe(recipe, collectives)
 
 

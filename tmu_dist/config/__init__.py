@@ -1,7 +1,7 @@
 """The configuration of a run: frozen dataclasses that check themselves.
 
-`run` has the whole and the one way to change a field by name; `data`, `model`, `transfer` and
-`training` have its sections.
+`run` has the whole and the one way to change a field by name; `data`, `model`, `transfer`,
+`training` and `scale` have its sections.
 
 Deliberately not here: named runs (`tmu_dist.recipes`), and anything that needs torch or ray.
 """
@@ -19,6 +19,7 @@ from tmu_dist.config.run import (
     to_json,
     with_overrides,
 )
+from tmu_dist.config.scale import FaultConfig, PlacementConfig, ScaleConfig
 from tmu_dist.config.training import (
     AdversarialConfig,
     KLConfig,
@@ -51,6 +52,7 @@ __all__ = [
     "Control",
     "DataConfig",
     "DistillationConfig",
+    "FaultConfig",
     "ImitationConfig",
     "KLConfig",
     "KnowledgeFlowConfig",
@@ -58,8 +60,10 @@ __all__ = [
     "LaunchConfig",
     "Method",
     "ModelConfig",
+    "PlacementConfig",
     "RunConfig",
     "SAVPConfig",
+    "ScaleConfig",
     "ScheduleConfig",
     "StartConfig",
     "TMUConfig",

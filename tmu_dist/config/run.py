@@ -20,6 +20,7 @@ from pydantic import TypeAdapter, ValidationError
 from tmu_dist.config.checks import ConfigError, require
 from tmu_dist.config.data import DataConfig, WindowConfig
 from tmu_dist.config.model import ModelConfig
+from tmu_dist.config.scale import FaultConfig, PlacementConfig, ScaleConfig
 from tmu_dist.config.training import LaunchConfig, ScheduleConfig, TrainingConfig
 from tmu_dist.config.transfer import TransferConfig
 
@@ -38,6 +39,50 @@ class RunConfig:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
+    scale: ScaleConfig = field(default_factory=ScaleConfig)
+    placement: PlacementConfig = field(default_factory=PlacementConfig)
+    faults: FaultConfig = field(default_factory=FaultConfig)
+
+    def __post_init__(self) -> None:
+        _check_scale(self)
+        _check_placement(self)
+
+
+def _check_scale(config: RunConfig) -> None:
+    scale = config.scale
+    require(
+        scale.num_workers is None or config.launch.launcher == "ray",
+        f"scale.num_workers only has an effect with launch.launcher=ray, not "
+        f"{config.launch.launcher}; torchrun takes --nproc-per-node.",
+    )
+    if scale.sequences_at_once is None:
+        return
+    require(
+        not config.training.adversarial.is_on,
+        "scale.sequences_at_once does not go with training.adversarial: discriminators learn from "
+        "a rank's whole batch, and before the student does.",
+    )
+    require(
+        not config.transfer.knowledge_flow.consistency,
+        "scale.sequences_at_once does not go with transfer.knowledge_flow.consistency, which "
+        "compares with the last iterate once an update.",
+    )
+
+
+def _check_placement(config: RunConfig) -> None:
+    placement, transfer = config.placement, config.transfer
+    require(
+        placement == PlacementConfig() or transfer.runs_teachers_beside,
+        f"placement has no effect with transfer.method={transfer.method}: no teacher runs beside "
+        "its student." + (" ART's teachers are a part of it." if transfer.method == "art" else ""),
+    )
+    require(
+        placement.kind != "cached"
+        or transfer.teacher_input == "truth"
+        or config.training.sampling == "always",
+        "placement.kind=cached needs teachers that see the same frames in every epoch: set "
+        "transfer.teacher_input=truth (they read true frames only) or training.sampling=always.",
+    )
 
 
 Config = TypeVar("Config")
@@ -139,6 +184,9 @@ _WHERE_AND_HOW = (
     "data.reading",
     "data.cache_",
     "transfer.teachers",
+    "scale.",
+    "faults.",
+    *(f"placement.{name}" for name in ("kind", "group", "memory_gib", "ahead", "cache")),
 )
 # What may differ between a checkpoint and the command that continues it.
 _FREE_TO_CHANGE = (*_WHERE_AND_HOW, "schedule.", "training.num_steps")

@@ -156,22 +156,11 @@ class LaunchConfig:
 
     launcher: Literal["ray", "local", "torchrun"] = "ray"
     """ray: Ray Train workers; local: this process; torchrun: one process of a torchrun job."""
-    num_workers: int | None = None
-    """Ray only: ranks; None: one per GPU of the cluster, or two without GPUs (one on one core)."""
     max_failures: int = 3
     """Ray only: how often a lost worker group is started again from the newest checkpoint."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
     def __post_init__(self) -> None:
-        require(
-            self.num_workers is None or self.num_workers >= 1,
-            f"launch.num_workers must be >= 1, got {self.num_workers}.",
-        )
-        require(
-            self.num_workers is None or self.launcher == "ray",
-            f"launch.num_workers only has an effect with launch.launcher=ray, not "
-            f"{self.launcher}; torchrun takes --nproc-per-node.",
-        )
         require(
             self.max_failures >= 0, f"launch.max_failures must be >= 0, got {self.max_failures}."
         )

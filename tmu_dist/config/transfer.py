@@ -275,12 +275,14 @@ Control: TypeAlias = Literal["none", "shuffled", "random_weights"]
 
 _START = ("finetune", "l2_sp")
 _BESIDE = ("knowledge_flow", "art", "distillation", "tmu")
-"""Methods whose teachers run beside the student."""
+"""Methods whose teachers run during training."""
+_TAUGHT = ("knowledge_flow", "distillation", "tmu")
+"""... and are no part of the student."""
 _USED_BY: dict[str, tuple[str, ...]] = {
     "start": (*_START, *_BESIDE),
     "adapter": (*_START, *_BESIDE),
     "control": _BESIDE,
-    "teacher_input": ("knowledge_flow", "distillation", "tmu"),
+    "teacher_input": _TAUGHT,
     "imitation": ("distillation", "tmu"),
     "beta": ("tmu",),
     "beta_schedule": ("tmu",),
@@ -396,6 +398,11 @@ class TransferConfig:
             f"transfer.imitation.teacher_weights needs one number for each of the {count} "
             f"teachers, got {list(weights)}.",
         )
+
+    @property
+    def runs_teachers_beside(self) -> bool:
+        """Whether frozen teachers that are no part of the student run during training."""
+        return self.method in _TAUGHT
 
     @property
     def starting_teacher(self) -> int | None:

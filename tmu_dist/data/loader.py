@@ -55,7 +55,8 @@ class SequenceLoader:
     Args:
         archives: from `open_archive`: one, or several of the same kind of frames that are mixed.
         split: "train", "val" or "test".
-        global_batch_size: samples per step over all ranks, a multiple of `world_size`.
+        global_batch_size: samples per step over all ranks; where it is no multiple of `world_size`,
+            some ranks get repeats of weight 0.
         rank: this process, in [0, world_size).
         world_size: number of processes that share each global batch.
         node_ranks: the ranks on this rank's node, which share its cache; None: all ranks.
@@ -229,7 +230,7 @@ class SequenceLoader:
                 prefetcher.close()
 
     def _batches(self, requests: Iterator[Request]) -> Iterator[Batch]:
-        batch_size = self.global_batch_size // self._world_size
+        batch_size = -(-self.global_batch_size // self._world_size)
         if not self._num_workers:
             return read_here(
                 self._reader, requests, batch_size=batch_size, pin_memory=self._pin_memory
@@ -371,11 +372,8 @@ def _is_read_by_ranges(archive: Archive) -> bool:
 def _check_shares(global_batch_size: int, rank: int, world_size: int) -> None:
     if not 0 <= rank < world_size:
         raise ValueError(f"rank must be in [0, world_size={world_size}), got {rank}.")
-    if global_batch_size < 1 or global_batch_size % world_size:
-        raise ValueError(
-            f"global_batch_size={global_batch_size} cannot be dealt evenly to "
-            f"{world_size} ranks: choose a positive multiple of {world_size}."
-        )
+    if global_batch_size < 1:
+        raise ValueError(f"global_batch_size must be at least 1, got {global_batch_size}.")
 
 
 def _check_workers(num_workers: int, archives: Sequence[Archive]) -> None:

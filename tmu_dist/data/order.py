@@ -254,15 +254,17 @@ def global_batches(
 
 
 def rank_slice(batches: GlobalBatches, ranks: range, world_size: int) -> GlobalBatches:
-    """Return the part [S, B] of some neighbouring ranks in global batches [S, G]."""
-    per_rank, rest = divmod(batches.ids.shape[1], world_size)
-    if rest:
-        raise ValueError(
-            f"A global batch of {batches.ids.shape[1]} cannot be dealt evenly to {world_size} "
-            f"ranks: choose a multiple of {world_size}."
-        )
-    part = slice(ranks.start * per_rank, ranks.stop * per_rank)
-    return batches._replace(ids=batches.ids[:, part], weights=batches.weights[:, part])
+    """Return the part [S, B] of some neighbouring ranks in global batches [S, G].
+
+    Every rank has equally many places; where G is no multiple of the ranks, the last places are
+    filled up with repeats of weight 0.
+    """
+    size = batches.ids.shape[1]
+    per_rank = -(-size // world_size)
+    places = np.arange(ranks.start * per_rank, ranks.stop * per_rank)
+    weights = batches.weights[:, places % size]
+    weights[:, places >= size] = 0
+    return batches._replace(ids=batches.ids[:, places % size], weights=weights)
 
 
 def shard_uses(

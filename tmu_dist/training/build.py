@@ -56,6 +56,7 @@ def build_step(
         "adam_beta1": training.adam_beta1,
         "reverse_input": training.reverse_input,
         "grad_clip_norm": training.grad_clip_norm,
+        "sequences_at_once": config.scale.sequences_at_once,
         "precision": training.precision,
     }
     if not training.adversarial.is_on:

@@ -11,8 +11,10 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,6 @@ import torch
 from tmu_dist.collectives import Collectives
 from tmu_dist.config import RunConfig, to_json
 from tmu_dist.data.loader import Archive, Batch, SequenceLoader, open_archives
-from tmu_dist.data.storage import StorageError
 from tmu_dist.data.transforms import check_long_enough, window_frames
 from tmu_dist.evaluation.metrics import ERROR_METRIC_NAMES
 from tmu_dist.evaluation.runner import score_predictor
@@ -32,9 +33,11 @@ from tmu_dist.run_folder import CONFIG_FILE, RESULT_FILE, Event
 from tmu_dist.teachers.card import DataFacts, TeacherCard
 from tmu_dist.training.build import build_step
 from tmu_dist.training.checkpoint import CheckpointStore, Progress, rng_state, set_rng_state
-from tmu_dist.training.run_lock import RunLock, lock_run
+from tmu_dist.training.checkpoint_writer import CheckpointWriter
+from tmu_dist.training.run_lock import RunLock, claim_run, lock_run
 from tmu_dist.training.run_log import RunLog, git_revision, write_provenance
 from tmu_dist.training.schedules import sampling_mask, sampling_probability, sequence_noise
+from tmu_dist.training.stopping import Request, Requests, RunStoppedError
 from tmu_dist.transfer.base import TrainingBatch
 from tmu_dist.transfer.prepare import PreparedTransfer, prepare_transfer
 
@@ -64,30 +67,41 @@ def train(
     device: torch.device,
     *,
     listener: Callable[[Event], None] | None = None,
+    notice: Callable[[], str | None] | None = None,
+    is_locked: bool = False,
 ) -> RunResult:
     """Train until `training.num_steps`, starting from the newest checkpoint of the run folder.
 
-    Every rank calls this with the same config. `listener` sees rank 0's log events.
+    Every rank calls this with the same config.
+
+    Args:
+        config: the run.
+        collectives: the ranks.
+        device: of this rank.
+        listener: sees rank 0's log events.
+        notice: as in `Requests`.
+        is_locked: the launcher keeps other commands out of the run folder; without, rank 0 does.
 
     Raises:
+        RunStoppedError: the run was asked to stop; it can be continued.
         ConfigError, ManifestError, TeacherError, ResumeError: nothing was trained; says why.
         ValueError: the data do not fit, or nothing of the validation split is observed.
         DeadDistillationError, NonFiniteLossError, WriteError, StorageError: training stopped; the
             newest checkpoint is whole.
     """
     run = Run(config, collectives, device)
-    settings = config.training
+    schedule = config.schedule
     try:
-        run.start(listener)
-        for batch in run.loader.stream(start=run.progress.consumed):
-            if run.progress.step >= settings.num_steps:
-                break
+        run.start(listener, notice, is_locked=is_locked)
+        for batch in run.batches():
             run.advance(batch)
-            step, last = run.progress.step, run.progress.step == settings.num_steps
-            if last or step % config.schedule.validate_every == 0:
+            request = run.heard()
+            if run.is_due(schedule.validate_every):
                 run.validate()
-            if last or step % config.schedule.checkpoint_every == 0:
+            if run.is_due(schedule.checkpoint_every) or request is not None:
                 run.save()
+            if request is not None and request.kind == "stop" and not run.is_over:
+                run.stop(request)
         if run.progress.best_step is None:  # shortened to a checkpoint before any validation
             run.validate()
             run.save()
@@ -105,15 +119,27 @@ class Run:
         self.device = device
         self.folder = config.output
         # Whatever goes wrong on one rank alone, such as an unreachable store, ends all of them.
+        self.group = collectives.group(config.placement.group)
         collectives.on_all(self._prepare_parts)
         self.progress = Progress()
         self._log: RunLog | None = None
         self._lock: RunLock | None = None
+        self._requests: Requests | None = None
         self.training_step = build_step(
             config, self.transfer.method, self.student, self.trainee, device, collectives
         )
         self._probe: TrainingBatch | None = None
+        self._following: TrainingBatch | None = None
         self._interval = _Interval()
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the last step is done."""
+        return self.progress.step >= self.config.training.num_steps
+
+    def is_due(self, every: int) -> bool:
+        """Whether what happens every so many steps, and at the end, happens after this one."""
+        return self.is_over or self.progress.step % every == 0
 
     def _prepare_parts(self) -> None:
         """Open the data, load the teachers, build student and optimiser; no collectives."""
@@ -137,7 +163,7 @@ class Run:
         self.loader, self.validation_loader = self._loaders(archives)
         data = DataFacts.of(manifest)
         frame = FrameShape(channels=manifest.channels, height=manifest.height, width=manifest.width)
-        self.transfer = prepare_transfer(config, frame, data, self.device)
+        self.transfer = prepare_transfer(config, frame, data, self.device, self.group)
         torch.manual_seed(config.training.seed)
         student, self.start_report = self.transfer.build_student()
         self.student = student.to(self.device)
@@ -151,14 +177,23 @@ class Run:
             [card.weights_sha256 for card in self.transfer.teachers],
             keep=config.schedule.keep_checkpoints,
         )
+        self.writer = CheckpointWriter(
+            self.checkpoints,
+            self._before_checkpoint,
+            max_failed=config.faults.max_failed_checkpoints,
+        )
+
+    def batches(self) -> Iterator[Batch]:
+        """The batches that are left, each read while the step before it waits to be done."""
+        left = self.config.training.num_steps - self.progress.step
+        return islice(self.loader.stream(start=self.progress.consumed), max(left, 0))
 
     def advance(self, batch: Batch) -> None:
         """One iteration on one batch."""
         started = time.perf_counter()
         waited = started - self._interval.ready
         step = self.progress.step + 1
-        probability = sampling_probability(step, self.config.training)
-        training_batch = self._prepare(batch, step, probability)
+        training_batch = self._prepare(batch, step)
         if self._probe is None:
             self._probe = training_batch
             self._check_liveness()
@@ -173,8 +208,8 @@ class Run:
         self._interval.add(batch.global_count, waited, waited + now - started)
         schedule = self.config.schedule
         due = (schedule.log_every, schedule.validate_every, schedule.checkpoint_every)
-        if step == self.config.training.num_steps or any(step % every == 0 for every in due):
-            self._log_training(terms, probability, show=step % schedule.log_every == 0)
+        if any(map(self.is_due, due)):
+            self._log_training(terms, show=step % schedule.log_every == 0)
         self._interval.ready = time.perf_counter()
 
     def validate(self) -> None:
@@ -209,14 +244,14 @@ class Run:
             progress.best_step, progress.best_mse_per_frame = progress.step, mse
         if improved or self.config.training.select == "final":
             progress.offered_step = progress.step
-            self.collectives.on_main(lambda: self.checkpoints.offer(self.student, self.card))
+            self.collectives.on_main(lambda: self.writer.offer(self.student, self.card))
         self._interval.ready = time.perf_counter()
 
     def save(self) -> None:
-        """Write a checkpoint; returns when it is on disk, or in the store.
+        """Take a snapshot, which is written beside the following steps.
 
         Raises:
-            WriteError, StorageError: it could not be written; the one before it is whole.
+            WriteError, StorageError: too many in a row could not be written; older ones are whole.
             ResumeError: another process has taken over the run; nothing is written.
             NonFiniteLossError: the last update ruined the weights; nothing is written.
         """
@@ -225,26 +260,37 @@ class Run:
         def write() -> None:
             if not all(parameter.isfinite().all() for parameter in self.student.parameters()):
                 raise self._ruined("The weights are")
-            assert self._lock is not None and self._log is not None
-            try:
-                self._lock.check()
-                self._log.flush()  # a run that continues from here needs the log up to here
-                self.checkpoints.save(
-                    self.student,
-                    replace(self.card, step=self.progress.step),
-                    self.training_step.state_dict(),
-                    progress=self.progress,
-                    data=self.loader.state(),
-                    rng_by_rank=rng_by_rank,
-                )
-            except StorageError as error:
-                raise StorageError(
-                    f"{error} The checkpoint of step {self.progress.step} was not written; earlier "
-                    "ones are whole, and the same command continues from them."
-                ) from error
+            self.writer.save(
+                self.student,
+                replace(self.card, step=self.progress.step),
+                self.training_step.state_dict(),
+                progress=self.progress,
+                data=self.loader.state(),
+                rng_by_rank=rng_by_rank,
+            )
+            self._log_failures()
 
         self.collectives.on_main(write)
         self._interval.ready = time.perf_counter()
+
+    def heard(self) -> Request | None:
+        """What the run is asked for from outside."""
+        assert self._requests is not None
+        return self._requests.heard()
+
+    def stop(self, request: Request) -> None:
+        """End before the last step, when the checkpoint is written.
+
+        Raises:
+            RunStoppedError: always.
+        """
+        self._write("stop", reason=request.reason)
+        self.collectives.on_main(self.writer.finish)
+        raise RunStoppedError(
+            f"{self.folder} was stopped after step {self.progress.step} of "
+            f"{self.config.training.num_steps} ({request.reason}). Its checkpoint is whole: the "
+            "same command continues from it."
+        )
 
     def finish(self) -> RunResult:
         """Write result.json beside the run."""
@@ -262,17 +308,25 @@ class Run:
 
         def write() -> None:
             assert self._log is not None
+            self.writer.finish()
+            self._log_failures()
             self._log.flush()
             write_text(self.folder, RESULT_FILE, text)
 
         self.collectives.on_main(write)
         return result
 
-    def start(self, listener: Callable[[Event], None] | None) -> None:
+    def start(
+        self,
+        listener: Callable[[Event], None] | None = None,
+        notice: Callable[[], str | None] | None = None,
+        *,
+        is_locked: bool = False,
+    ) -> None:
         """Keep others out of the run folder, restore its newest checkpoint, and open the log."""
 
         def take_folder() -> str | None:
-            self._lock = lock_run(self.folder)
+            self._lock = (claim_run if is_locked else lock_run)(self.folder)
             return self.checkpoints.newest()
 
         def open_log() -> None:
@@ -292,20 +346,19 @@ class Run:
         if newest is not None:
             self.collectives.on_all(lambda: self._restore(newest))
         self.collectives.on_main(open_log)
+        self._requests = Requests(self.folder, self.collectives, notice)
         if self.progress.step:
-            self._write("resume")
+            self._write("resume", world_size=self.collectives.ranks.world_size)
         elif self.start_report is not None:
             self._write("start", **asdict(self.start_report))
         self._interval.ready = time.perf_counter()
 
     def close(self) -> None:
         """Flush the log and let others continue the run."""
-        try:
-            if self._log is not None:
-                self._log.close()
-        finally:
-            if self._lock is not None:
-                self._lock.close()
+        with ExitStack() as parts:  # all of them, whatever goes wrong with one
+            for part in (self._lock, self._log, self._requests):
+                if part is not None:
+                    parts.callback(part.close)
 
     def _loaders(self, archives: list[Archive]) -> tuple[SequenceLoader, SequenceLoader]:
         settings, data, ranks = self.config.training, self.config.data, self.collectives.ranks
@@ -342,13 +395,23 @@ class Run:
             # The run may have offered something newer before it was killed.
             self.checkpoints.offer_again(saved.progress.offered_step)
 
-    def _prepare(self, batch: Batch, step: int, probability: float) -> TrainingBatch:
+    def _before_checkpoint(self) -> None:
+        assert self._lock is not None and self._log is not None
+        self._lock.check()
+        self._log.flush()  # a run that continues from there needs the log up to there
+
+    def _log_failures(self) -> None:
+        assert self._log is not None
+        for failure in self.writer.failures():
+            self._log.write("checkpoint_failed", self.progress.step, reason=failure)
+
+    def _prepare(self, batch: Batch, step: int) -> TrainingBatch:
         """Frames to the device and to [0, 1], masks, and weights that average globally."""
         window = self.config.window
         codes_BTCHW = batch.frames_BTCHW.to(self.device, non_blocking=True)
         frames_BTCHW, observed_BTCHW = window_frames(codes_BTCHW, window, self.units)
         mask = sampling_mask(
-            probability,
+            sampling_probability(step, self.config.training),
             batch.sample_ids_B,
             window.num_target_frames - 1,
             seed=self.config.training.seed,
@@ -373,22 +436,25 @@ class Run:
         )
 
     def _check_liveness(self) -> None:
-        probe = self._probe
-        if probe is None:
+        if self._probe is None:
             return
-        report = self.collectives.on_main(
-            lambda: self.transfer.method.liveness(self.training_step.trainee, probe)
+        # Teachers may lie on other ranks, so all ranks look at the same sequences.
+        probe = self.collectives.broadcast_object(self._probe.on("cpu")).on(self.device)
+        at_once = slice(self.config.scale.sequences_at_once)
+        report = self.collectives.together(
+            lambda: self.transfer.method.liveness(self.training_step.trainee, probe.rows(at_once))
         )
         if report is not None:
             self._write("liveness", **asdict(report))
 
-    def _log_training(self, terms: dict[str, float], probability: float, *, show: bool) -> None:
+    def _log_training(self, terms: dict[str, float], *, show: bool) -> None:
         """Average the terms over ranks, stop on nonsense, and log."""
         by_rank = self.collectives.all_gather_objects(terms)
         means = {name: sum(r[name] for r in by_rank) / len(by_rank) for name in terms}
         if not all(math.isfinite(value) for value in means.values()):
             raise self._ruined(f"The loss is ({means})")
         if show:
+            probability = sampling_probability(self.progress.step, self.config.training)
             self._write(
                 "train", **means, sampling_probability=probability, **self._interval.speed()
             )

@@ -73,7 +73,8 @@ def run_many(
 
     Args:
         jobs: with runs in different folders.
-        launch_settings: of all of them. With several workers a run, one run follows another.
+        launch_settings: of all of them. With several workers a run (scale.num_workers), one run
+            follows another.
         parallel: runs at once, at most; None: one for each CPU of this machine (GPU where there
             are any), or as many as the Ray cluster has room for.
 
@@ -89,10 +90,11 @@ def run_many(
         raise ConfigError(
             "launch.launcher=torchrun starts the processes of one run; many runs take ray or local."
         )
-    if (launch_settings.num_workers or 1) > 1:
+    if several := [job for job in jobs if (job.config.scale.worker_range or (1, 1))[1] > 1]:
         if parallel not in (None, 1):
             raise ConfigError(
-                f"{parallel} runs at once with launch.num_workers={launch_settings.num_workers}: "
+                f"{parallel} runs at once with "
+                f"scale.num_workers={several[0].config.scale.num_workers}: "
                 "runs of several workers follow one another. Leave one of the two out."
             )
         ends = _one_by_one(jobs)

@@ -203,16 +203,12 @@ def _scaling(config: RunConfig) -> ScalingConfig:
     kind = "GPU" if use_gpu else "CPU"
     places = [int(node[kind]) for node in nodes if node.get(kind, 0) >= 1]
     have = sum(places)
-    num_workers = config.launch.num_workers or (have if use_gpu else min(2, have))
+    default = have if use_gpu else min(2, have)
+    num_workers, _ = config.scale.worker_range or (default, default)
     if not 1 <= num_workers <= have:
         raise ConfigError(
             f"{num_workers or 'The'} workers need one {kind} each, but this Ray cluster has "
-            f"{have}. Set launch.num_workers to at most {have}, or add nodes."
-        )
-    if config.training.batch_size % num_workers:
-        raise ConfigError(
-            f"training.batch_size={config.training.batch_size} sequences cannot be split over "
-            f"{num_workers} workers: make it a multiple, or set launch.num_workers."
+            f"{have}. Set scale.num_workers to at most {have}, or add nodes."
         )
     return ScalingConfig(
         num_workers=num_workers,

@@ -62,6 +62,15 @@ class RunLock(Protocol):
         ...
 
 
+def claim_run(run: str) -> RunLock:
+    """Take a run over from workers of an earlier start, whose launcher holds its lock now.
+
+    Raises:
+        StorageError: the store cannot be reached.
+    """
+    raise NotImplementedError
+
+
 def lock_run(run: str, *, patience_seconds: float = 10.0) -> RunLock:
     """Make this process the only one that trains in a run folder, until the lock is closed.
 

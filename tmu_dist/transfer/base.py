@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -82,6 +82,43 @@ class TrainingBatch:
     """Standard normal numbers of a stochastic student and its teachers."""
     step: int = 0
     """The iteration, from 1, for weights and schedules that depend on it."""
+    share: float = 1.0
+    """Part of this rank's batch that this is, where gradients are accumulated over several: what
+    terms count that are not of sequences, such as penalties on weights."""
+
+    def rows(self, rows: slice) -> TrainingBatch:
+        """Some of the sequences."""
+
+        def part(values: Tensor | None) -> Any:
+            return None if values is None else values[rows]
+
+        weights_B = self.weights_B[rows]
+        return replace(
+            self,
+            frames_BTCHW=self.frames_BTCHW[rows],
+            observed_BTCHW=part(self.observed_BTCHW),
+            sampling_mask_BT=self.sampling_mask_BT[rows],
+            weights_B=weights_B,
+            noise_BTZ=part(self.noise_BTZ),
+            share=self.share * len(weights_B) / len(self.weights_B),
+        )
+
+    def on(self, device: torch.device | str) -> TrainingBatch:
+        """The same on a device."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        moved = {
+            name: value.to(device) for name, value in values.items() if isinstance(value, Tensor)
+        }
+        return replace(self, **moved)
+
+    def backwards(self) -> TrainingBatch:
+        """The same sequences in reversed time; which steps read the truth stays as it is."""
+        observed = self.observed_BTCHW
+        return replace(
+            self,
+            frames_BTCHW=self.frames_BTCHW.flip(1),
+            observed_BTCHW=None if observed is None else observed.flip(1),
+        )
 
     @property
     def observed_targets_BTCHW(self) -> Tensor | None:
@@ -151,6 +188,9 @@ class TransferMethod(ABC):
     @abstractmethod
     def loss(self, forward: Forward, batch: TrainingBatch) -> LossTerms:
         """Run the trainee once and return its loss terms."""
+
+    def announce(self, batch: TrainingBatch) -> None:
+        """Tell what the next `loss` is of, so that what does not need the student may begin."""
 
     def liveness(self, trainee: nn.Module, batch: TrainingBatch) -> Liveness | None:
         """Measure whether teachers influence the student; None where a method has no such path.

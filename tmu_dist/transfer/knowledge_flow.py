@@ -93,7 +93,7 @@ class KnowledgeFlow(TaughtMethod):
             rollout = self.unroll(forward, batch, teachings=self.teach(batch), compare=compare)
         terms = self.task.objective.terms(rollout, batch)
         if (dependence := rollout.objectives.get("dependence")) is not None:
-            terms["independence"] = Term(dependence, self._independence(batch.step))
+            terms["independence"] = Term(batch.share * dependence, self._independence(batch.step))
         if (change_BTCHW := rollout.objectives.get("change_BTCHW")) is not None:
             change = self._change(change_BTCHW, batch)
             terms["consistency"] = Term(change, self.settings.consistency)

@@ -64,7 +64,7 @@ class L2SP(Scratch):
         distances = terms.rollout.objectives
         return terms.with_terms(
             {
-                term: Term(distances[term], weight)
+                term: Term(batch.share * distances[term], weight)
                 for term, weight in self.weights.items()
                 if term in distances
             }

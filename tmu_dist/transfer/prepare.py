@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import torch
 
+from tmu_dist.collectives import RankGroup
 from tmu_dist.config import ConfigError, KLConfig, RunConfig, TrainingConfig, TransferConfig
 from tmu_dist.models.build import backbones_with_zigzag, skeleton
 from tmu_dist.models.layer import RecurrentLayer
@@ -57,7 +58,11 @@ class PreparedTransfer:
 
 
 def prepare_transfer(
-    config: RunConfig, frame: FrameShape, data: DataFacts, device: torch.device
+    config: RunConfig,
+    frame: FrameShape,
+    data: DataFacts,
+    device: torch.device,
+    group: RankGroup | None = None,
 ) -> PreparedTransfer:
     """Load the teachers that a run names, check that they fit, and build its method.
 
