@@ -158,7 +158,7 @@ class TrainingStep:
             if self.reverse_input != "off":
                 updates.append([part.backwards() for part in parts])
             if self.reverse_input == "average":
-                updates = [sum(updates, start=[])]
+                updates = [updates[0] + updates[1]]
             self._planned = batch, updates
         return self._planned[1]
 

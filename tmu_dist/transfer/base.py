@@ -106,7 +106,7 @@ class TrainingBatch:
     def on(self, device: torch.device | str) -> TrainingBatch:
         """The same on a device."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        moved = {
+        moved: dict[str, Any] = {
             name: value.to(device) for name, value in values.items() if isinstance(value, Tensor)
         }
         return replace(self, **moved)
@@ -191,6 +191,7 @@ class TransferMethod(ABC):
 
     def announce(self, batch: TrainingBatch) -> None:
         """Tell what the next `loss` is of, so that what does not need the student may begin."""
+        return
 
     def liveness(self, trainee: nn.Module, batch: TrainingBatch) -> Liveness | None:
         """Measure whether teachers influence the student; None where a method has no such path.
