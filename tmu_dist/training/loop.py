@@ -129,7 +129,7 @@ class Run:
             config, self.transfer.method, self.student, self.trainee, device, collectives
         )
         self._probe: TrainingBatch | None = None
-                self._interval = _Interval()
+        self._interval = _Interval()
 
     @property
     def is_over(self) -> bool:
