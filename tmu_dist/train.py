@@ -156,7 +156,8 @@ def _teacher_for(config: RunConfig, recipe: Recipe) -> Recipe:
             f"({recipe.config.model}). Train teachers with these model.* settings first, and name "
             "them in transfer.teachers."
         )
-    return replace(recipe, config=replace(recipe.config, launch=config.launch))
+    there = replace(recipe.config, launch=config.launch, scale=config.scale, faults=config.faults)
+    return replace(recipe, config=there)
 
 
 def _help(recipe: str) -> str:

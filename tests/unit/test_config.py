@@ -110,7 +110,25 @@ TAUGHT = {"transfer.method": "tmu", "transfer.teachers": ["a", "b"]}
         ),
         ({"data.fraction": 0}, r"must be > 0 and finite"),
         ({"data.fraction": float("inf")}, r"must be > 0 and finite"),
-        ({"launch.launcher": "local", "launch.num_workers": 2}, "only has an effect"),
+        ({"launch.launcher": "local", "scale.num_workers": 2}, "only has an effect"),
+        ({"scale.num_workers": "8..2"}, "the fewest"),
+        ({"scale.num_workers": "2-8"}, r"such as 2\.\.8"),
+        (
+            {"scale.sequences_at_once": 1, "training.adversarial.video_weight": 0.1},
+            "learn from a rank's whole batch",
+        ),
+        ({"placement.kind": "placed"}, "no teacher runs beside"),
+        ({**TAUGHT, "transfer.method": "art", "placement.group": "all"}, "are a part of it"),
+        ({**TAUGHT, "transfer.method": "tmu", "placement.kind": "cached"}, "placement.cache goes"),
+        (
+            {
+                **TAUGHT,
+                "transfer.method": "tmu",
+                "placement.kind": "cached",
+                "placement.cache": "memories",
+            },
+            "same frames in every epoch",
+        ),
     ],
 )
 def test_nonsense_is_refused_with_the_way_out(overrides: dict[str, Any], message: str) -> None:
@@ -144,6 +162,12 @@ def test_what_may_change_between_starts() -> None:
         saved, {"data.url": "s3://elsewhere", "launch.max_failures": 0, "training.num_steps": 1}
     )
     assert resume_conflicts(saved, moved) == []
+    taught = with_overrides(saved, {"transfer.method": "tmu", "transfer.teachers": ["a"]})
+    elsewhere = {"scale.num_workers": "2..8", "placement.kind": "placed", "placement.group": 4}
+    assert resume_conflicts(taught, with_overrides(taught, elsewhere)) == []
+    rounded = with_overrides(taught, {"placement.kind": "placed", "placement.memories": "bf16"})
+    (line,) = resume_conflicts(taught, rounded)
+    assert "placement.memories" in line
     other = replace(saved, training=replace(saved.training, learning_rate=0.1))
     (line,) = resume_conflicts(saved, other)
     assert "training.learning_rate" in line and "0.001" in line and "0.1" in line

@@ -7,12 +7,20 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from tests.unit.test_training import assert_same, final_state, run
-from tmu_dist.config import ConfigError, LaunchConfig, RunConfig, to_json, with_overrides
+from tmu_dist.config import (
+    ConfigError,
+    LaunchConfig,
+    RunConfig,
+    ScaleConfig,
+    to_json,
+    with_overrides,
+)
 from tmu_dist.run_folder import RESULT_FILE, read_log
 from tmu_dist.training.launch import with_absolute_paths
 from tmu_dist.training.many import Job, run_job, run_many
@@ -107,8 +115,10 @@ def test_launchers_that_run_one_run_are_refused(tiny_config: RunConfig) -> None:
     jobs = [Job(config=tiny_config)]
     with pytest.raises(ConfigError, match="torchrun starts the processes of one run"):
         run_many(jobs, LaunchConfig(launcher="torchrun"))
-    with pytest.raises(ConfigError, match="3 runs at once with launch.num_workers=2"):
-        run_many(jobs, LaunchConfig(launcher="ray", num_workers=2), parallel=3)
+    ray = LaunchConfig(launcher="ray")
+    wide = replace(tiny_config, launch=ray, scale=ScaleConfig(num_workers=2))
+    with pytest.raises(ConfigError, match="3 runs at once with scale.num_workers=2"):
+        run_many([Job(config=wide)], ray, parallel=3)
     assert not Path(tiny_config.output).exists()
 
 

@@ -17,6 +17,7 @@ from tmu_dist.config import (
     BetaSchedule,
     ConfigError,
     Method,
+    PlacementConfig,
     RunConfig,
     StartConfig,
     TransferConfig,
@@ -130,7 +131,11 @@ def _arm(
         label=label,
         sources=tuple(sources[m] for m in used),
         group=group,
-        config=replace(config, transfer=transfer),
+        config=replace(
+            config,
+            transfer=transfer,
+            placement=config.placement if transfer.runs_teachers_beside else PlacementConfig(),
+        ),
     )
 
 
