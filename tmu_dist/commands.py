@@ -1,4 +1,4 @@
-"""What all commands share: a clear error ends a command with one message and exit code 2."""
+"""What all commands share: a clear error ends a command with one message and its exit code."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ def command_errors() -> Iterator[None]:
     """Turn errors that tell the user what to do into one line on stderr.
 
     These are the project's own errors, wherever they come from, and values that the project's own
-    code refuses. Everything else is a bug or an accident whose trace is needed.
+    code refuses. Everything else is a bug or an accident whose trace is needed. The exit code is 2,
+    unless the error has an `exit_code` of its own.
     """
     try:
         yield
@@ -22,7 +23,7 @@ def command_errors() -> Iterator[None]:
         if not (_is_ours(type(error).__module__) or _is_ours(_raised_in(error))):
             raise
         sys.stderr.write(f"error: {error}\n")
-        raise SystemExit(2) from None
+        raise SystemExit(getattr(error, "exit_code", 2)) from None
 
 
 def _is_ours(module: str) -> bool:
