@@ -45,6 +45,8 @@ ROWS = {
     # 4: where processes come from
     "tmu_dist.training.launch": 4,
     "tmu_dist.training.many": 4,
+    "tmu_dist.training.ray_cluster": 4,
+    "tmu_dist.training.ray_failures": 4,
     "tmu_dist.training.ray_many": 4,
     "tmu_dist.training.ray_worker": 4,
     # 5: the commands, and what they share
@@ -54,8 +56,10 @@ ROWS = {
     "tmu_dist.demo": 5,
     "tmu_dist.evaluate": 5,
     "tmu_dist.ledger": 5,
+    "tmu_dist.memories": 5,
     "tmu_dist.predict": 5,
     "tmu_dist.train": 5,
+    "tmu_dist.verify_resume": 5,
     "tmu_dist.zoo": 5,
 }
 """Row of every room. A room imports from lower rows and from itself."""
@@ -71,7 +75,9 @@ SIDEWAYS = {
     ("tmu_dist.training.many", "tmu_dist.training.launch"),
     ("tmu_dist.training.many", "tmu_dist.training.ray_many"),  # when Ray is asked for
     ("tmu_dist.training.ray_many", "tmu_dist.training.many"),
-    ("tmu_dist.training.ray_many", "tmu_dist.training.ray_worker"),
+    ("tmu_dist.training.ray_many", "tmu_dist.training.ray_cluster"),
+    ("tmu_dist.training.ray_worker", "tmu_dist.training.ray_cluster"),
+    ("tmu_dist.training.ray_worker", "tmu_dist.training.ray_failures"),
 }
 """Rooms that import from a room of the same row. Commands (row 5) may import each other."""
 
@@ -97,7 +103,10 @@ WITHOUT_TORCH = (
 )
 """Modules above row 0 that promise it all the same; row 0 and data_prep do, too."""
 
-RAY_ROOMS = {"tmu_dist.training.ray_worker", "tmu_dist.training.ray_many"}
+RAY_ROOMS = {
+    f"tmu_dist.training.{name}"
+    for name in ("ray_cluster", "ray_failures", "ray_many", "ray_worker")
+}
 
 
 class Import(NamedTuple):

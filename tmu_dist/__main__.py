@@ -11,6 +11,8 @@ COMMANDS = {
     "predict": "draw what a model predicts for chosen sequences",
     "zoo": "list, show and add teachers",
     "data": "who reads what when; the loader beside the bare storage",
+    "memories": "price, make and verify files of what teachers tell (placement.kind=cached)",
+    "verify_resume": "the drill: does a killed run continue as if nothing had happened?",
     "ledger": "every method and control from one recipe: is it the teachers that help?",
     "demo": "from raw digits to a transferred student, with a report",
 }
@@ -22,7 +24,7 @@ def main() -> None:
     """Run one command; without one, list them."""
     name = sys.argv[1] if len(sys.argv) > 1 else ""
     if name not in COMMANDS:
-        lines = [f"  {command:10}{text}" for command, text in COMMANDS.items()]
+        lines = [f"  {command:15}{text}" for command, text in COMMANDS.items()]
         sys.stderr.write(
             "usage: tmu-dist COMMAND ... (each has --help)\n" + "\n".join(lines) + "\n"
         )

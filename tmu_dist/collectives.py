@@ -7,10 +7,14 @@ Deliberately not here: gradient averaging (that is DistributedDataParallel's wor
 
 from __future__ import annotations
 
+import fcntl
 import gc
 import os
+import socket
+import struct
+import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Literal, TypeVar
@@ -24,6 +28,8 @@ from tmu_dist.config import ConfigError
 Item = TypeVar("Item")
 
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+_GET_ADDRESS = 0x8915
+"""SIOCGIFADDR: what Linux calls asking an interface for its IPv4 address."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,7 +174,7 @@ class RankGroup:
         if self.size == 1:
             return values.unsqueeze(0)
         gathered = values.new_empty((self.size, *values.shape))
-        dist.all_gather_into_tensor(gathered, values.contiguous(), group=self.process_group)
+        dist.all_gather(list(gathered), values.contiguous(), group=self.process_group)
         return gathered
 
     def all_to_all(self, values: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tensor:
@@ -201,6 +207,32 @@ def process_group_backend(on_gpu: bool) -> str:
     return "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
 
 
+def talk_over(address: str) -> None:
+    """Let gloo use the network interface that has an address of this machine.
+
+    By itself gloo takes what the machine's own name resolves to, which on many systems is a
+    loopback address that no other machine reaches. A choice of the user's (GLOO_SOCKET_IFNAME)
+    stays, and so does gloo's where no interface has the address (IPv6, other systems than Linux).
+    """
+    if "GLOO_SOCKET_IFNAME" in os.environ or not sys.platform.startswith("linux"):
+        return
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asking:
+        for _, name in socket.if_nameindex():
+            with suppress(OSError):  # an interface without an address
+                answer = fcntl.ioctl(asking, _GET_ADDRESS, struct.pack("256s", name.encode()))
+                if socket.inet_ntoa(answer[20:24]) == address:
+                    os.environ["GLOO_SOCKET_IFNAME"] = name
+                    return
+
+
+def _own_address_towards(host: str) -> str:
+    """This machine's own address on the way to another; nothing is sent."""
+    with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as way:
+        way.connect((host, 1))
+        return str(way.getsockname()[0])
+    return ""
+
+
 @contextmanager
 def joined_ranks(launcher: str, *, timeout_seconds: float = 600.0) -> Iterator[Collectives]:
     """The ranks that this process belongs to: those of a torchrun job, or this process alone.
@@ -229,6 +261,7 @@ def joined_ranks(launcher: str, *, timeout_seconds: float = 600.0) -> Iterator[C
         local_rank=int(os.environ["LOCAL_RANK"]),
         local_world_size=int(os.environ["LOCAL_WORLD_SIZE"]),
     )
+    talk_over(_own_address_towards(os.environ["MASTER_ADDR"]))
     dist.init_process_group(
         process_group_backend(torch.cuda.is_available()), timeout=timedelta(seconds=timeout_seconds)
     )

@@ -1,12 +1,23 @@
-"""Files that are either whole under their final name or not there at all."""
+"""Files that are either whole under their final name or not there at all.
+
+Everything is written beside its final name, forced to the disk, and renamed, which a disk and an
+NFS server do at once and for good. What a killed process leaves lies under hidden names, which no
+reader looks at; `sweep` removes it. Clients of NFS see the new name when they next ask the server,
+by default within a minute; what they have open stays what it was.
+"""
 
 from __future__ import annotations
 
 import os
+import re
+import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+_PROCESS = secrets.token_hex(4)  # process numbers are those of one machine, or of one container
+_HIDDEN = re.compile(r"\.(?P<name>.+)\.(?P<kind>writing|retired)-(?P<writer>\d+-[0-9a-f]+)(\.\w+)?")
 
 
 class WriteError(OSError):
@@ -14,16 +25,22 @@ class WriteError(OSError):
 
 
 @contextmanager
-def atomic_directory(final: Path) -> Iterator[Path]:
+def atomic_directory(
+    final: Path, before_rename: Callable[[], None] = lambda: None
+) -> Iterator[Path]:
     """Yield an empty folder beside `final` that takes its place when the block ends well.
 
     An existing `final` is replaced. On any failure the half-written folder is removed and `final`
     stays as it was.
 
+    Args:
+        final: the folder to be.
+        before_rename: called when all of it is on the disk; what it raises keeps `final` as it was.
+
     Raises:
         WriteError: the disk is full or the folder cannot be written; names it and the remedy.
     """
-    staging = final.with_name(f".{final.name}.writing-{os.getpid()}")
+    staging = final.with_name(f".{final.name}.writing-{_writer()}")
     try:
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True)
@@ -32,16 +49,18 @@ def atomic_directory(final: Path) -> Iterator[Path]:
             if file.is_file():
                 _flush_to_disk(file)
         _flush_to_disk(staging)
+        before_rename()
         if final.exists():
             # A folder cannot be renamed over a full one. Losing the race here leaves the old
-            # content under its retired name, never a mixture.
-            retired = final.with_name(f".{final.name}.retired-{os.getpid()}")
+            # content under its retired name, from which `sweep` brings it back.
+            retired = final.with_name(f".{final.name}.retired-{_writer()}")
             final.rename(retired)
             staging.rename(final)
             shutil.rmtree(retired)
         else:
             staging.rename(final)
-        _flush_to_disk(final.parent)
+        for folder in (final.parent, final.parent.parent):  # either may be new
+            _flush_to_disk(folder)
     except OSError as error:
         raise WriteError(
             f"Could not write {final}: {error.strerror or error}. Nothing was left under that "
@@ -58,12 +77,13 @@ def atomic_file(final: Path) -> Iterator[Path]:
     Raises:
         WriteError: as in `atomic_directory`.
     """
-    staging = final.with_name(f".writing-{os.getpid()}-{final.name}")
+    staging = final.with_name(f".{final.stem}.writing-{_writer()}{final.suffix}")
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
         yield staging
         _flush_to_disk(staging)
         staging.replace(final)
+        _flush_to_disk(final.parent)
     except OSError as error:
         raise WriteError(
             f"Could not write {final}: {error.strerror or error}. {_remedy(final)}"
@@ -81,6 +101,35 @@ def atomic_write_text(final: Path, text: str) -> None:
     """
     with atomic_file(final) as staging:
         staging.write_text(text)
+
+
+def sweep(parent: Path) -> None:
+    """Remove what other processes left half written in a folder, and finish what they replaced.
+
+    None of them may still be allowed to write there: one that does will fail.
+
+    Raises:
+        WriteError: something cannot be removed.
+    """
+    try:
+        found = [(path, _HIDDEN.fullmatch(path.name)) for path in sorted(parent.glob(".*"))]
+        for path, parts in found:
+            if parts is None or parts["writer"] == _writer():
+                continue
+            final = path.with_name(parts["name"])
+            if parts["kind"] == "retired" and not final.exists():
+                path.rename(final)  # its writer died before the new one had its name
+            elif path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+    except OSError as error:
+        raise WriteError(f"Could not clean up {parent}: {error.strerror or error}.") from error
+
+
+def _writer() -> str:
+    """This process, in the names of what it has not finished."""
+    return f"{os.getpid()}-{_PROCESS}"
 
 
 def _remedy(path: Path) -> str:

@@ -4,7 +4,7 @@ An address is a local path or a URL of `tmu_dist.data.storage`, which also reads
 On a disk, files and folders are written beside their final names and renamed (`tmu_dist.files`). A
 store puts a single object whole, but cannot rename a folder: there the files of a folder are put
 one by one, and the last one, its mark, says that the others are there. A folder without its mark is
-never listed, and the next `keep_folders` sweeps it away.
+never listed, and the next `keep_folders` sweeps it away. On a disk `sweep_unfinished` does that.
 
 Not here: what the files are, and locks.
 """
@@ -15,12 +15,12 @@ import logging
 import tempfile
 import threading
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
 from tmu_dist.data import storage
-from tmu_dist.files import atomic_directory, atomic_write_text
+from tmu_dist.files import atomic_directory, atomic_write_text, sweep
 
 log = logging.getLogger(__name__)
 
@@ -42,27 +42,35 @@ def write_text(address: str, path: str, text: str) -> None:
         storage.write_bytes(address, path, text.encode())
 
 
-def write_folder(address: str, files: Mapping[str, bytes | memoryview]) -> None:
+def write_folder(
+    address: str,
+    files: Mapping[str, bytes | memoryview],
+    before_change: Callable[[], None] = lambda: None,
+) -> None:
     """Write or replace a folder that appears whole or not at all.
 
     Args:
         address: the folder itself.
         files: content by file name; a store gets them in this order, so the last one must be the
             mark by which the folder is listed.
+        before_change: called before anything changes that others can see: the rename of a folder
+            on a disk, every object of a store. What it raises ends the writing.
 
     Raises:
         WriteError, StorageError: as in `write_text`; nothing can be seen of the new folder.
     """
     folder = storage.local_path(address)
     if folder is not None:
-        with atomic_directory(folder) as staging:
+        with atomic_directory(folder, before_change) as staging:
             for name, content in files.items():
                 (staging / name).write_bytes(content)
         return
     *_, mark = files
+    before_change()
     if storage.exists(address, mark):  # or new files would stand under the old mark
         storage.delete(address, mark)
     for name, content in files.items():
+        before_change()
         storage.write_bytes(address, name, content)
 
 
@@ -102,17 +110,33 @@ def keep_folders(address: str, parent: str, mark: str, keep: Collection[str]) ->
     storage.delete_many(address, [p for p in doomed if PurePosixPath(p).name != mark])
 
 
+def sweep_unfinished(address: str, parent: str) -> None:
+    """Remove what killed processes left half written below a folder on a disk.
+
+    In a store nobody can tell what is unfinished from what another process is writing: there
+    `keep_folders` does it. No other process may be writing below `parent`.
+
+    Raises:
+        WriteError: something cannot be removed.
+    """
+    folder = storage.local_path(address)
+    if folder is not None:
+        sweep(folder / parent)
+
+
 class Mirror:
     """A local folder whose files are put in a store: for files that grow, which objects cannot.
 
     Args:
         url: where the files go; a store's.
+        before_put: called before every file; what it raises keeps the store as it is.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, before_put: Callable[[], None] = lambda: None) -> None:
         self._scratch = tempfile.TemporaryDirectory(prefix="tmu-dist-")
         self.folder = Path(self._scratch.name)
         self._url = url
+        self._before_put = before_put
         self._published: dict[Path, tuple[int, int]] = {}
         self._one_at_a_time = threading.Lock()  # or older content could replace newer
         self._closed = threading.Event()
@@ -123,6 +147,7 @@ class Mirror:
 
         Raises:
             StorageError: a file could not be put; the next call puts it again.
+            Whatever `before_put` raises.
         """
         with self._one_at_a_time:
             for file in sorted(self.folder.rglob("*")):
@@ -131,6 +156,7 @@ class Mirror:
                     state = facts.st_size, facts.st_mtime_ns
                     if self._published.get(file) != state:
                         path = file.relative_to(self.folder).as_posix()
+                        self._before_put()
                         storage.write_bytes(self._url, path, file.read_bytes())
                         self._published[file] = state
 
@@ -159,6 +185,9 @@ class Mirror:
             self.publish()
         except storage.StorageError as error:
             log.warning("%s is not up to date: %s", self._url, error)
+        except ValueError as error:  # `before_put` forbids it
+            log.warning("%s", error)
+            self._closed.set()
 
 
 @contextmanager

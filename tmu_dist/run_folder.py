@@ -7,6 +7,8 @@ RUN/tensorboard/      the same numbers
 RUN/checkpoints/      model folders with the training state beside them
 RUN/models/           model folders that the run offers; selected.json points to one
 RUN/result.json       written when the run is finished
+RUN/owner.json        which start of the run may write; .lock or lease.json: which process trains
+RUN/stop              put there by anybody, ends the run after a checkpoint
 
 RUN is a local path or the URL of a folder in an object store.
 """

@@ -245,6 +245,25 @@ def check_padding_leaves_no_trace(config: RunConfig) -> None:
     assert not differ(*found), "padding is learned from"
 
 
+def check_parts_add_up(config: RunConfig) -> None:
+    """The gradients of a batch's parts are its own; what is not of sequences counts by share."""
+    # The last iterate is compared with once an update, so accumulation is refused with it.
+    flow = replace(config.transfer.knowledge_flow, consistency=0.0)
+    whole = replace(config, transfer=replace(config.transfer, knowledge_flow=flow))
+    run, given = trained(built(whole), 2), batch(3, size=6)
+    expected = gradients(run, terms_of(run, given), run.trainee)
+    parts = [
+        gradients(run, terms_of(run, given.rows(rows)), run.trainee)
+        for rows in (slice(2), slice(2, 6))
+    ]
+    for name, gradient in expected.items():
+        found = [part[name] for part in parts]
+        if gradient is None:
+            assert found == [None, None]
+        else:
+            torch.testing.assert_close(sum(found), gradient, rtol=1e-4, atol=1e-6)
+
+
 def check_nothing_comes_from_later_frames(config: RunConfig) -> None:
     """What is predicted from the first frames does not depend on those that follow."""
     given = replace(batch(), sampling_mask_BT=torch.ones(4, 2, dtype=torch.bool))
@@ -335,6 +354,10 @@ def test_missing_pixels_leave_no_trace(config: RunConfig) -> None:
 
 def test_padding_leaves_no_trace(config: RunConfig) -> None:
     check_padding_leaves_no_trace(config)
+
+
+def test_parts_add_up(config: RunConfig) -> None:
+    check_parts_add_up(config)
 
 
 def test_nothing_comes_from_later_frames(config: RunConfig) -> None:

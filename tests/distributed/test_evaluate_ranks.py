@@ -1,20 +1,31 @@
-"""Two torchrun ranks find what one process finds, on video and on radar."""
+"""Any number of ranks finds what one process finds, on video and on radar.
+
+Legend: B batch, T time, C channels, H, W height, width, Z noise.
+"""
 
 from __future__ import annotations
 
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor, nn
 
+from tests.conftest import TINY_MODEL
+from tests.distributed.test_elastic import spawn_worlds
 from tests.synthetic_radar import write_radar_archive
+from tmu_dist.collectives import Collectives
 from tmu_dist.config import ModelConfig, TMUConfig, WindowConfig
-from tmu_dist.data.loader import open_archive
+from tmu_dist.data.loader import SequenceLoader, open_archive
+from tmu_dist.evaluation.ensemble import Ensemble
 from tmu_dist.evaluation.result import EvaluationResult
+from tmu_dist.evaluation.runner import PassScores, score_predictor
 from tmu_dist.models.build import build_predictor
+from tmu_dist.models.rollout import Rollout
 from tmu_dist.models.shapes import FrameShape
 from tmu_dist.teachers.card import DataFacts, TeacherCard
 from tmu_dist.teachers.store import write_model
@@ -82,3 +93,111 @@ def test_two_ranks_score_radar_like_one(tmp_path: Path) -> None:
     model, same_model = alone.radar.forecasts["model"], shared.radar.forecasts["model"]
     totals = model.counts_TKX.sum(axis=-1), same_model.counts_TKX.sum(axis=-1)
     np.testing.assert_array_equal(*totals)
+
+
+# Scores, to the last bit
+
+
+class Simple(nn.Module):
+    """Arithmetic on pixels, which is exact whatever the batch; a little noise if it is given."""
+
+    noise_size = 0
+
+    def forward(self, frames_BTCHW: Tensor, **given: Any) -> Rollout:
+        steps = given["num_frames"] - 1
+        frames_BTCHW = frames_BTCHW[:, -1:].expand(-1, steps, -1, -1, -1) / 2
+        if given["noise_BTZ"] is not None:
+            frames_BTCHW = frames_BTCHW + given["noise_BTZ"][..., None, None] / 8
+        return Rollout(frames_BTCHW, frames_BTCHW, (), {})
+
+
+class Drawing(Simple):
+    """The same, stochastic."""
+
+    noise_size = 1
+
+
+def _score(collectives: Collectives, url: str, folder: str) -> None:
+    """Every number that passes over a split find, with this number of ranks."""
+    archive, ranks = open_archive(url), collectives.ranks
+    results = {}
+
+    def scored(name: str, model: Any, split: str, batch_size: int, **options: Any) -> None:
+        loader = SequenceLoader(
+            archive,
+            split,
+            global_batch_size=batch_size,
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+        )
+        found = score_predictor(
+            model,
+            loader.one_pass(),
+            window=WindowConfig(num_input_frames=3, num_target_frames=3),
+            units=archive.manifest.units,
+            device=torch.device("cpu"),
+            collectives=collectives,
+            **options,
+        )
+        results[name] = numbers(found)
+
+    for batch_size in range(1, 8):
+        scored(f"val-{batch_size}", Simple(), "val", batch_size)
+        for most in (1, 3, 5):
+            scored(f"first {most}-{batch_size}", Simple(), "val", batch_size, max_samples=most)
+        drawing = {
+            "ensemble": Ensemble(num_samples=3, seed=4),
+            "metrics": ("mse_per_frame", "ssim"),
+        }
+        scored(f"drawn-{batch_size}", Drawing(), "val", batch_size, **drawing)
+    scored("train-5", Simple(), "train", 5)
+    # The sums in a network's convolutions depend on the size of a batch: here every rank has two
+    # sequences at once, and those of one process are two as well.
+    torch.manual_seed(0)
+    frame = FrameShape(channels=1, height=16, width=16)
+    network = build_predictor(frame, TINY_MODEL, tmu=TMUConfig(), num_slots=2).eval()
+    scored("network", network, "train", 2 * ranks.world_size)
+    torch.save(results, f"{folder}/{ranks.world_size}-{ranks.rank}.pt")
+
+
+def numbers(found: PassScores) -> dict[str, Any]:
+    """All that does not tell time, by name."""
+    tables = {name: forecast.scores for name, forecast in found.forecasts.items()}
+    if found.ensemble is not None:
+        tables["ensemble"] = found.ensemble
+    return {
+        "gates": found.gates and (found.gates.teachers, found.gates.layers, found.gates.means_LM),
+        **{
+            name: {
+                "ids": table.sample_ids_N.tolist(),
+                "overall": {key: value.hex() for key, value in table.overall().items()},
+                "values": {key: v_NT.tobytes() for key, v_NT in table.values_NT.items()},
+            }
+            for name, table in tables.items()
+        },
+    }
+
+
+def test_scores_are_the_same_bits_on_any_number_of_ranks(archive_url: str, tmp_path: Path) -> None:
+    """5 and 22 sequences in batches of any size: some ranks have padding, or nothing else."""
+    _score(Collectives(), archive_url, str(tmp_path))
+    spawn_worlds((2, 3, 4), _score, archive_url, str(tmp_path))
+
+    def load(world_size: int, rank: int) -> dict[str, Any]:
+        loaded: dict[str, Any] = torch.load(tmp_path / f"{world_size}-{rank}.pt")
+        return loaded
+
+    alone = load(1, 0)
+    for name, found in alone.items():
+        what = name.rpartition("-")[0]
+        if what:
+            assert found == alone[f"{what}-5"], "the size of batches matters"
+    assert alone["first 3-5"]["model"]["ids"] == [0, 1, 2]
+    assert alone["first 3-5"]["model"] != alone["val-5"]["model"]
+    assert len(alone["drawn-5"]["ensemble"]["ids"]) == 5
+    assert alone["network"]["gates"] is not None
+    for world_size in (2, 3, 4):
+        for rank in range(world_size):
+            shared = load(world_size, rank)
+            assert shared.keys() == alone.keys()
+            assert not [name for name, found in alone.items() if shared[name] != found]

@@ -63,6 +63,27 @@ def test_sigkill_and_the_same_command_again(
     assert_same(final_state(config.output), final_state(straight.output))
 
 
+def test_sigterm_ends_with_a_checkpoint_and_the_same_command_continues(
+    tiny_config: RunConfig, tmp_path: Path
+) -> None:
+    schedule = replace(tiny_config.schedule, checkpoint_every=100_000)
+    training = replace(tiny_config.training, num_steps=100_000)
+    config = replace(tiny_config, training=training, schedule=schedule)
+    process = start(command(config, tmp_path))
+    log = Path(config.output, "log.jsonl")
+    while not log.exists() or '"train"' not in log.read_text():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    _, shown = process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGTERM, shown
+    assert "the same command continues" in shown and "Traceback" not in shown
+    (checkpoint,) = Path(config.output, "checkpoints").iterdir()
+    done = int(checkpoint.name.rpartition("-")[2])
+    shown = finish(start(command(config, tmp_path, "--training.num-steps", str(done + 1))))
+    assert f"continues at step {done}" in shown
+
+
 def test_torchrun_gives_the_losses_of_one_process(tiny_config: RunConfig, tmp_path: Path) -> None:
     outputs = {}
     for launcher in ("local", "torchrun"):

@@ -9,12 +9,13 @@ import pytest
 import torch
 
 from tests.contracts import test_predictor as suite
+from tests.transfer_methods import batch, teachers_of
 from tmu_dist.backbones import BACKBONES
 from tmu_dist.collectives import Collectives
-from tmu_dist.config import RunConfig, TMUConfig
+from tmu_dist.config import PlacementConfig, RunConfig, TMUConfig
 from tmu_dist.models.build import build_predictor
 from tmu_dist.run_folder import read_log
-from tmu_dist.training.loop import train
+from tmu_dist.training.loop import Run, train
 
 pytestmark = [
     pytest.mark.gpu,
@@ -36,6 +37,34 @@ def test_cuda_trains_like_the_cpu(tmu_config: RunConfig) -> None:
     expected = losses(tmu_config, "cpu", "fp32")
     assert losses(tmu_config, "cuda", "fp32") == pytest.approx(expected, rel=1e-3)
     assert losses(tmu_config, "cuda", "bf16") == pytest.approx(expected, rel=3e-2)
+
+
+def test_teachers_begin_while_the_student_learns(tmu_config: RunConfig) -> None:
+    """Of two updates an iteration, the next one's teaching begins before the present one ends."""
+
+    def trained(*, ahead: bool) -> tuple[dict[str, torch.Tensor], list[torch.cuda.Event]]:
+        config = replace(tmu_config, placement=PlacementConfig(ahead=ahead))
+        run = Run(config, Collectives(), torch.device("cuda"))
+        events = []
+
+        def mark(*_: object) -> None:
+            events.append(torch.cuda.Event(enable_timing=True))
+            events[-1].record()
+
+        teachers_of(run)[0].register_forward_pre_hook(mark)
+        given = [batch(step).on("cuda") for step in (1, 2)]
+        run.training_step(given[0], given[1])
+        mark()
+        run.training_step(given[1])
+        torch.cuda.synchronize()
+        return run.student.state_dict(), events
+
+    late, (first, backwards, end, *_) = trained(ahead=False)
+    assert first.elapsed_time(end) > 0 and backwards.elapsed_time(end) > 0
+    early, (backwards, first, following, end, *others) = trained(ahead=True)
+    assert len(others) == 1  # nothing is taught twice
+    assert following.elapsed_time(end) > 0
+    torch.testing.assert_close(early, late, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("cell", BACKBONES)

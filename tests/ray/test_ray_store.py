@@ -34,7 +34,7 @@ def test_a_ray_run_in_a_bucket_equals_a_plain_one_on_a_disk(
         server.use(monkeypatch)
         server.make_bucket("ray-runs")
         stored = replace(tiny_config, output="s3://ray-runs/run")
-        one_worker = ["--launcher", "ray", "--launch.num-workers", "1"]
+        one_worker = ["--launcher", "ray", "--scale.num-workers", "1"]
         shown = finish(start(command(stored, tmp_path, *one_worker)))
         assert "step 7: validation MSE/frame" in shown  # followed in the store
         assert_same(load_weights(stored.output)[1], load_weights(local.run)[1])
@@ -55,7 +55,7 @@ def test_workers_are_started_again_for_what_may_heal(
 ) -> None:
     from tmu_dist.training import ray_worker
 
-    def fail(*given: object) -> None:
+    def fail(*given: object, **named: object) -> None:
         raise error
 
     def zero() -> int:
@@ -73,11 +73,14 @@ def test_workers_are_started_again_for_what_may_heal(
     monkeypatch.setattr(ray_worker.ray.train, "get_context", lambda: SimpleNamespace(**context))
     monkeypatch.setattr(ray_worker.ray.train.torch, "get_device", lambda: None)
     monkeypatch.setattr(ray_worker, "train", fail)
+    monkeypatch.setattr(ray_worker, "_check_folders", lambda *given: None)
+    monkeypatch.setattr(ray_worker, "_PreemptionNotice", lambda rank: None)
+    settings = {"config": asdict(tiny_config), "token": "", "folders": {}}
     if repeats:
-        assert ray_worker.train_worker(asdict(tiny_config)) is error
+        assert ray_worker.train_worker(settings) is error
     else:
         with pytest.raises(type(error), match=str(error)):
-            ray_worker.train_worker(asdict(tiny_config))
+            ray_worker.train_worker(settings)
 
 
 def test_a_bucket_that_is_not_there_is_named_before_ray_starts(
@@ -91,9 +94,9 @@ def test_a_bucket_that_is_not_there_is_named_before_ray_starts(
 
 
 def test_a_store_that_ray_cannot_use_is_refused_before_ray_starts(tiny_config: RunConfig) -> None:
-    from tmu_dist.training.ray_worker import _ray_storage
+    from tmu_dist.training.ray_worker import _check_store
 
-    assert _ray_storage("/disk/run") == "/disk/run/ray"
-    assert _ray_storage("gs://bucket/run") == "gs://bucket/run/ray"
+    _check_store("/disk/run")
+    _check_store("gs://bucket/run")
     with pytest.raises(ConfigError, match="with Ray, a run folder is on a disk"):
-        _ray_storage("az://container/run")
+        _check_store("az://container/run")

@@ -123,10 +123,10 @@ def test_random_weights_are_a_function_of_seed_and_number(teacher_runs: tuple[st
     torch.manual_seed(7)
     state = torch.get_rng_state()
     keys = ((0, 0), (0, 1), (1, 0), (1, 1))
-    found = [with_random_weights(loaded, seed=s, number=n) for s, n in keys]
+    found = [with_random_weights(loaded.card, seed=s, number=n) for s, n in keys]
     assert torch.equal(torch.get_rng_state(), state)
     torch.manual_seed(8)
-    again = with_random_weights(loaded, seed=0, number=0)
+    again = with_random_weights(loaded.card, seed=0, number=0)
     weights = [dict(each.model.state_dict()) for each in (again, *found)]
     assert_same(weights[0], weights[1])
     gates = [each["stack.layers.0.cell.gates.weight"] for each in (before, *weights[1:])]
@@ -138,7 +138,7 @@ def test_random_weights_are_those_of_a_fresh_network_in_size(
     teacher_runs: tuple[str, str],
 ) -> None:
     loaded = load_model(teacher_runs[0])
-    model = with_random_weights(loaded, seed=3, number=1).model
+    model = with_random_weights(loaded.card, seed=3, number=1).model
     assert not model.training and not any(p.requires_grad for p in model.parameters())
     fresh = teacher(11).state_dict()
     assert model.state_dict().keys() == fresh.keys()
@@ -152,7 +152,7 @@ def test_the_card_says_that_nothing_was_learned(
 ) -> None:
     loaded = load_model(teacher_runs[0])
     assert loaded.card.scores and loaded.card.step
-    untrained: LoadedModel = with_random_weights(loaded, seed=0, number=0)
+    untrained: LoadedModel = with_random_weights(loaded.card, seed=0, number=0)
     card = untrained.card
     assert card.name == f"{loaded.card.name} (random weights)"
     assert (card.scores, card.step) == ({}, 0)

@@ -155,18 +155,59 @@ def test_fraction_counts_round_up_but_not_for_rounding_errors():
 
 
 @settings(deadline=None)
-@given(shard_sizes, seeds, st.integers(1, 6), st.sampled_from([1, 2, 3, 4, 6]))
-def test_ranks_share_the_same_global_batches(sizes, seed, per_rank, world_size):
+@given(shard_sizes, seeds, st.integers(1, 13), st.integers(1, 9))
+def test_ranks_share_the_same_global_batches(sizes, seed, size, world_size):
+    """Whatever the numbers: equally many places each, the batch in order, then padding."""
     order = one_set_order(sizes, seed=seed, epoch=0, lanes=4)
-    size = per_rank * world_size
     whole = global_batches(order, 0, len(order.ids), size)
     parts = [rank_slice(whole, range(r, r + 1), world_size) for r in range(world_size)]
-    assert np.concatenate([part.ids for part in parts], axis=1).tolist() == whole.ids.tolist()
+    assert {part.ids.shape for part in parts} == {(len(whole.ids), math.ceil(size / world_size))}
+    ids = np.concatenate([part.ids for part in parts], axis=1)
+    weights = np.concatenate([part.weights for part in parts], axis=1)
+    assert ids[:, :size].tolist() == whole.ids.tolist()
+    assert weights[:, :size].tolist() == whole.weights.tolist()
+    assert not weights[:, size:].any()
+    # Padding is of the step's own samples: nothing else is read for it.
+    for own, step in zip(ids.tolist(), whole.ids.tolist(), strict=True):
+        assert set(own) == set(step)
     for part in parts:
         assert part.counts.tolist() == whole.weights.sum(axis=1).tolist()
-    first_half = rank_slice(whole, range((world_size + 1) // 2), world_size)
-    joined = np.concatenate([part.ids for part in parts[: (world_size + 1) // 2]], axis=1)
-    assert first_half.ids.tolist() == joined.tolist()
+    first_half = range((world_size + 1) // 2)
+    joined = rank_slice(whole, first_half, world_size)
+    assert joined.ids.tolist() == np.concatenate([parts[r].ids for r in first_half], 1).tolist()
+
+
+@settings(deadline=None)
+@given(shard_sizes, seeds, st.integers(1, 13), st.integers(1, 9), st.integers(1, 9))
+def test_the_samples_of_an_epoch_do_not_depend_on_the_ranks(sizes, seed, size, before, after):
+    """Also where their number changes in the middle: each sample once, step for step the same."""
+    order = one_set_order(sizes, seed=seed, epoch=0, lanes=3)
+    whole = global_batches(order, 0, len(order.ids), size)
+    found = []
+    for step, count in enumerate(whole.counts.tolist()):
+        now = global_batches(order, step * size, 1, size)
+        world_size = before if step < len(whole.ids) // 2 else after
+        ids = []
+        for rank in range(world_size):
+            part = rank_slice(now, range(rank, rank + 1), world_size)
+            ids += part.ids[part.weights > 0].tolist()
+        assert ids == whole.ids[step][whole.weights[step] > 0].tolist()
+        assert len(ids) == count
+        found += ids
+    assert sorted(found) == sorted(order.ids.tolist())
+
+
+def test_more_ranks_than_samples():
+    """Three of eight ranks have a sample each of the three that end an epoch, the others none."""
+    order = one_set_order([7], seed=0, epoch=0, shuffle=False)
+    whole = global_batches(order, 4, 1, 4)
+    parts = [rank_slice(whole, range(r, r + 1), 8) for r in range(8)]
+    assert [part.ids.tolist() for part in parts] == [[[i]] for i in (4, 5, 6, 4, 4, 5, 6, 4)]
+    assert [part.weights.item() for part in parts] == [1, 1, 1, 0, 0, 0, 0, 0]
+    assert {part.counts.item() for part in parts} == {3}
+    two = [rank_slice(global_batches(order, 0, 1, 5), range(r, r + 1), 2) for r in range(2)]
+    assert [part.ids.tolist() for part in two] == [[[0, 1, 2]], [[3, 4, 0]]]
+    assert [part.weights.tolist() for part in two] == [[[1, 1, 1]], [[1, 1, 0]]]
 
 
 @settings(deadline=None)
@@ -253,8 +294,6 @@ def test_bad_arguments_are_refused():
     order = one_set_order([4], seed=0, epoch=0)
     with pytest.raises(ValueError, match="must start in"):
         global_batches(order, 4, 1, 2)
-    with pytest.raises(ValueError, match="multiple of 3"):
-        rank_slice(global_batches(order, 0, 1, 4), range(1), 3)
 
 
 # Several data sets

@@ -50,3 +50,22 @@ def test_half_written_line_waits(tmp_path: Path) -> None:
     file.write_text(line)
     follower._show_new()
     assert stream.getvalue() == "run: continues at step 4\n"
+
+
+def test_what_happens_now_and_then_is_one_line_each(tmp_path: Path) -> None:
+    stream = io.StringIO()
+    log = RunLog(tmp_path, resume_step=0, listener=ProgressDisplay("run", 9, stream))
+    log.write("placement", 0, kind="placed", holders=[1], resident_bytes=[0, 3 * 2**20])
+    log.write("placement", 0, kind="replicated", holders=[], resident_bytes=[2**20])
+    log.write("resume", 4, world_size=3)
+    log.write("checkpoint_failed", 6, reason="No space left. The one of step 4 was not written.")
+    log.write("stop", 7, reason="SIGTERM")
+    log.write("unheard-of", 8)
+    log.close()
+    assert stream.getvalue().splitlines() == [
+        "run: teachers are placed: at most 3 MiB of weights a rank in a group of 2",
+        "run: teachers are replicated: at most 1 MiB of weights a rank",
+        "run: continues at step 4 with 3 ranks",
+        "run: step 6: No space left. The one of step 4 was not written.",
+        "run: step 7: asked to stop (SIGTERM)",
+    ]

@@ -19,17 +19,25 @@ import pytest
 from tests.s3_servers import S3Server, moto
 from tests.unit.test_training import Killed, assert_same, run, run_until
 from tmu_dist import evaluate, predict
-from tmu_dist.config import ConfigError, RunConfig
+from tmu_dist.config import ConfigError, FaultConfig, RunConfig
 from tmu_dist.data import storage
 from tmu_dist.data.storage import StorageError
-from tmu_dist.folders import Mirror, keep_folders, list_folders, local_folder, write_folder
+from tmu_dist.files import atomic_directory
+from tmu_dist.folders import (
+    Mirror,
+    keep_folders,
+    list_folders,
+    local_folder,
+    sweep_unfinished,
+    write_folder,
+)
 from tmu_dist.run_folder import Event, read_json, read_log
 from tmu_dist.teachers.card import TeacherError
 from tmu_dist.teachers.store import load_card, load_model, load_weights, locate
 from tmu_dist.training import run_lock
 from tmu_dist.training.checkpoint import ResumeError
 from tmu_dist.training.launch import launch
-from tmu_dist.training.run_lock import lock_run
+from tmu_dist.training.run_lock import claim_run, lock_run
 from tmu_dist.zoo import add_teacher, list_cards
 
 MARK = "mark.json"
@@ -121,13 +129,43 @@ def test_a_folder_whose_removal_was_cut_short_is_never_seen(
     assert storage.list_paths(url) == []
 
 
-def test_what_is_being_written_on_a_disk_is_not_listed_and_not_swept(tmp_path: Path) -> None:
-    staging = tmp_path / "things" / ".a.writing-1"
-    staging.mkdir(parents=True)
-    (staging / MARK).write_text("")
-    assert list_folders(str(tmp_path), "things", MARK) == []
-    keep_folders(str(tmp_path), "things", MARK, [])
-    assert (staging / MARK).exists()
+def test_what_is_left_on_a_disk_is_not_listed_and_is_swept(tmp_path: Path) -> None:
+    things = tmp_path / "things"
+    write_folder(str(things / "whole"), FILES)
+    for name in (".a.writing-1-0a", ".whole.retired-1-0a", ".lost.retired-1-0a"):
+        (things / name).mkdir()
+        (things / name / MARK).write_text("")
+    (things / ".plot.writing-1-0a.png").write_text("")
+    with atomic_directory(things / "own") as staging:
+        (staging / MARK).write_text("")
+        assert list_folders(str(tmp_path), "things", MARK) == ["things/whole"]
+        keep_folders(str(tmp_path), "things", MARK, ["things/whole"])
+        sweep_unfinished(str(tmp_path), "things")
+        # What this process writes stays; what was about to be replaced is back.
+        assert {path.name for path in things.iterdir()} == {staging.name, "whole", "lost"}
+    assert list_folders(str(tmp_path), "things", MARK) == [
+        f"things/{name}" for name in ("lost", "own", "whole")
+    ]
+    sweep_unfinished(str(tmp_path), "nothing")
+
+
+def test_nothing_changes_once_it_is_forbidden(address: str) -> None:
+    """A process that is told so in the middle leaves the old folder, or one that is not seen."""
+    write_folder(f"{address}/a", FILES)
+    asked = []
+
+    def forbid_the_last() -> None:
+        asked.append(1)
+        if address.startswith("/") or len(asked) == 1 + len(FILES):
+            raise ResumeError("no")
+
+    with pytest.raises(ResumeError, match="no"):
+        write_folder(f"{address}/a", dict.fromkeys(FILES, b"new"), forbid_the_last)
+    if address.startswith("/"):
+        assert {n: storage.read_bytes(f"{address}/a", n) for n in FILES} == FILES
+        assert [path.name for path in Path(address).iterdir()] == ["a"]
+    else:
+        assert list_folders(address, "", MARK) == []
 
 
 def test_results_are_put_at_the_end_or_not_at_all(address: str) -> None:
@@ -196,8 +234,9 @@ def test_a_lease_that_moves_is_respected_until_it_is_given_back(
 
 def fall_asleep(lock: run_lock.RunLock) -> None:
     """Let a holder's lease stand still, as that of a process that was stopped."""
-    lock._closed.set()  # type: ignore[attr-defined]
-    lock._thread.join()  # type: ignore[attr-defined]
+    lease = lock._keeper  # type: ignore[attr-defined]
+    lease._closed.set()
+    lease._thread.join()
 
 
 def test_a_lease_that_stands_still_is_taken_and_its_holder_learns_it(
@@ -207,7 +246,7 @@ def test_a_lease_that_stands_still_is_taken_and_its_holder_learns_it(
     started = time.monotonic()
     next_one = lock_run(url)
     assert time.monotonic() - started > run_lock._DEAD_AFTER_SECONDS
-    with pytest.raises(ResumeError, match="Another process has taken over"):
+    with pytest.raises(ResumeError, match=rf"Process {os.getpid()} on .* has taken over {url}"):
         holder.check()
     holder.close()
     next_one.check()  # who lost the lease does not give it back
@@ -322,15 +361,51 @@ def test_killed_while_it_writes_a_checkpoint(
     assert_same(weights_of(url), weights_of(run(tiny_config).run))
 
 
-def test_an_outage_names_the_object_and_what_remains(
+def out_of_reach(patch: pytest.MonkeyPatch, url: str, *endings: str) -> None:
+    """Let what ends so not be written."""
+    for ending in endings:
+        gone = StorageError(f"Could not write {url}/{ending}: timeout")
+        fail_at(patch, "write_bytes", gone, lambda u, ending=ending: u.endswith(ending))  # type: ignore[misc]
+
+
+def test_an_outage_is_told_and_outlived(
     tiny_config: RunConfig, url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = in_store(tiny_config, url)
     with monkeypatch.context() as patch:
-        gone = StorageError(f"Could not write {url}/checkpoints/step-00000004/state.pt: timeout")
-        fail_at(patch, "write_bytes", gone, lambda u: u.endswith("step-00000004/state.pt"))
-        with pytest.raises(StorageError, match=r"state\.pt: timeout .* step 4 was not written;"):
+        out_of_reach(patch, url, "step-00000004/state.pt", "models/step-00000003/card.json")
+        run_until(config, 6)
+    # The weights of step 3 could not be offered, so a checkpoint that refers to them is not there.
+    assert list_folders(url, "checkpoints", "training.json") == ["checkpoints/step-00000002"]
+    assert not storage.exists(url, "selected.json")
+    assert run(config).steps == 7
+    assert_same(weights_of(url), weights_of(run(tiny_config).run))
+
+    other = in_store(tiny_config, f"{url}-other")
+    with monkeypatch.context() as patch:
+        out_of_reach(patch, other.output, "step-00000004/state.pt")
+        assert run(other).steps == 7
+    (failure,) = [e for e in read_log(other.output) if e["event"] == "checkpoint_failed"]
+    assert "state.pt: timeout" in failure["reason"]
+    assert failure["reason"].endswith("The checkpoint of step 4 was not written.")
+    assert list_folders(other.output, "checkpoints", "training.json") == [
+        "checkpoints/step-00000006",
+        "checkpoints/step-00000007",
+    ]
+    assert_same(weights_of(other.output), weights_of(tiny_config.output))
+
+
+def test_an_outage_that_lasts_names_the_object_and_what_remains(
+    tiny_config: RunConfig, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(in_store(tiny_config, url), faults=FaultConfig(max_failed_checkpoints=0))
+    with monkeypatch.context() as patch:
+        out_of_reach(patch, url, "step-00000004/state.pt")
+        with pytest.raises(
+            StorageError, match=r"state\.pt: timeout .*max_failed_checkpoints=0.* are whole"
+        ):
             run(config)
+    assert list_folders(url, "checkpoints", "training.json") == ["checkpoints/step-00000002"]
     assert run(config).steps == 7
 
 
@@ -390,16 +465,25 @@ def test_two_runs_in_one_folder(tiny_config: RunConfig, url: str) -> None:
     assert refusals and run(config).steps == 7
 
 
-def test_who_lost_the_run_writes_no_more_checkpoints(tiny_config: RunConfig, url: str) -> None:
+def test_who_lost_the_run_writes_no_more_of_it(tiny_config: RunConfig, url: str) -> None:
     config = in_store(tiny_config, url)
+    others = {"log.jsonl": b"another log", "selected.json": b"another choice"}
 
     def lose(event: Event) -> None:
-        if event["event"] == "train" and event["step"] == 3:
-            take_over(url)
+        if event["event"] == "train" and event["step"] == 5:
+            claim_run(url)
+            for name, content in others.items():
+                storage.write_bytes(url, name, content)
 
-    with pytest.raises(ResumeError, match="Another process has taken over"):
+    with pytest.raises(ResumeError, match="has taken over"):
         run(config, lose)
-    assert list_folders(url, "checkpoints", "training.json") == ["checkpoints/step-00000002"]
+    found = list_folders(url, "checkpoints", "training.json")
+    assert found in (
+        ["checkpoints/step-00000002"],
+        [f"checkpoints/step-0000000{n}" for n in (2, 4)],
+    )
+    assert {name: storage.read_bytes(url, name) for name in others} == others
+    assert not storage.exists(url, "result.json")
 
 
 def test_where_a_run_folder_cannot_be(tiny_config: RunConfig) -> None:

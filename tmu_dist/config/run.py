@@ -67,6 +67,11 @@ def _check_scale(config: RunConfig) -> None:
         "scale.sequences_at_once does not go with transfer.knowledge_flow.consistency, which "
         "compares with the last iterate once an update.",
     )
+    require(
+        config.transfer.control != "shuffled" or scale.sequences_at_once % 2 == 0,
+        "transfer.control=shuffled exchanges sequences in pairs, which must be learned from at "
+        f"once: scale.sequences_at_once must be even, got {scale.sequences_at_once}.",
+    )
 
 
 def _check_placement(config: RunConfig) -> None:
@@ -75,6 +80,11 @@ def _check_placement(config: RunConfig) -> None:
         placement == PlacementConfig() or transfer.runs_teachers_beside,
         f"placement has no effect with transfer.method={transfer.method}: no teacher runs beside "
         "its student." + (" ART's teachers are a part of it." if transfer.method == "art" else ""),
+    )
+    require(
+        placement.kind != "cached" or transfer.control != "random_weights",
+        "placement.kind=cached keeps what trained teachers tell: use another kind with "
+        "transfer.control=random_weights.",
     )
     require(
         placement.kind != "cached"

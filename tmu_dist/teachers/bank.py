@@ -1,18 +1,20 @@
 """The memory bank: what every teacher remembers of the frames that the student sees (Eq. 1).
 
-`ReplicatedBank` holds all teachers on every rank. Other placements give the same from elsewhere and
-keep this interface.
+`ReplicatedBank` holds all teachers on every rank. Other placements give the same from elsewhere
+(`placed`, `sharded`, `cached`) and keep this interface.
 
 Legend: B batch, T time, C channels, P memory channels, Z noise, H, W height, width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Literal, NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from tmu_dist.models.build import count_parameters
 from tmu_dist.models.rollout import Predictor, StateName
@@ -20,6 +22,10 @@ from tmu_dist.teachers.adapter import TeacherPlan, adapt_frames, adapt_memory
 
 Wanted = StateName | Literal["predictions"]
 """What a method learns from: states of the teachers' layers, or the frames that they predict."""
+Precision = Literal["student", "fp32", "bf16"]
+"""Of a teacher's own arithmetic (config.PlacementConfig)."""
+Memories = Literal["full", "bf16", "fp16"]
+"""Of what a teacher tells (config.PlacementConfig)."""
 
 
 class Teaching(NamedTuple):
@@ -30,6 +36,27 @@ class Teaching(NamedTuple):
     teacher's channels."""
     predictions_BTCHW: Tensor | None = None
     """Of frames 2..T, at the size of the frames that the teacher reads; None: not wanted."""
+
+    def to(self, dtype: torch.dtype) -> Teaching:
+        """The same numbers in another precision."""
+        predictions = self.predictions_BTCHW
+        return Teaching(
+            {
+                name: {k: state.to(dtype) for k, state in by_layer.items()}
+                for name, by_layer in self.states.items()
+            },
+            None if predictions is None else predictions.to(dtype),
+        )
+
+
+class SampleKey(NamedTuple):
+    """Which sequences a batch is made of, for banks that know them by name."""
+
+    ids_B: Tensor
+    """int64 on the CPU: positions in the training split, counted on from archive to archive
+    (`data.loader.Batch.sample_ids_B`)."""
+    is_backwards: bool = False
+    """Whether the frames run backwards in time."""
 
 
 class TeacherBank(Protocol):
@@ -51,8 +78,18 @@ class TeacherBank(Protocol):
         num_frames: int,
         sampling_mask_BT: Tensor,
         noise_BTZ: Tensor | None = None,
+        key: SampleKey | None = None,
     ) -> tuple[Teaching, ...]:
-        """Run every teacher over the student's frames; arguments as in `Predictor.forward`."""
+        """What every teacher makes of the student's frames, in their precision.
+
+        Banks that span ranks must be asked by all members of the group, in the same order, and
+        for batches of one size.
+
+        Args:
+            frames_BTCHW, num_input_frames, num_frames, sampling_mask_BT, noise_BTZ: as in
+                `Predictor.forward`.
+            key: which sequences these are; only needed by banks that keep what teachers tell.
+        """
 
 
 class FrozenTeacher(nn.Module):
@@ -62,6 +99,9 @@ class FrozenTeacher(nn.Module):
         network: any predictor.
         plan: what is adapted; None: nothing, layer k teaches layer k.
         wanted: what it is to tell.
+        precision: of its arithmetic; "student" leaves it to whoever runs it. With bf16 its
+            convolutions' weights are kept in bfloat16, as autocast would round them at every use.
+        memories: precision of what it tells; full: that of the frames.
 
     Raises:
         ValueError: when it runs, if its cells have not the states that are wanted.
@@ -72,11 +112,19 @@ class FrozenTeacher(nn.Module):
         network: Predictor,
         plan: TeacherPlan | None = None,
         wanted: Iterable[Wanted] = ("memory",),
+        *,
+        precision: Precision = "student",
+        memories: Memories = "full",
     ) -> None:
         super().__init__()
         self.wanted = tuple(wanted)
         self.network = network
         self.plan = plan or TeacherPlan.unchanged(network.memory_shapes)
+        self.precision = precision
+        self.memories = memories
+        if precision == "bf16":
+            for convolution in convolutions(network):
+                convolution.to(torch.bfloat16)
         self.eval().requires_grad_(False)
 
     def hide_targets(self) -> Self:
@@ -106,17 +154,19 @@ class FrozenTeacher(nn.Module):
         Where the mask hides a frame, the network reads its own prediction, which never leaves its
         own size. It shares the student's noise if it makes use of as many numbers a step.
         """
+        told_as = told_dtype(self.memories, frames_BTCHW.dtype)
         if self.plan.frame is not None:
             frames_BTCHW = adapt_frames(frames_BTCHW, self.plan.frame)
         if noise_BTZ is not None and noise_BTZ.shape[-1] != self.network.noise_size:
             noise_BTZ = None
-        rollout = self.network(
-            frames_BTCHW,
-            num_input_frames=num_input_frames,
-            num_frames=num_frames,
-            sampling_mask_BT=sampling_mask_BT,
-            noise_BTZ=noise_BTZ,
-        )
+        with self._arithmetic(frames_BTCHW.device):
+            rollout = self.network(
+                frames_BTCHW,
+                num_input_frames=num_input_frames,
+                num_frames=num_frames,
+                sampling_mask_BT=sampling_mask_BT,
+                noise_BTZ=noise_BTZ,
+            )
         states: dict[StateName, dict[int, Tensor]] = {}
         for name in self.wanted:
             if name != "predictions":
@@ -126,13 +176,19 @@ class FrozenTeacher(nn.Module):
                     for k, (layer, teacher, student) in self.plan.layers.items()
                 }
         wants_predictions = "predictions" in self.wanted
-        return Teaching(states, rollout.predictions_BTCHW if wants_predictions else None)
+        taught = Teaching(states, rollout.predictions_BTCHW if wants_predictions else None)
+        return taught.to(told_as)
+
+    def _arithmetic(self, device: torch.device) -> AbstractContextManager[object]:
+        if self.precision == "student":
+            return nullcontext()
+        return torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16")
 
 
 class ReplicatedBank:
     """All teachers on this rank, one after the other."""
 
-    def __init__(self, teachers: Sequence[FrozenTeacher]) -> None:
+    def __init__(self, teachers: Iterable[FrozenTeacher]) -> None:
         self._teachers = tuple(teachers)
 
     @property
@@ -151,6 +207,7 @@ class ReplicatedBank:
         num_frames: int,
         sampling_mask_BT: Tensor,
         noise_BTZ: Tensor | None = None,
+        key: SampleKey | None = None,
     ) -> tuple[Teaching, ...]:
         return tuple(
             teacher(
@@ -159,6 +216,21 @@ class ReplicatedBank:
                 num_frames=num_frames,
                 sampling_mask_BT=sampling_mask_BT,
                 noise_BTZ=noise_BTZ,
-            )
+            ).to(frames_BTCHW.dtype)
             for teacher in self._teachers
         )
+
+
+def convolutions(network: nn.Module) -> list[nn.Module]:
+    """The convolutions of a network, of any dimension."""
+    return [module for module in network.modules() if isinstance(module, _ConvNd)]
+
+
+def told_dtype(memories: Memories, frames: torch.dtype) -> torch.dtype:
+    """In which numbers a teacher tells; fp16 ends at 65,504, and what is larger becomes infinite.
+
+    Args:
+        memories: the precision that was chosen.
+        frames: dtype of the frames that it reads.
+    """
+    return {"full": frames, "bf16": torch.bfloat16, "fp16": torch.float16}[memories]

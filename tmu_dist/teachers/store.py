@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -40,13 +41,13 @@ class LoadedModel:
     card: TeacherCard
 
 
-def model_files(model: Predictor, card: TeacherCard) -> dict[str, bytes]:
+def model_files(weights: Mapping[str, Tensor], card: TeacherCard) -> dict[str, bytes]:
     """The files of a model folder, by name; the card, which holds the weights' hash, is last."""
-    weights = save_safetensors(
-        {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    content = save_safetensors(
+        {name: value.detach().cpu().contiguous() for name, value in weights.items()}
     )
-    card = replace(card, weights_sha256=hashlib.sha256(weights).hexdigest())
-    return {WEIGHTS_FILE: weights, CARD_FILE: card.to_json().encode()}
+    card = replace(card, weights_sha256=hashlib.sha256(content).hexdigest())
+    return {WEIGHTS_FILE: content, CARD_FILE: card.to_json().encode()}
 
 
 def write_model(folder: str | Path, model: Predictor, card: TeacherCard) -> None:
@@ -55,7 +56,7 @@ def write_model(folder: str | Path, model: Predictor, card: TeacherCard) -> None
     Raises:
         WriteError, StorageError: it could not be written.
     """
-    write_folder(str(folder), model_files(model, card))
+    write_folder(str(folder), model_files(model.state_dict(), card))
 
 
 def select_model(run: str, path: str) -> None:

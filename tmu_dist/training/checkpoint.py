@@ -17,7 +17,7 @@ import io
 import json
 import logging
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -27,7 +27,7 @@ from torch import Tensor
 
 from tmu_dist.config import RunConfig, from_dict, resume_conflicts, to_json
 from tmu_dist.data.storage import MissingObjectError, StorageError, join_url, read_bytes
-from tmu_dist.folders import keep_folders, list_folders, write_folder
+from tmu_dist.folders import keep_folders, list_folders, sweep_unfinished, write_folder
 from tmu_dist.models.rollout import Predictor
 from tmu_dist.run_folder import CONFIG_FILE
 from tmu_dist.teachers.card import TeacherCard
@@ -38,7 +38,6 @@ from tmu_dist.teachers.store import (
     load_weights,
     model_files,
     select_model,
-    write_model,
 )
 
 log = logging.getLogger(__name__)
@@ -96,6 +95,23 @@ def set_rng_state(state: dict[str, Any]) -> None:
     random.setstate((version, tuple(words), gauss))
 
 
+@dataclass(frozen=True, kw_only=True)
+class Snapshot:
+    """A run after one step, as a checkpoint keeps it; its tensors are on the CPU and change no more
+    while it is written."""
+
+    weights: Mapping[str, Tensor]
+    """The student's state dict."""
+    card: TeacherCard
+    training_step: dict[str, Any]
+    """State of the training step (`TrainingStep.state_dict`)."""
+    progress: Progress
+    data: dict[str, Any]
+    """What the data position depends on (`SequenceLoader.state`)."""
+    rng_by_rank: list[dict[str, Any]]
+    """Every rank's `rng_state`."""
+
+
 @dataclass(frozen=True)
 class SavedState:
     """A checkpoint as read back."""
@@ -126,42 +142,35 @@ class CheckpointStore:
         self.keep = keep
 
     def newest(self) -> str | None:
-        """Address of the newest whole checkpoint, if there is one."""
+        """Address of the newest whole checkpoint, if there is one.
+
+        First sweeps away what killed processes left half written; this one alone may write now.
+        """
+        self._sweep()
         found = self._all()
         return join_url(self.run, found[-1]) if found else None
 
-    def save(
-        self,
-        model: Predictor,
-        card: TeacherCard,
-        training_step: dict[str, Any],
-        *,
-        progress: Progress,
-        data: dict[str, Any],
-        rng_by_rank: list[dict[str, Any]],
-    ) -> None:
+    def save(self, snapshot: Snapshot, before_change: Callable[[], None] = lambda: None) -> None:
         """Write one checkpoint, and remove the oldest beyond `keep` and offers nobody needs.
 
         Args:
-            model: the student.
-            card: describes it.
-            training_step: state of the training step (`TrainingStep.state_dict`).
-            progress: how far the run is.
-            data: what the data position depends on (`SequenceLoader.state`).
-            rng_by_rank: every rank's `rng_state`.
+            snapshot: of the run.
+            before_change: as in `write_folder`.
 
         Raises:
             WriteError: the disk is full; older checkpoints are untouched.
             StorageError: the store is out of reach; older checkpoints are untouched.
+            Whatever `before_change` raises.
         """
+        self._sweep()  # or a full disk stays full of what could not be written
         # Through memory: torch's own file writer does not report a full disk as an OSError.
         buffer = io.BytesIO()
-        state = {"training_step": training_step, "rng_by_rank": rng_by_rank}
+        state = {"training_step": snapshot.training_step, "rng_by_rank": snapshot.rng_by_rank}
         torch.save(state, buffer)
-        network = model_files(model, card)
+        network = model_files(snapshot.weights, snapshot.card)
         facts = {
-            "progress": asdict(progress),
-            "data": data,
+            "progress": asdict(snapshot.progress),
+            "data": snapshot.data,
             "teachers": self.teacher_hashes,
             "state_sha256": hashlib.sha256(buffer.getbuffer()).hexdigest(),
             "weights_sha256": json.loads(network[CARD_FILE])["weights_sha256"],
@@ -172,8 +181,9 @@ class CheckpointStore:
             CONFIG_FILE: to_json(self.config).encode(),
             FACTS_FILE: (json.dumps(facts, indent=2) + "\n").encode(),
         }
-        write_folder(join_url(self.run, _step_folder(_CHECKPOINTS, progress.step)), files)
-        self._prune(progress)
+        folder = join_url(self.run, _step_folder(_CHECKPOINTS, snapshot.progress.step))
+        write_folder(folder, files, before_change)
+        self._prune(snapshot.progress)
 
     def restore(self, folder: str, model: Predictor) -> SavedState:
         """Load a checkpoint into the model, after checking that it belongs to this run.
@@ -211,10 +221,26 @@ class CheckpointStore:
         load_state(model, weights, where=folder)
         return SavedState(progress, facts["data"], state["training_step"], state["rng_by_rank"])
 
-    def offer(self, model: Predictor, card: TeacherCard) -> None:
-        """Make these weights the ones that the run offers to evaluation and as a teacher."""
+    def offer(
+        self,
+        weights: Mapping[str, Tensor],
+        card: TeacherCard,
+        before_change: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Make these weights the ones that the run offers to evaluation and as a teacher.
+
+        Args:
+            weights: the student's state dict, on the CPU.
+            card: describes it.
+            before_change: as in `write_folder`.
+
+        Raises:
+            WriteError, StorageError: they could not be written; what was offered still is.
+            Whatever `before_change` raises.
+        """
         path = _step_folder(_MODELS, card.step)
-        write_model(join_url(self.run, path), model, card)
+        write_folder(join_url(self.run, path), model_files(weights, card), before_change)
+        before_change()
         select_model(self.run, path)
 
     def offer_again(self, step: int) -> None:
@@ -234,6 +260,10 @@ class CheckpointStore:
             keep_folders(self.run, _MODELS, CARD_FILE, models)
         except StorageError as error:  # the checkpoint is whole, and the next one sweeps again
             log.warning("Old checkpoints and models stay for now: %s", error)
+
+    def _sweep(self) -> None:
+        for kind in (_CHECKPOINTS, _MODELS):
+            sweep_unfinished(self.run, kind)
 
     def _all(self) -> list[str]:
         return list_folders(self.run, _CHECKPOINTS, FACTS_FILE)

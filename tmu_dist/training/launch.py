@@ -73,6 +73,7 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
             f"output={config.output!r}: a run folder must be on a disk that all workers see, or in "
             "a store that can be written, such as s3://bucket/runs/name."
         )
+    cache = config.placement.cache
     return replace(
         config,
         output=absolute(config.output),
@@ -84,4 +85,5 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
         transfer=replace(
             config.transfer, teachers=tuple(absolute(t) for t in config.transfer.teachers)
         ),
+        placement=replace(config.placement, cache=cache and absolute(cache)),
     )

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
-from itertools import islice
+from itertools import chain, islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -93,8 +93,8 @@ def train(
     schedule = config.schedule
     try:
         run.start(listener, notice, is_locked=is_locked)
-        for batch in run.batches():
-            run.advance(batch)
+        for batch, following in run.batches():
+            run.advance(batch, following)
             request = run.heard()
             if run.is_due(schedule.validate_every):
                 run.validate()
@@ -129,6 +129,7 @@ class Run:
             config, self.transfer.method, self.student, self.trainee, device, collectives
         )
         self._probe: TrainingBatch | None = None
+        self._following: TrainingBatch | None = None
         self._interval = _Interval()
 
     @property
@@ -182,22 +183,31 @@ class Run:
             max_failed=config.faults.max_failed_checkpoints,
         )
 
-    def batches(self) -> Iterator[Batch]:
-        """The batches that are left, each read while the step before it waits to be done."""
-        left = self.config.training.num_steps - self.progress.step
-        return islice(self.loader.stream(start=self.progress.consumed), max(left, 0))
+    def batches(self) -> Iterator[tuple[Batch, Batch | None]]:
+        """The batches that are left, each with the one after it."""
+        steps = self.config.training.num_steps - self.progress.step
+        left = islice(self.loader.stream(start=self.progress.consumed), max(steps, 0))
+        for batch, following in pairwise(chain(left, [None])):
+            assert batch is not None
+            yield batch, following
 
-    def advance(self, batch: Batch) -> None:
-        """One iteration on one batch."""
+    def advance(self, batch: Batch, following: Batch | None = None) -> None:
+        """One iteration on one batch.
+
+        Args:
+            batch: of this iteration.
+            following: of the next one, if there is one: teachers may begin with it now.
+        """
         started = time.perf_counter()
         waited = started - self._interval.ready
         step = self.progress.step + 1
-        training_batch = self._prepare(batch, step)
+        training_batch = self._following or self._prepare(batch, step)
+        self._following = None if following is None else self._prepare(following, step + 1)
         if self._probe is None:
             self._probe = training_batch
             self._check_liveness()
             started = time.perf_counter()
-        terms = self.training_step(training_batch)
+        terms = self.training_step(training_batch, self._following)
         self._probe = training_batch
 
         now = time.perf_counter()
@@ -306,10 +316,11 @@ class Run:
         text = json.dumps(asdict(result), indent=2) + "\n"
 
         def write() -> None:
-            assert self._log is not None
+            assert self._log is not None and self._lock is not None
             self.writer.finish()
             self._log_failures()
             self._log.flush()
+            self._lock.check()
             write_text(self.folder, RESULT_FILE, text)
 
         self.collectives.on_main(write)
@@ -329,7 +340,13 @@ class Run:
             return self.checkpoints.newest()
 
         def open_log() -> None:
-            self._log = RunLog(self.folder, resume_step=self.progress.step, listener=listener)
+            assert self._lock is not None
+            self._log = RunLog(
+                self.folder,
+                resume_step=self.progress.step,
+                listener=listener,
+                before_put=self._lock.check,
+            )
             write_text(self.folder, CONFIG_FILE, to_json(self.config))
             write_provenance(
                 self.folder,
@@ -350,12 +367,15 @@ class Run:
             self._write("resume", world_size=self.collectives.ranks.world_size)
         elif self.start_report is not None:
             self._write("start", **asdict(self.start_report))
+        if (placement := self.transfer.placement) is not None:
+            self._write("placement", **asdict(placement), group=list(self.group.ranks))
         self._interval.ready = time.perf_counter()
 
     def close(self) -> None:
         """Flush the log and let others continue the run."""
         with ExitStack() as parts:  # all of them, whatever goes wrong with one
-            for part in (self._lock, self._log, self._requests):
+            # The last first: what is being written still needs the log, and the lock.
+            for part in (self._requests, self._lock, self._log, self.writer):
                 if part is not None:
                     parts.callback(part.close)
 
@@ -432,6 +452,7 @@ class Run:
             weights_B=(batch.weights_B * scale).to(self.device, non_blocking=True),
             noise_BTZ=None if noise is None else noise.to(self.device, non_blocking=True),
             step=step,
+            sample_ids_B=batch.sample_ids_B,
         )
 
     def _check_liveness(self) -> None:

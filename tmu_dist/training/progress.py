@@ -10,7 +10,7 @@ import json
 import sys
 import threading
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
@@ -51,31 +51,8 @@ class ProgressDisplay:
         kind = event["event"]
         if kind == "train":
             self._show_training(event)
-        elif kind == "validation":
-            self._say(
-                f"step {event['step']}: validation MSE/frame {event['mse_per_frame']:.2f} "
-                f"(persistence {event['persistence_mse_per_frame']:.2f})"
-            )
-        elif kind == "liveness":
-            found = [
-                f", {label} {_brief(event[name])}"
-                for name, label in _IN_LIVENESS.items()
-                if event.get(name)
-            ]
-            self._say(
-                f"step {event['step']}: teaching alive: gradient norm "
-                f"{event['teaching_gradient_norm']:.3g} (prediction "
-                f"{event['prediction_gradient_norm']:.3g})" + "".join(found)
-            )
-        elif kind == "start":
-            matched, random = event["matched"], event["random"]
-            self._say(
-                f"starts from {event['source']}: {len(matched)} tensors match"
-                + (f", {len(random)} start at random: {_listed(random)}" if random else "")
-                + (f"; unused of the source: {_listed(event['unused'])}" if event["unused"] else "")
-            )
-        elif kind == "resume":
-            self._say(f"continues at step {event['step']}")
+        elif kind in _SENTENCES:
+            self._say(_SENTENCES[kind](event))
 
     def close(self) -> None:
         """Leave the terminal tidy."""
@@ -174,6 +151,58 @@ class LogFollower:
         self._seen = lines
         for line in lines[common:]:
             self._display(json.loads(line))
+
+
+def _validation(event: Event) -> str:
+    return (
+        f"step {event['step']}: validation MSE/frame {event['mse_per_frame']:.2f} "
+        f"(persistence {event['persistence_mse_per_frame']:.2f})"
+    )
+
+
+def _liveness(event: Event) -> str:
+    found = [
+        f", {label} {_brief(event[name])}"
+        for name, label in _IN_LIVENESS.items()
+        if event.get(name)
+    ]
+    return (
+        f"step {event['step']}: teaching alive: gradient norm "
+        f"{event['teaching_gradient_norm']:.3g} (prediction "
+        f"{event['prediction_gradient_norm']:.3g})" + "".join(found)
+    )
+
+
+def _start(event: Event) -> str:
+    matched, random = event["matched"], event["random"]
+    return (
+        f"starts from {event['source']}: {len(matched)} tensors match"
+        + (f", {len(random)} start at random: {_listed(random)}" if random else "")
+        + (f"; unused of the source: {_listed(event['unused'])}" if event["unused"] else "")
+    )
+
+
+def _resume(event: Event) -> str:
+    ranks = event.get("world_size", 1)
+    return f"continues at step {event['step']}" + (f" with {ranks} ranks" if ranks > 1 else "")
+
+
+def _placement(event: Event) -> str:
+    held = event["resident_bytes"]
+    text = f"teachers are {event['kind']}: at most {max(held) / 2**20:,.0f} MiB of weights a rank"
+    return text + (f" in a group of {len(held)}" if len(held) > 1 else "")
+
+
+_SENTENCES: dict[str, Callable[[Event], str]] = {
+    "validation": _validation,
+    "liveness": _liveness,
+    "start": _start,
+    "resume": _resume,
+    "placement": _placement,
+    "checkpoint_failed": lambda event: f"step {event['step']}: {event['reason']}",
+    "stop": lambda event: f"step {event['step']}: asked to stop ({event['reason']})",
+}
+"""What is said of events that happen now and then."""
 
 
 def _brief(values: Sequence[Any]) -> str:

@@ -1,59 +1,78 @@
 """Ray Train around the training loop: start workers, turn them into ranks, restart lost ones.
 
 Checkpoints and logs are the run folder's own, the same as without Ray, so a worker group that is
-started again simply continues the run. Ray is told the results, not the weights.
+started again, with as many workers or others, simply continues the run. Ray is told the results,
+not the weights.
 """
 
 from __future__ import annotations
 
 import logging
-import os
-import socket
-from collections.abc import Sequence
-from contextlib import suppress
+import queue
+import secrets
+import signal
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import PurePosixPath
+from types import FrameType
 from typing import Any
 
-# Read by Ray when it is imported: no usage statistics, no second copy of every printed line, and
-# a look at the workers twice a second, which is also how soon a lost one is noticed. A variable
-# that a submitted job's environment has may be among those that `connect` passes on.
-os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
-os.environ.setdefault("RAY_TRAIN_METRICS_ENABLED", "0")
-os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
-os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")
+# Before ray: it sets the variables that Ray reads when it is imported.
+from tmu_dist.training.ray_cluster import (
+    connect,
+    fault_settings,
+    reach_stores,
+    scaling,
+    seen_folders,
+    watched_nodes,
+)
 
-import ray
-import ray.train
-import ray.train.torch
-from ray.train import FailureConfig, LoggingConfig, ScalingConfig
-from ray.train.torch import TorchConfig, TorchTrainer
-from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
+import ray.train  # isort: skip
+import ray.train.torch  # isort: skip
+from ray.exceptions import RayError  # isort: skip
+from ray.train import FailureConfig, LoggingConfig  # isort: skip
+from ray.train.torch import TorchConfig, TorchTrainer  # isort: skip
+from ray.train.v2.api.exceptions import TrainingFailedError  # isort: skip
 
 from tmu_dist.collectives import Collectives, Ranks, process_group_backend
-from tmu_dist.config import ConfigError, LaunchConfig, RunConfig, from_dict
+from tmu_dist.config import ConfigError, RunConfig, from_dict
 from tmu_dist.data.loader import ShardError
-from tmu_dist.data.manifest import MANIFEST_PATH
 from tmu_dist.data.storage import (
     MissingObjectError,
     StorageError,
+    delete,
     exists,
     local_path,
-    read_bytes,
+    read_text,
 )
 from tmu_dist.files import WriteError
-from tmu_dist.run_folder import CONFIG_FILE
-from tmu_dist.teachers.store import CARD_FILE
+from tmu_dist.folders import write_text
 from tmu_dist.training.loop import NonFiniteLossError, RunResult, train
-from tmu_dist.training.progress import LogFollower, ProgressDisplay
+from tmu_dist.training.progress import LogFollower
+from tmu_dist.training.ray_failures import LossRecord, RestartDisplay, explain
+from tmu_dist.training.run_lock import lock_run
+from tmu_dist.training.stopping import STOP_FILE, RunStoppedError
 from tmu_dist.transfer.base import DeadDistillationError
 
-_PERMANENT = (ValueError, WriteError, DeadDistillationError, NonFiniteLossError)
+log = logging.getLogger(__name__)
+
+_PERMANENT = (ValueError, WriteError, DeadDistillationError, NonFiniteLossError, RunStoppedError)
 """Errors that every rank raises and that starting again would only repeat."""
 
-_STORE_VARIABLES = ("AWS_", "AZURE_", "GOOGLE_")
-"""First parts of the names of variables that say how to reach a store, and who asks."""
+_TOKEN_FILE = "ray/start.txt"
+"""By it workers see that they have the same run folder before them as who started them."""
+_PATIENCE_SECONDS = 90.0
+"""For the lock of an earlier start: after the loss of its node, a shared disk may keep it."""
+_LOOK_SECONDS = 0.5
+_REPEAT_STOP_SECONDS = 2.0
+_SAME_SECONDS = 2.0
+"""Another signal within this time is the first one, passed on by who got it, too."""
+_NOTICE_SECONDS = 1.0
+_SETTLE_SECONDS, _MOST_SECONDS = 3.0, 20.0
+"""After the time at which a node is taken away; and at most, if it was earlier."""
 
 
 class WorkerLostError(RuntimeError):
@@ -64,101 +83,142 @@ def train_on_ray(config: RunConfig) -> RunResult:
     """Run `loop.train` on Ray Train workers and show its progress here.
 
     Joins the cluster of the job or of `RAY_ADDRESS`; otherwise the one running on this machine,
-    or starts one for this process.
+    or starts one for this process. SIGTERM or Ctrl-C stops the run after a checkpoint; a second
+    one ends this process, and its workers with it, at once.
 
     Raises:
-        ConfigError: the cluster has too few CPUs or GPUs for the workers, or Ray cannot use the
-            store of the run folder.
+        ConfigError: the cluster has too few CPUs or GPUs for the workers, a node does not see a
+            folder of the run, or Ray cannot use the store of the run folder.
         StorageError: a store that cannot be reached from here.
+        ResumeError: another command trains in the run folder.
         WorkerLostError: workers failed more than `launch.max_failures` times.
         Everything that `loop.train` raises, under its own name.
     """
-    name = PurePosixPath(config.output).name
-    storage_path = _ray_storage(config.output)
-    variables = reach_stores(config)
-    connect(variables)
-    scaling = _scaling(config)
-    trainer = TorchTrainer(
-        train_worker,
-        train_loop_config=asdict(config),
-        scaling_config=scaling,
-        torch_config=TorchConfig(backend=process_group_backend(bool(scaling.use_gpu))),
-        run_config=ray.train.RunConfig(
-            name=name,
-            storage_path=storage_path,
-            worker_runtime_env={"env_vars": variables},
-            failure_config=FailureConfig(max_failures=config.launch.max_failures),
-            logging_config=LoggingConfig(log_level="ERROR"),
-        ),
-    )
-    display = ProgressDisplay(name, config.training.num_steps)
+    _check_store(config.output)
+    connect(variables := reach_stores(config))
+    workers = scaling(config.scale, config.launch)
+    lock = lock_run(config.output, patience_seconds=_PATIENCE_SECONDS)
     try:
-        with LogFollower(config.output, display):
-            outcome = trainer.fit().return_value
-    except TrainingFailedError as error:
-        raise WorkerLostError(_explain(error, config)) from error
+        write_text(config.output, _TOKEN_FILE, token := secrets.token_hex(8))
+        trainer = TorchTrainer(
+            train_worker,
+            train_loop_config={
+                "config": asdict(config),
+                "token": token,
+                "folders": seen_folders(config),
+            },
+            scaling_config=workers,
+            torch_config=TorchConfig(
+                backend=process_group_backend(bool(workers.use_gpu)),
+                timeout_s=max(1, round(config.faults.collective_timeout_seconds)),
+            ),
+            run_config=ray.train.RunConfig(
+                name=PurePosixPath(config.output).name,
+                storage_path=f"{config.output}/ray",
+                worker_runtime_env={"env_vars": variables},
+                failure_config=FailureConfig(max_failures=config.launch.max_failures),
+                logging_config=LoggingConfig(log_level="ERROR"),
+                callbacks=[LossRecord(config.output)],
+            ),
+        )
+        with (
+            fault_settings(config.faults),
+            watched_nodes(),
+            LogFollower(config.output, RestartDisplay(config)),
+        ):
+            outcome = _fit(trainer, config)
+    finally:
+        lock.close()
     if isinstance(outcome, Exception):
         raise outcome
     return outcome
 
 
-def reach_stores(config: RunConfig) -> dict[str, str]:
-    """Variables with which workers reach the stores that a run uses; none if it uses disks only.
-
-    Each store is asked once from here, so that a wrong address or missing rights are not found by
-    workers that start again and again.
-    """
-    known_files = {config.output: CONFIG_FILE}
-    known_files |= dict.fromkeys((config.data.url, *config.data.mix_with), MANIFEST_PATH)
-    known_files |= dict.fromkeys(config.transfer.teachers, CARD_FILE)
-    remote = {url: file for url, file in known_files.items() if local_path(url) is None}
-    for url, file in remote.items():
-        if not exists(url, file):
-            with suppress(MissingObjectError):  # the workers know better what that means
-                read_bytes(url, file)  # says whether there is a bucket at all
-    return {k: v for k, v in os.environ.items() if remote and k.startswith(_STORE_VARIABLES)}
-
-
-def _ray_storage(output: str) -> str:
-    """Where Ray keeps its own files of a run.
-
-    Raises:
-        ConfigError: Ray reads its own way from stores, and not from this one.
-    """
+def _check_store(output: str) -> None:
+    """Raise a ConfigError if Ray, which reads its own way from stores, cannot use this one."""
     if local_path(output) is None and not output.startswith(("s3://", "gs://")):
         raise ConfigError(
             f"output={output!r}: with Ray, a run folder is on a disk that all workers see, or at "
             "s3:// or gs://. Use one of these, or launch.launcher=local or torchrun."
         )
-    return f"{output}/ray"
 
 
-def connect(variables: dict[str, str]) -> None:
-    """Join or start Ray, quietly; does nothing when this process already has.
+def _fit(trainer: TorchTrainer, config: RunConfig) -> RunResult | Exception:
+    """Run the workers to their end, in another thread: signals are for this one.
 
-    Args:
-        variables: for the environment of everything that this process starts there.
-
-    Raises:
-        ConfigError: nothing answers at RAY_ADDRESS (Ray itself would try for minutes).
+    Ray's own answer to Ctrl-C, which it gives in a main thread only, ends workers without a
+    checkpoint.
     """
-    if ray.is_initialized():
-        return
-    address = os.environ.get("RAY_ADDRESS", "")
-    host, _, port = address.rpartition(":")
-    if host and port.isdecimal() and "://" not in address:
+    ends: queue.SimpleQueue[RunResult | Exception] = queue.SimpleQueue()
+
+    def fit() -> None:
         try:
-            socket.create_connection((host, int(port)), timeout=10).close()
-        except OSError as error:
-            raise ConfigError(
-                f"No Ray cluster answers at RAY_ADDRESS={address} ({error}): start it, correct the "
-                "address, or unset RAY_ADDRESS to use or start one on this machine."
-            ) from None
-    ray.init(
-        log_to_driver=False,
-        logging_level=logging.WARNING,
-        runtime_env={"env_vars": variables},
-    )
+            ends.put(trainer.fit().return_value)
+        except TrainingFailedError as error:
+            lost = WorkerLostError(explain(error, config))
+            lost.__cause__ = error
+            ends.put(lost)
+        except Exception as error:  # nothing is hidden: the caller raises it
+            ends.put(error)
+
+    thread = threading.Thread(target=fit, daemon=True)
+    with _signals(config.output) as asked:
+        thread.start()
+        written = 0.0
+        while thread.is_alive():
+            thread.join(_LOOK_SECONDS)
+            # A worker group that is just being started takes the file for an old one.
+            if asked and time.monotonic() - written > _REPEAT_STOP_SECONDS:
+                written = time.monotonic()
+                _ask_to_stop(config.output, asked[0])
+    if asked:
+        with suppress(StorageError):  # the next start removes it, too
+            delete(config.output, STOP_FILE)
+    return ends.get_nowait()
+
+
+@contextmanager
+def _signals(run: str) -> Iterator[list[str]]:
+    """Yield a list that names the first SIGTERM or Ctrl-C when it comes; another one acts at once.
+
+    In another than the main thread, which hears no signals, it stays empty.
+    """
+    asked: list[str] = []
+    heard_at: list[float] = []
+    before: dict[int, Any] = {}
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def hear(number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if not asked:
+            asked.append(signal.Signals(number).name)
+            heard_at.append(now)
+            name = PurePosixPath(run).name
+            log.warning("%s: %s: stops after a checkpoint; once more ends it now", name, asked[0])
+        elif now - heard_at[0] > _SAME_SECONDS:
+            restore()
+            signal.raise_signal(number)
+
+    if threading.current_thread() is threading.main_thread():
+        before |= {n: signal.signal(n, hear) for n in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield asked
+    finally:
+        restore()
+
+
+def _ask_to_stop(run: str, reason: str) -> None:
+    try:
+        if not exists(run, STOP_FILE):
+            write_text(run, STOP_FILE, f"{reason}\n")
+    except (WriteError, StorageError) as error:
+        log.warning("cannot ask the workers to stop: %s", error)
+
+
+# In the workers
 
 
 def train_worker(settings: dict[str, Any]) -> RunResult | Exception:
@@ -166,6 +226,10 @@ def train_worker(settings: dict[str, Any]) -> RunResult | Exception:
 
     An error that would only repeat is returned, not raised, so that Ray does not restart for it.
     A store that was out of reach may be back, and a damaged copy of a shard is one rank's alone.
+
+    Args:
+        settings: the run's `config` as plain values, the `token` in the run folder, and `folders`
+            on disks that a file shows to be there, as who started the run sees them.
     """
     context = ray.train.get_context()
     ranks = Ranks(
@@ -174,80 +238,88 @@ def train_worker(settings: dict[str, Any]) -> RunResult | Exception:
         local_rank=context.get_local_rank(),
         local_world_size=context.get_local_world_size(),
     )
-    config = from_dict(settings)
+    config = from_dict(settings["config"])
+    collectives = Collectives(ranks)
+    notice = _PreemptionNotice(ranks.rank)
     try:
-        return train(config, Collectives(ranks), ray.train.torch.get_device())
+        collectives.on_all(
+            lambda: _check_folders(config.output, settings["token"], settings["folders"])
+        )
+        return train(
+            config,
+            collectives,
+            ray.train.torch.get_device(),
+            notice=notice,
+            is_locked=True,
+        )
     except MissingObjectError as error:
         return error
     except (ShardError, StorageError):
         raise
     except _PERMANENT as error:
         return error
+    except RuntimeError:
+        notice.wait_for_loss()
+        raise
 
 
-def wants_gpu(settings: LaunchConfig) -> bool:
-    """Whether workers take a GPU each, on the cluster as it is."""
-    if settings.device != "auto":
-        return settings.device == "cuda"
-    return any(node.get("GPU", 0) >= 1 for node in _nodes())
+def _check_folders(run: str, token: str, folders: Mapping[str, str]) -> None:
+    """Make sure that this node sees the disks that the node of the command sees.
 
-
-def _nodes() -> list[dict[str, float]]:
-    """Resources of each node that is alive."""
-    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
-
-
-def _scaling(config: RunConfig) -> ScalingConfig:
-    """How many workers, each on how many CPUs, so that they fit on the nodes as they are."""
-    nodes, use_gpu = _nodes(), wants_gpu(config.launch)
-    kind = "GPU" if use_gpu else "CPU"
-    places = [int(node[kind]) for node in nodes if node.get(kind, 0) >= 1]
-    have = sum(places)
-    default = have if use_gpu else min(2, have)
-    num_workers, _ = config.scale.worker_range or (default, default)
-    if not 1 <= num_workers <= have:
-        raise ConfigError(
-            f"{num_workers or 'The'} workers need one {kind} each, but this Ray cluster has "
-            f"{have}. Set scale.num_workers to at most {have}, or add nodes."
-        )
-    return ScalingConfig(
-        num_workers=num_workers,
-        use_gpu=use_gpu,
-        resources_per_worker={
-            "CPU": cpus_per_worker(
-                [int(node.get("CPU", 0)) for node in nodes if node.get(kind, 0) >= 1],
-                places,
-                num_workers,
-            ),
-            **({"GPU": 1} if use_gpu else {}),
-        },
-    )
-
-
-def cpus_per_worker(cpus: Sequence[int], places: Sequence[int], num_workers: int) -> int:
-    """The most CPUs that each of `num_workers` workers can have on nodes with so many CPUs.
-
-    Args:
-        cpus: CPUs of each node that can hold workers.
-        places: workers that each of these nodes can hold (its GPUs, or its CPUs).
-        num_workers: at most the sum of `places`.
+    Raises:
+        ConfigError: it does not; names node and folder.
     """
-    for share in range(max(cpus), 1, -1):
-        fitting = sum(min(place, cpu // share) for cpu, place in zip(cpus, places, strict=True))
-        if fitting >= num_workers:
-            return share
-    return 1
-
-
-def _explain(error: TrainingFailedError, config: RunConfig) -> str:
-    reasons = [str(error)]
-    if isinstance(error, WorkerGroupError):
-        reasons = [
-            f"rank {rank}: {type(failure).__name__}: {failure}"
-            for rank, failure in error.worker_failures.items()
-        ]
-    return (
-        f"{config.output}: the workers failed and launch.max_failures={config.launch.max_failures} "
-        f"restarts did not help. {' | '.join(reasons)} The newest checkpoint is whole: the same "
-        "command continues from it."
+    is_seen = exists(run, _TOKEN_FILE) and read_text(run, _TOKEN_FILE) == token
+    missing = [folder for folder, file in folders.items() if not exists(folder, file)]
+    if is_seen and not missing:
+        return
+    lacks = missing[0] if is_seen else f"the run folder {run}"
+    raise ConfigError(
+        f"Node {ray.util.get_node_ip_address()} does not see {lacks} as the node does where the "
+        "command runs. Put it on a disk that all nodes have under that path (NFS), or in a store "
+        "such as s3://bucket/name."
     )
+
+
+class _PreemptionNotice:
+    """Says once, after some step, that nodes of this run will be taken away.
+
+    Ray tells it in a call that waits for all workers, so another thread makes it, every second.
+    Only rank 0 tells it on.
+    """
+
+    def __init__(self, rank: int) -> None:
+        self._news: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self._is_main = rank == 0
+        self._deadline: float | None = None
+        threading.Thread(target=self._listen, daemon=True).start()
+
+    def __call__(self) -> str | None:
+        return None if self._news.empty() else self._news.get()
+
+    def wait_for_loss(self) -> None:
+        """After a failed exchange: if a node was about to be taken away, let Ray find that out.
+
+        Otherwise it would count what was announced as a failure of the run.
+        """
+        if self._deadline is not None:
+            left = self._deadline + _SETTLE_SECONDS - time.time()
+            time.sleep(min(max(left, 0), _MOST_SECONDS))
+
+    def _listen(self) -> None:
+        known = None
+        with suppress(RayError):  # the worker group is being ended
+            while True:
+                info = ray.train.get_preemption_info()
+                if info is not None and info != known:
+                    self._deadline = (info.deadline_ms or 1000 * time.time()) / 1000
+                    if self._is_main:
+                        self._news.put(_told_preemption(info.preempted_ranks, info.deadline_ms))
+                known = info
+                time.sleep(_NOTICE_SECONDS)
+
+
+def _told_preemption(ranks: list[int], deadline_ms: int | None) -> str:
+    who = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))}"
+    when = "soon" if deadline_ms is None else f"in {deadline_ms / 1000 - time.time():.0f} s"
+    return f"the node of {who} will be taken away {when}"

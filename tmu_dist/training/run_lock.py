@@ -1,15 +1,19 @@
 """One process at a time trains in a run folder.
 
-On a disk that is the operating system's lock, which dies with its holder. A store has no locks:
+On a disk that is the operating system's lock, which dies with its holder. (Linux passes it on to
+NFS servers; one that lost a client keeps its locks for its lease time, often 90 s, and a mount with
+`nolock` or `local_lock=flock` locks out processes of the same machine only.) A store has no locks:
 there the holder keeps a lease, an object that it rewrites every few seconds. A lease that stands
 still was left by a dead process, and so was one of a process of this machine that is gone. Who
 finds no lease, or a dead one, writes its own, waits a moment, and holds the run if the lease is
 still its own then: of several that try at once, the last one to write.
 
-The lease needs no clock in common and no conditional writes, which not every store has. It is no
-proof: a process that stops for longer than the moment between two requests, and then goes on, may
-find that another one has taken over. So it asks (`RunLock.check`) before it writes a checkpoint;
-until then, its log may have replaced the other one's.
+The lease needs no clock in common and no conditional writes, which not every store has. Neither it
+nor the lock is proof: a process that was stopped or cut off, and then goes on, may find that
+another one has taken over, and workers outlive the launcher that held the lock. So whoever is to
+write puts a token of its own into the folder (`claim_run`) before it reads what is there, and looks
+for it (`RunLock.check`) before it changes anything that readers rely on. What is left to chance is
+the moment between that look and one rename, or one object.
 """
 
 from __future__ import annotations
@@ -33,11 +37,14 @@ from tmu_dist.data.storage import (
     read_bytes,
     write_bytes,
 )
+from tmu_dist.folders import write_text
 from tmu_dist.training.checkpoint import ResumeError
 
 log = logging.getLogger(__name__)
 
 LEASE_FILE = "lease.json"
+LOCK_FILE = ".lock"
+OWNER_FILE = "owner.json"
 _BEAT_SECONDS = 5.0
 _DEAD_AFTER_SECONDS = 40.0
 """Longer than a beat whose requests are retried through a short outage."""
@@ -46,14 +53,14 @@ _LOOK_SECONDS = 0.5
 
 
 class RunLock(Protocol):
-    """The right to train in a run folder."""
+    """The right to write a run."""
 
     def check(self) -> None:
         """Make sure that nobody has taken over.
 
         Raises:
             ResumeError: another process has.
-            StorageError: the store cannot be reached.
+            StorageError: the folder cannot be read.
         """
         ...
 
@@ -63,55 +70,97 @@ class RunLock(Protocol):
 
 
 def claim_run(run: str) -> RunLock:
-    """Take a run over from workers of an earlier start, whose launcher holds its lock now.
+    """Take a run over from workers of an earlier start; the launcher holds its lock.
 
     Raises:
-        StorageError: the store cannot be reached.
+        WriteError, StorageError: the run folder cannot be written.
     """
-    raise NotImplementedError
+    return _Claim(run)
 
 
 def lock_run(run: str, *, patience_seconds: float = 10.0) -> RunLock:
     """Make this process the only one that trains in a run folder, until the lock is closed.
 
-    A process that was just killed, or is about to end, gets a moment to let go.
+    Args:
+        run: the run folder.
+        patience_seconds: how long to wait for one that is alive: it may have been told to end, or
+            its death may not have been noticed yet.
 
     Raises:
         ResumeError: another process is training there.
-        StorageError: the store cannot be reached.
+        WriteError, StorageError: the run folder cannot be written.
     """
     folder = local_path(run)
-    return _Lease(run, patience_seconds) if folder is None else _FileLock(folder, patience_seconds)
+    keeper = _Lease(run, patience_seconds) if folder is None else _Lock(folder, patience_seconds)
+    try:
+        return _Claim(run, keeper)
+    except BaseException:
+        keeper.close()
+        raise
 
 
-def _busy(run: str | Path, holder: str = "Another process") -> ResumeError:
-    return ResumeError(
-        f"{holder} is training in {run}: wait for it, or use another `output` folder."
-    )
+class _Claim:
+    """A token that the next one to claim the run replaces; see the module's docstring."""
+
+    def __init__(self, run: str, keeper: _Lock | _Lease | None = None) -> None:
+        self._run = run
+        self._keeper = keeper
+        self._own = {"token": secrets.token_hex(8), **_this_process()}
+        write_text(run, OWNER_FILE, json.dumps(self._own) + "\n")
+
+    def check(self) -> None:
+        try:
+            owner = json.loads(read_bytes(self._run, OWNER_FILE))
+        except MissingObjectError:
+            raise ResumeError(
+                f"{self._run} is no longer there, or not whole: {OWNER_FILE} has been removed. "
+                "This process stops here and writes nothing more."
+            ) from None
+        if owner["token"] != self._own["token"]:
+            raise ResumeError(
+                f"{_name(owner)} has taken over {self._run}. This one stops here and leaves the "
+                "run to the other one."
+            )
+
+    def close(self) -> None:
+        """Leave the token: it says whose the newest checkpoint is."""
+        if self._keeper is not None:
+            self._keeper.close()
 
 
-class _FileLock:
-    """A lock of the operating system."""
+class _Lock:
+    """A lock of the operating system, on a file that says who holds it."""
 
     def __init__(self, run: Path, patience_seconds: float) -> None:
         run.mkdir(parents=True, exist_ok=True)
-        self._file: IO[str] = (run / ".lock").open("w")
-        deadline = time.monotonic() + patience_seconds
+        self._file: IO[str] = (run / LOCK_FILE).open("a+")  # "w" would empty another one's
+        deadline, has_told = time.monotonic() + patience_seconds, False
         while True:
             try:
                 fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return
+                break
             except BlockingIOError:
+                holder = self._holder()
                 if time.monotonic() > deadline:
                     self._file.close()
-                    raise _busy(run) from None
-                time.sleep(0.2)
-
-    def check(self) -> None:
-        """Nobody can take over while the file is open."""
+                    raise _busy(run, holder) from None
+                if not has_told:
+                    _tell_waiting(run, holder, patience_seconds)
+                    has_told = True
+                time.sleep(_LOOK_SECONDS)
+        self._file.truncate(0)
+        self._file.write(json.dumps(_this_process()) + "\n")
+        self._file.flush()
 
     def close(self) -> None:
         self._file.close()
+
+    def _holder(self) -> str:
+        self._file.seek(0)
+        try:
+            return _name(json.loads(self._file.read()))
+        except json.JSONDecodeError:  # it has only just got the lock
+            return "Another process"
 
 
 class _Lease:
@@ -121,8 +170,7 @@ class _Lease:
         self._run = run
         self._own: dict[str, Any] = {
             "owner": secrets.token_hex(8),
-            "host": platform.node(),
-            "pid": os.getpid(),
+            **_this_process(),
             "pid_space": _pid_space(),
             "beat": 0,
             "is_free": False,
@@ -136,13 +184,6 @@ class _Lease:
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._beat, daemon=True)
         self._thread.start()
-
-    def check(self) -> None:
-        if not self._is_own():
-            raise ResumeError(
-                f"Another process has taken over {self._run}: this one was not heard of for "
-                f"{_DEAD_AFTER_SECONDS:.0f} s. It stops here and leaves the run to the other one."
-            )
 
     def close(self) -> None:
         self._closed.set()
@@ -162,7 +203,7 @@ class _Lease:
         started = since = time.monotonic()
         seen, has_moved = self._read(), False
         if seen is not None and not _has_ended(seen):
-            log.info("%s was left by %s: waiting to see if it lives", self._run, _holder(seen))
+            _tell_waiting(self._run, _name(seen), max(patience_seconds, _DEAD_AFTER_SECONDS))
         while (lease := self._read()) is not None and not _has_ended(lease):
             now = time.monotonic()
             if lease != seen:
@@ -170,17 +211,17 @@ class _Lease:
             elif now - since > _DEAD_AFTER_SECONDS:
                 return
             if has_moved and now - started > patience_seconds:
-                raise _busy(self._run, _holder(lease))
+                raise _busy(self._run, _name(lease))
             time.sleep(_LOOK_SECONDS)
 
     def _beat(self) -> None:
         while not self._closed.wait(_BEAT_SECONDS):
             try:
                 if not self._is_own():
-                    return  # `check` tells
+                    return  # the claim tells
                 self._own["beat"] += 1
                 self._write()
-            except StorageError as error:  # an outage stops everybody; `check` tells who is left
+            except StorageError as error:  # an outage stops everybody; the claim tells who is left
                 log.debug("%s", error)
 
     def _is_own(self) -> bool:
@@ -199,8 +240,22 @@ class _Lease:
         write_bytes(self._run, LEASE_FILE, json.dumps(self._own).encode())
 
 
-def _holder(lease: dict[str, Any]) -> str:
-    return f"Process {lease['pid']} on {lease['host']}"
+def _busy(run: str | Path, holder: str) -> ResumeError:
+    return ResumeError(
+        f"{holder} is training in {run}: wait for it, or use another `output` folder."
+    )
+
+
+def _tell_waiting(run: str | Path, holder: str, seconds: float) -> None:
+    log.info("%s holds %s: waiting up to %.0f s for it to end", holder, run, seconds)
+
+
+def _this_process() -> dict[str, Any]:
+    return {"host": platform.node(), "pid": os.getpid()}
+
+
+def _name(process: dict[str, Any]) -> str:
+    return f"Process {process['pid']} on {process['host']}"
 
 
 def _has_ended(lease: dict[str, Any]) -> bool:

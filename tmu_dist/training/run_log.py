@@ -4,36 +4,45 @@
 cuts off whatever was logged after its checkpoint, so that every step stands there once.
 
 Objects of a store cannot grow, so the log of a run in a store is written to a local folder and
-copied whole: every few seconds, before every checkpoint, and at the end.
+copied whole: every few seconds, before every checkpoint, and at the end. On a disk a later start
+puts a new file in the old one's place, so what a process of an earlier one still has open is no
+longer the log.
 """
 
 from __future__ import annotations
 
 import json
+import logging
+import os
 import platform
 import shlex
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from torch.utils.tensorboard.writer import SummaryWriter
-
 from tmu_dist.data.storage import MissingObjectError, local_path, read_bytes
+from tmu_dist.files import WriteError
 from tmu_dist.folders import PUBLISH_SECONDS, Mirror, write_text
 from tmu_dist.run_folder import LOG_FILE, PROVENANCE_FILE, Event, read_log
+
+log = logging.getLogger(__name__)
 
 
 class RunLog:
     """Appends events to log.jsonl and TensorBoard and shows them to a listener.
 
+    A disk that is full for a while loses no line: it is written with the next one.
+
     Args:
         run: the run folder.
         resume_step: events after this step are cut off (0 starts an empty log).
         listener: called with every event, such as a progress display.
+        before_put: called before a file of a store is replaced; what it raises forbids it.
 
     Raises:
         WriteError, StorageError: the run folder cannot be written.
@@ -45,20 +54,19 @@ class RunLog:
         *,
         resume_step: int,
         listener: Callable[[Event], None] | None = None,
+        before_put: Callable[[], None] = lambda: None,
     ) -> None:
         kept = [e for e in read_log(run) if e["step"] <= resume_step] if resume_step else []
         folder = local_path(str(run))
         self._mirror = None
         if folder is None:
-            self._mirror = Mirror(str(run))
+            self._mirror = Mirror(str(run), before_put)
             folder = self._mirror.folder
         write_text(str(folder), LOG_FILE, "".join(json.dumps(event) + "\n" for event in kept))
-        self._file = (folder / LOG_FILE).open("a", buffering=1)
-        self._board = SummaryWriter(
-            str(folder / "tensorboard"),
-            purge_step=resume_step + 1,
-            flush_secs=int(PUBLISH_SECONDS),
-        )
+        self._file = (folder / LOG_FILE).open("ab", buffering=0)
+        self._unwritten = b""
+        self._one_at_a_time = threading.Lock()  # checkpoints are written by another thread
+        self._board = _Board(folder / "tensorboard", first_step=resume_step + 1)
         self._listener = listener
         if self._mirror is not None:
             self._mirror.publish()
@@ -67,20 +75,32 @@ class RunLog:
     def write(self, event: str, step: int, **values: Any) -> None:
         """Log one event; numbers also go to TensorBoard as `event/name`."""
         record: Event = {"event": event, "step": step, **values}
-        self._file.write(json.dumps(record) + "\n")
+        try:
+            self._append(json.dumps(record).encode() + b"\n")
+        except OSError as error:
+            log.warning("%s waits to be written: %s", self._file.name, error)
         for name, number in _numbers(values):
-            self._board.add_scalar(f"{event}/{name}", number, step)
+            self._board.draw(f"{event}/{name}", number, step)
         if self._listener is not None:
             self._listener(record)
 
     def flush(self) -> None:
-        """Return when everything logged so far lies in the run folder.
+        """Return when everything logged so far lies in the run folder for good.
 
         Raises:
+            WriteError: the disk does not take it.
             StorageError: the store does not take it.
+            Whatever `before_put` raises.
         """
-        self._board.flush()
+        try:
+            self._append(b"")
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise WriteError(
+                f"Could not write {self._file.name}: {error.strerror or error}. Free space there."
+            ) from error
         if self._mirror is not None:
+            self._board.flush()
             self._mirror.publish()
 
     def close(self) -> None:
@@ -89,6 +109,43 @@ class RunLog:
         self._board.close()
         if self._mirror is not None:
             self._mirror.close()
+
+    def _append(self, content: bytes) -> None:
+        with self._one_at_a_time:
+            self._unwritten += content
+            while self._unwritten:
+                self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
+
+
+class _Board:
+    """TensorBoard's copy of the numbers, which a full disk ends until the next start."""
+
+    def __init__(self, folder: Path, *, first_step: int) -> None:
+        # Imported here: it takes a second, and of all ranks only the first one logs.
+        from torch.utils.tensorboard.writer import SummaryWriter
+
+        self._writer = SummaryWriter(
+            str(folder), purge_step=first_step, flush_secs=int(PUBLISH_SECONDS)
+        )
+        self._is_broken = False
+
+    def draw(self, name: str, number: float, step: int) -> None:
+        self._unless_broken(lambda: self._writer.add_scalar(name, number, step))
+
+    def flush(self) -> None:
+        self._unless_broken(self._writer.flush)
+
+    def close(self) -> None:
+        self._unless_broken(self._writer.close)
+
+    def _unless_broken(self, action: Callable[[], None]) -> None:
+        if self._is_broken:
+            return
+        try:
+            action()
+        except OSError as error:
+            self._is_broken = True
+            log.warning("TensorBoard gets no more numbers until the next start: %s", error)
 
 
 def write_provenance(run: str, **facts: Any) -> None:

@@ -96,7 +96,8 @@ class TrainingStep:
             self.optimizer.zero_grad(set_to_none=True)
             for number, part in enumerate(parts, start=1):
                 if (next_part := next(next_parts, None)) is not None:
-                    self.method.announce(next_part)
+                    with self.autocast():
+                        self.method.announce(next_part)
                 with nullcontext() if number == len(parts) else self._without_exchange():
                     for name, value in self.backward(part, scale).items():
                         sums[name] = sums.get(name, 0.0) + value

@@ -3,40 +3,72 @@
 SIGTERM, or a file named `stop` in the run folder, ends a run after the step at hand and a
 checkpoint. SIGUSR1, or a notice that this node will be taken away, asks for a checkpoint at once;
 the run goes on. Ranks agree on what they heard, so that all of them act after the same step.
+
+Nobody waits for that: what ranks heard is exchanged while the next step runs, and looked at after
+it. Once there is something, they also tell each other why.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
 
 from tmu_dist.collectives import Collectives
+from tmu_dist.data.storage import StorageError, delete, exists, join_url, local_path
 
 STOP_FILE = "stop"
 """Whoever puts it into a run folder ends the run; the next start removes it."""
 
+_LOOK_SECONDS = 2.0
+_LOOK_STORE_SECONDS = 10.0
+_SAME_SECONDS = 2.0
+"""A second SIGTERM within this time is the first one, passed on by a launcher that got it, too."""
+
+
+Kind = Literal["save", "stop"]
+
 
 class RunStoppedError(RuntimeError):
     """The run was asked to stop, and did, after a checkpoint."""
+
+    exit_code = 143
+    """Of a command: what shells and schedulers show of a process that SIGTERM ended (128 + 15)."""
 
 
 @dataclass(frozen=True)
 class Request:
     """What some rank was asked for."""
 
-    kind: Literal["save", "stop"]
+    kind: Kind
     reason: str
 
 
 class Requests:
     """What the ranks of a run are asked for from outside.
 
+    Every rank makes one at once. Where this is the main thread, it handles SIGTERM and SIGUSR1
+    until it is closed; a second SIGTERM, seconds later, ends the process as it would without.
+
     Args:
-        run: the run folder.
+        run: the run folder. Rank 0 looks for the stop file; on NFS it may take a minute to see one
+            of another machine.
         collectives: the ranks.
         notice: called on every rank after every step; says why a checkpoint should be written
-            soon, if it should. May use collectives of its own.
+            soon, if it should. May use collectives of its own. While it says the same, that is one
+            notice.
+
+    Raises:
+        StorageError: the stop file of an earlier start cannot be removed.
     """
 
     def __init__(
@@ -47,14 +79,92 @@ class Requests:
     ) -> None:
         self._run = run
         self._collectives = collectives
-        self._notice = notice
+        self._notice = notice or (lambda: None)
+        self._noticed: set[str] = set()
+        self._wanted: dict[Kind, str] = {}
+        """Reasons that other ranks were not told yet."""
+        self._told: dict[Kind, str] = {}
+        self._exchange: tuple[dist.Work, Tensor] | None = None
+        self._sigterm_at: float | None = None
+        self._handlers: dict[int, Any] = {}
+        self._closed = threading.Event()
+        collectives.on_main(self._remove_stop_file)
+        if collectives.ranks.is_main:
+            threading.Thread(target=self._look_for_file, name="stop-file", daemon=True).start()
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in (
+                (signal.SIGTERM, self._on_sigterm),
+                (signal.SIGUSR1, self._on_sigusr1),
+            ):
+                self._handlers[number] = signal.signal(number, handler)
 
     def heard(self) -> Request | None:
         """What any rank was asked for before its last step; the same on every rank.
 
-        Every rank calls this after every step.
+        Every rank calls this after every step. What came before one checkpoint asks for one.
         """
-        return None
+        if (notice := self._notice()) is not None and notice not in self._noticed:
+            self._noticed.add(notice)
+            self._wanted["save"] = notice
+        if self._collectives.ranks.world_size == 1:
+            return _strongest([self._take_wanted()])
+        request = self._agreed()
+        if request is not None:
+            self._noticed.add(request.reason)
+            self._wanted.pop("save", None)  # the checkpoint that comes now answers it
+        self._told = self._take_wanted()
+        level = torch.tensor([2 if "stop" in self._told else len(self._told)])
+        work = dist.all_reduce(level, op=dist.ReduceOp.MAX, async_op=True)
+        assert work is not None  # only ranks outside the group get none
+        self._exchange = work, level
+        return request
 
     def close(self) -> None:
         """Leave signals as they were found."""
+        self._closed.set()
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler or signal.SIG_DFL)
+
+    def _agreed(self) -> Request | None:
+        """What the ranks told each other one step ago."""
+        if self._exchange is None:
+            return None
+        work, level = self._exchange
+        work.wait()
+        return _strongest(self._collectives.all_gather_objects(self._told)) if level else None
+
+    def _take_wanted(self) -> dict[Kind, str]:
+        taken = dict(self._wanted)
+        for kind in taken:  # what a signal or thread adds meanwhile stays for the next time
+            del self._wanted[kind]
+        return taken
+
+    def _on_sigterm(self, *_: object) -> None:
+        now = time.monotonic()
+        if self._sigterm_at is None:
+            self._sigterm_at = now
+            self._wanted["stop"] = "SIGTERM"
+        elif now - self._sigterm_at > _SAME_SECONDS:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def _on_sigusr1(self, *_: object) -> None:
+        self._wanted["save"] = "SIGUSR1"
+
+    def _remove_stop_file(self) -> None:
+        if exists(self._run, STOP_FILE):
+            delete(self._run, STOP_FILE)
+
+    def _look_for_file(self) -> None:
+        pause = _LOOK_STORE_SECONDS if local_path(self._run) is None else _LOOK_SECONDS
+        while not self._closed.wait(pause):
+            with suppress(StorageError):  # out of reach: no request
+                if exists(self._run, STOP_FILE):
+                    self._wanted["stop"] = join_url(self._run, STOP_FILE)
+                    return
+
+
+def _strongest(by_rank: Sequence[dict[Kind, str]]) -> Request | None:
+    """Of what ranks were asked for; None if nothing."""
+    kinds: tuple[Kind, Kind] = ("stop", "save")
+    return next((Request(k, each[k]) for k in kinds for each in by_rank if k in each), None)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -17,7 +18,8 @@ from tmu_dist.config import ModelConfig
 from tmu_dist.models.cells.base import FrameLoss
 from tmu_dist.models.rollout import Predictor, Rollout
 from tmu_dist.models.shapes import FrameShape
-from tmu_dist.teachers.bank import TeacherBank, Teaching
+from tmu_dist.teachers.ahead import TeachingAhead
+from tmu_dist.teachers.bank import SampleKey, TeacherBank, Teaching
 from tmu_dist.teachers.card import TeacherCard
 
 Reduction = Literal["mean", "sum"]
@@ -82,6 +84,10 @@ class TrainingBatch:
     """Standard normal numbers of a stochastic student and its teachers."""
     step: int = 0
     """The iteration, from 1, for weights and schedules that depend on it."""
+    sample_ids_B: Tensor | None = None
+    """Which sequences these are, on the CPU (`data.loader.Batch`); None: nobody asks."""
+    is_backwards: bool = False
+    """Whether time is reversed."""
     share: float = 1.0
     """Part of this rank's batch that this is, where gradients are accumulated over several: what
     terms count that are not of sequences, such as penalties on weights."""
@@ -100,6 +106,7 @@ class TrainingBatch:
             sampling_mask_BT=self.sampling_mask_BT[rows],
             weights_B=weights_B,
             noise_BTZ=part(self.noise_BTZ),
+            sample_ids_B=part(self.sample_ids_B),
             share=self.share * len(weights_B) / len(self.weights_B),
         )
 
@@ -107,7 +114,9 @@ class TrainingBatch:
         """The same on a device."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         moved: dict[str, Any] = {
-            name: value.to(device) for name, value in values.items() if isinstance(value, Tensor)
+            name: value.to(device)
+            for name, value in values.items()
+            if isinstance(value, Tensor) and name != "sample_ids_B"
         }
         return replace(self, **moved)
 
@@ -118,6 +127,7 @@ class TrainingBatch:
             self,
             frames_BTCHW=self.frames_BTCHW.flip(1),
             observed_BTCHW=None if observed is None else observed.flip(1),
+            is_backwards=not self.is_backwards,
         )
 
     @property
@@ -252,26 +262,45 @@ class TaughtMethod(TransferMethod):
         super().__init__(task)
         self.bank = bank
         self.teacher_input = teacher_input
+        self.ahead: TeachingAhead | None = None
+        """Where teachers begin with announced batches; None: they wait until they are asked."""
+
+    @abstractmethod
+    def teaches_at(self, batch: TrainingBatch) -> bool:
+        """Whether `loss` asks the teachers about this batch."""
+
+    def announce(self, batch: TrainingBatch) -> None:
+        """Let teachers begin, unless they need the student's rollout."""
+        needs_rollout = self.teacher_input == "student"
+        if self.ahead is not None and not needs_rollout and self.teaches_at(batch):
+            self.ahead.begin(batch, partial(self._ask, batch, batch.frames_BTCHW))
 
     def teach(self, batch: TrainingBatch, rollout: Rollout | None = None) -> tuple[Teaching, ...]:
-        """What the teachers make of a batch.
+        """What the teachers make of a batch, if they have not begun with it, from now on.
 
         Args:
             batch: what the student sees.
             rollout: the student's, which teachers that read its inputs need.
         """
-        frames, mask = batch.frames_BTCHW, batch.sampling_mask_BT
+        frames_BTCHW = batch.frames_BTCHW
         if self.teacher_input == "student":
             assert rollout is not None
-            frames = torch.cat([rollout.inputs_BTCHW.detach(), frames[:, -1:]], dim=1)
+            read = rollout.inputs_BTCHW.detach()
+            return self._ask(batch, torch.cat([read, frames_BTCHW[:, -1:]], dim=1))
+        ask = partial(self._ask, batch, frames_BTCHW)
+        return ask() if self.ahead is None else self.ahead.take(batch, ask)
+
+    def _ask(self, batch: TrainingBatch, frames_BTCHW: Tensor) -> tuple[Teaching, ...]:
+        mask, ids_B = batch.sampling_mask_BT, batch.sample_ids_B
         if self.teacher_input != "own":
             mask = torch.ones_like(mask)
         return self.bank.teach(
-            frames,
+            frames_BTCHW,
             num_input_frames=self.task.num_input_frames,
             num_frames=batch.frames_BTCHW.shape[1],
             sampling_mask_BT=mask,
             noise_BTZ=batch.noise_BTZ,
+            key=None if ids_B is None else SampleKey(ids_B, batch.is_backwards),
         )
 
 

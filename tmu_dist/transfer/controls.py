@@ -14,7 +14,8 @@ from torch import Tensor
 
 from tmu_dist.draws import keyed_hash
 from tmu_dist.teachers.adapter import TeacherPlan
-from tmu_dist.teachers.bank import TeacherBank, Teaching
+from tmu_dist.teachers.bank import SampleKey, TeacherBank, Teaching
+from tmu_dist.teachers.card import TeacherCard
 from tmu_dist.teachers.store import WEIGHTS_FILE, LoadedModel, build_network, model_files
 
 _WEIGHTS = 0x3E16
@@ -52,6 +53,7 @@ class ShuffledBank:
         num_frames: int,
         sampling_mask_BT: Tensor,
         noise_BTZ: Tensor | None = None,
+        key: SampleKey | None = None,
     ) -> tuple[Teaching, ...]:
         """As `TeacherBank.teach`, with partners' places exchanged.
 
@@ -62,7 +64,8 @@ class ShuffledBank:
         if size % 2:
             raise ValueError(
                 f"transfer.control=shuffled exchanges sequences in pairs, and this rank has {size} "
-                "of them: choose training.batch_size so that training.batch_size / ranks is even."
+                "of them: choose training.batch_size so that training.batch_size / ranks is even, "
+                "and an even scale.sequences_at_once, if any."
             )
         teachings = self._bank.teach(
             frames_BTCHW,
@@ -70,20 +73,22 @@ class ShuffledBank:
             num_frames=num_frames,
             sampling_mask_BT=sampling_mask_BT,
             noise_BTZ=noise_BTZ,
+            key=key,
         )
         return tuple(_exchanged(taught) for taught in teachings)
 
 
-def with_random_weights(loaded: LoadedModel, *, seed: int, number: int) -> LoadedModel:
+def with_random_weights(
+    card: TeacherCard, *, seed: int, number: int, device: torch.device | str = "cpu"
+) -> LoadedModel:
     """A teacher's network before any training: the same architecture, other weights.
 
     Args:
-        loaded: the teacher.
+        card: of the teacher, whose own weights are not looked at.
         seed: of the run.
         number: of the teacher in it; torch's generators are left alone.
+        device: where the network is to be; it is drawn on the CPU.
     """
-    card = loaded.card
-    device = next(loaded.model.parameters()).device
     key = keyed_hash(np.array([number]), _WEIGHTS, seed)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(int(key[0]))
@@ -94,7 +99,7 @@ def with_random_weights(loaded: LoadedModel, *, seed: int, number: int) -> Loade
         step=0,
         scores={},
         origin="",
-        weights_sha256=hashlib.sha256(model_files(model, card)[WEIGHTS_FILE]).hexdigest(),
+        weights_sha256=hashlib.sha256(model_files(model.state_dict(), card)[WEIGHTS_FILE]).hexdigest(),
     )
     return LoadedModel(model.to(device).eval().requires_grad_(False), untrained)
 

@@ -88,9 +88,12 @@ class Distillation(TaughtMethod):
     def loss(self, forward: Forward, batch: TrainingBatch) -> LossTerms:
         rollout = self.unroll(forward, batch)
         terms = self.own_terms(rollout, batch)
-        if not (self.settings.features or self.settings.responses):
+        if not self.teaches_at(batch):
             return terms
         return terms.with_terms(self._taught(rollout, self.teach(batch, rollout), batch))
+
+    def teaches_at(self, batch: TrainingBatch) -> bool:
+        return self.settings.features > 0 or self.settings.responses > 0
 
     def _taught(
         self, rollout: Rollout, teachings: Sequence[Teaching], batch: TrainingBatch

@@ -86,11 +86,11 @@ class KnowledgeFlow(TaughtMethod):
         return {"flows.mixtures.*": self.settings.mixture_rate}
 
     def loss(self, forward: Forward, batch: TrainingBatch) -> LossTerms:
-        if self._is_alone(batch):
-            rollout = self.unroll(forward, batch)
-        else:
+        if self.teaches_at(batch):
             compare = self.settings.consistency > 0
             rollout = self.unroll(forward, batch, teachings=self.teach(batch), compare=compare)
+        else:
+            rollout = self.unroll(forward, batch)
         terms = self.task.objective.terms(rollout, batch)
         if (dependence := rollout.objectives.get("dependence")) is not None:
             terms["independence"] = Term(batch.share * dependence, self._independence(batch.step))
@@ -99,8 +99,11 @@ class KnowledgeFlow(TaughtMethod):
             terms["consistency"] = Term(change, self.settings.consistency)
         return LossTerms(terms=terms, rollout=rollout)
 
+    def teaches_at(self, batch: TrainingBatch) -> bool:
+        return max(batch.step, 1) <= self.taught_steps
+
     def liveness(self, trainee: nn.Module, batch: TrainingBatch) -> Liveness | None:
-        if self._is_alone(batch) or not any_observed(batch, slice(1, None)):
+        if not self.teaches_at(batch) or not any_observed(batch, slice(1, None)):
             return None
         assert isinstance(trainee, FlowingStudent)
         rollout = self.unroll(trainee, batch, teachings=self.teach(batch))
@@ -122,9 +125,6 @@ class KnowledgeFlow(TaughtMethod):
             prediction_gradient_norm=predicted,
             own_shares=own_shares,
         )
-
-    def _is_alone(self, batch: TrainingBatch) -> bool:
-        return max(batch.step, 1) > self.taught_steps
 
     def _independence(self, step: int) -> float:
         """Weight of the dependence on teachers at an iteration."""

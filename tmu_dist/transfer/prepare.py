@@ -8,20 +8,29 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 
 from tmu_dist.collectives import RankGroup
 from tmu_dist.config import ConfigError, KLConfig, RunConfig, TrainingConfig, TransferConfig
-from tmu_dist.models.build import backbones_with_zigzag, skeleton
-from tmu_dist.models.layer import RecurrentLayer
+from tmu_dist.models.build import skeleton
 from tmu_dist.models.rollout import Predictor
 from tmu_dist.models.shapes import FrameShape
-from tmu_dist.teachers.adapter import StudentFacts, check_start, plan_teacher
-from tmu_dist.teachers.bank import FrozenTeacher, ReplicatedBank, TeacherBank, Wanted
+from tmu_dist.teachers.adapter import StudentFacts, check_start
+from tmu_dist.teachers.ahead import TeachingAhead
+from tmu_dist.teachers.bank import TeacherBank, Wanted
 from tmu_dist.teachers.card import DataFacts, TeacherCard, TeacherError
-from tmu_dist.teachers.store import LoadedModel, load_model
+from tmu_dist.teachers.placed import FrameCodec
+from tmu_dist.teachers.placement import Placement
+from tmu_dist.teachers.planned import (
+    LoadNetwork,
+    PlannedTeacher,
+    TeacherUse,
+    build_bank,
+    plan_use,
+)
+from tmu_dist.teachers.store import load_card, load_model
 from tmu_dist.transfer.art import AttentiveTransfer
 from tmu_dist.transfer.base import Objective, Task, TaughtMethod, TransferMethod, annealed
 from tmu_dist.transfer.controls import ShuffledBank, with_random_weights
@@ -42,6 +51,8 @@ class PreparedTransfer:
     teachers: tuple[TeacherCard, ...]
     resident_parameters: tuple[int, ...]
     """Frozen weights that stand beside the student during training alone, one number a teacher."""
+    placement: Placement | None = None
+    """Of those teachers; None: there are none."""
 
     def build_student(self) -> tuple[Predictor, StartReport | None]:
         """The student with its first weights (under torch's global seed), and where they are from.
@@ -64,49 +75,181 @@ def prepare_transfer(
     device: torch.device,
     group: RankGroup | None = None,
 ) -> PreparedTransfer:
-    """Load the teachers that a run names, check that they fit, and build its method.
+    """Compare the teachers that a run names, load those that this rank holds, build the method.
+
+    Every rank knows all teachers by their cards. No collectives are used.
+
+    Args:
+        config: of the run.
+        frame: of its archive.
+        data: of its archive.
+        device: of this rank.
+        group: the ranks that share teachers; None: this rank alone.
 
     Raises:
-        ConfigError: settings of the training that do not go with the backbone.
+        ConfigError: settings of the training that do not go with the backbone, or teachers that do
+            not fit into memory.
         TeacherError: a teacher is missing, damaged or does not fit.
     """
     transfer = config.transfer
     network = skeleton(frame, config.model)
     _check_training(config, network)
-    loaded = [load_model(source, device=device) for source in transfer.teachers]
     task = Task(
         frame=frame,
         model=config.model,
         objective=_objective(config.training, network),
         num_input_frames=config.window.num_input_frames,
     )
+    sources = _sources(config)
     start = None
     if transfer.starting_teacher is not None:
-        first = loaded[transfer.starting_teacher]
+        first = load_model(transfer.teachers[transfer.starting_teacher], device=device)
         start = Start(
             name=first.card.name,
             weights=first.model.state_dict(),
             unmatched=transfer.start.unmatched,
         )
     if transfer.method in ("finetune", "l2_sp"):
-        for each in loaded:
-            check_start(each.card, data, transfer.adapter)
-    if transfer.control == "random_weights":
-        loaded = [
-            with_random_weights(each, seed=config.training.seed, number=m)
-            for m, each in enumerate(loaded)
-        ]
-    student = StudentFacts(
-        frame=frame, memories=network.memory_shapes, data=data, taught=_taught_layers(transfer)
-    )
-    method = _make_method(config, task, loaded, student, start)
-    resident = method.bank.parameters_per_teacher if isinstance(method, TaughtMethod) else ()
+        for card, _ in sources:
+            check_start(card, data, transfer.adapter)
+    planned = _planned(config, sources, frame, data)
+    bank, placement = None, None
+    if transfer.runs_teachers_beside:
+        bank, placement = _bank(config, planned, data, device, group or RankGroup(range(1), 0))
+    method = _make_method(config, task, planned, bank, start, device)
+    if isinstance(method, TaughtMethod) and config.placement.ahead and device.type == "cuda":
+        method.ahead = TeachingAhead(device)
     return PreparedTransfer(
         method=method,
         start=start,
-        teachers=tuple(each.card for each in loaded),
-        resident_parameters=resident,
+        teachers=tuple(card for card, _ in sources),
+        resident_parameters=() if bank is None else bank.parameters_per_teacher,
+        placement=placement,
     )
+
+
+def planned_teachers(
+    config: RunConfig, frame: FrameShape, data: DataFacts
+) -> tuple[PlannedTeacher, ...]:
+    """The teachers that a run's method runs, without their weights; arguments as above.
+
+    Raises:
+        TeacherError: a teacher is missing or does not fit.
+    """
+    return _planned(config, _sources(config), frame, data)
+
+
+class _Source(NamedTuple):
+    """A teacher that a run names, with the weights that it is to have."""
+
+    card: TeacherCard
+    load: LoadNetwork
+
+
+def _sources(config: RunConfig) -> list[_Source]:
+    found = []
+    for number, address in enumerate(config.transfer.teachers):
+        card = load_card(address)
+        source = _Source(card, partial(_load, address, card))
+        if config.transfer.control == "random_weights":
+            source = _untrained(card, seed=config.training.seed, number=number)
+        found.append(source)
+    return found
+
+
+def _load(address: str, card: TeacherCard, device: torch.device) -> Predictor:
+    loaded = load_model(address, device=device)
+    if loaded.card != card:
+        raise TeacherError(
+            f"{address} changed while it was read: a run that is still trained offers other "
+            "weights from time to time. Start again, or name one of its model folders."
+        )
+    return loaded.model
+
+
+def _untrained(card: TeacherCard, *, seed: int, number: int) -> _Source:
+    # Built once for its card, which has the weights' hash, and again where they are needed.
+    untrained = with_random_weights(card, seed=seed, number=number).card
+    return _Source(
+        untrained,
+        lambda device: with_random_weights(card, seed=seed, number=number, device=device).model,
+    )
+
+
+def _planned(
+    config: RunConfig, sources: Sequence[_Source], frame: FrameShape, data: DataFacts
+) -> tuple[PlannedTeacher, ...]:
+    transfer = config.transfer
+    wanted = _wanted(transfer)
+    if wanted is None:
+        return ()
+    student = StudentFacts(
+        frame=frame,
+        memories=skeleton(frame, config.model).memory_shapes,
+        data=data,
+        taught=_taught_layers(transfer),
+    )
+    use = TeacherUse(
+        wanted=wanted,
+        # Knowledge Flow's student reads their states.
+        hides_targets=transfer.method == "knowledge_flow",
+        precision=config.placement.precision,
+        memories=config.placement.memories,
+    )
+    return tuple(plan_use(card, load, use, student, transfer.adapter) for card, load in sources)
+
+
+def _wanted(transfer: TransferConfig) -> tuple[Wanted, ...] | None:
+    """What a method learns from; None: it runs no teachers."""
+    match transfer.method:
+        case "tmu":
+            return ("memory", "zigzag") if transfer.tmu.zigzag else ("memory",)
+        case "distillation":
+            settings = transfer.distillation
+            features: tuple[Wanted, ...] = (settings.state,) if settings.features else ()
+            return (*features, "predictions") if settings.responses else features
+        case "knowledge_flow":
+            return ("hidden",)
+        case "art":
+            return ("hidden", "memory")
+        case "scratch" | "finetune" | "l2_sp" | "tmu_scratch":
+            return None
+
+
+def _bank(
+    config: RunConfig,
+    planned: Sequence[PlannedTeacher],
+    data: DataFacts,
+    device: torch.device,
+    group: RankGroup,
+) -> tuple[TeacherBank, Placement]:
+    transfer = config.transfer
+    if config.placement.kind == "cached":
+        bank, placement = (
+            _cached(config, planned),
+            Placement(kind="cached", resident_bytes=(0,) * group.size),
+        )
+    else:
+        # What a student has predicted is no code of its archive.
+        is_coded = transfer.teacher_input != "student"
+        codec = FrameCodec(data.units.max_code) if is_coded else None
+        bank, placement = build_bank(planned, config.placement, group, device, codec)
+    if transfer.control == "shuffled":
+        bank = ShuffledBank(bank)
+    return bank, placement
+
+
+def _cached(config: RunConfig, planned: Sequence[PlannedTeacher]) -> TeacherBank:
+    from tmu_dist.teachers.cached import CachedBank, Lesson, training_samples
+
+    assert config.placement.cache is not None
+    lessons = [
+        Lesson(teacher=teacher, window=config.window, precision=config.training.precision)
+        for teacher in planned
+    ]
+    samples = training_samples([config.data.url, *config.data.mix_with], config.data.fraction)
+    directions = (False,) if config.training.reverse_input == "off" else (False, True)
+    return CachedBank(config.placement.cache, lessons, samples, directions=directions)
 
 
 def _taught_layers(transfer: TransferConfig) -> Literal["all"] | tuple[int, ...]:
@@ -127,80 +270,46 @@ def _taught_layers(transfer: TransferConfig) -> Literal["all"] | tuple[int, ...]
 def _make_method(
     config: RunConfig,
     task: Task,
-    teachers: Sequence[LoadedModel],
-    student: StudentFacts,
+    planned: Sequence[PlannedTeacher],
+    bank: TeacherBank | None,
     start: Start | None,
+    device: torch.device,
 ) -> TransferMethod:
     transfer = config.transfer
-
-    def frozen(*wanted: Wanted) -> list[FrozenTeacher]:
-        return [
-            FrozenTeacher(
-                _able_to_tell(each, wanted).model,
-                plan_teacher(each.card, each.model.memory_shapes, student, transfer.adapter),
-                wanted,
-            )
-            for each in teachers
-        ]
-
-    def taught(teachers: Sequence[FrozenTeacher]) -> dict[str, Any]:
-        bank: TeacherBank = ReplicatedBank(teachers)
-        if transfer.control == "shuffled":
-            bank = ShuffledBank(bank)
-        return {"bank": bank, "teacher_input": transfer.teacher_input}
-
+    taught: dict[str, Any] = {"bank": bank, "teacher_input": transfer.teacher_input}
     match transfer.method:
         case "tmu":
-            states: tuple[Wanted, ...] = (
-                ("memory", "zigzag") if transfer.tmu.zigzag else ("memory",)
-            )
             return MemoryDistillation(
                 task,
                 tmu=transfer.tmu,
                 imitation=transfer.imitation,
                 beta=transfer.beta,
                 beta_schedule=transfer.beta_schedule,
-                **taught(frozen(*states)),
+                **taught,
             )
         case "distillation":
-            settings = transfer.distillation
-            wanted: list[Wanted] = [settings.state] if settings.features else []
-            wanted += ["predictions"] if settings.responses else []
             return Distillation(
-                task, settings=settings, imitation=transfer.imitation, **taught(frozen(*wanted))
+                task, settings=transfer.distillation, imitation=transfer.imitation, **taught
             )
         case "knowledge_flow":
             return KnowledgeFlow(
                 task,
                 settings=transfer.knowledge_flow,
                 num_steps=config.training.num_steps,
-                # Its student reads their states.
-                **taught([teacher.hide_targets() for teacher in frozen("hidden")]),
+                **taught,
             )
         case "art":
             return AttentiveTransfer(
                 task,
                 settings=transfer.art,
                 adapter=transfer.adapter,
-                teachers=list(zip([t.card for t in teachers], frozen("hidden", "memory"))),
+                teachers=[(teacher.card, teacher.load(device)) for teacher in planned],
             )
         case "l2_sp":
             assert start is not None
             return L2SP(task, settings=transfer.l2_sp, start=start)
         case "scratch" | "finetune" | "tmu_scratch":
             return Scratch(task, tmu=transfer.tmu, num_slots=transfer.num_slots)
-
-
-def _able_to_tell(teacher: LoadedModel, wanted: Sequence[Wanted]) -> LoadedModel:
-    """The teacher, unless its cells have not what it is asked for."""
-    layers = [layer for layer in teacher.model.modules() if isinstance(layer, RecurrentLayer)]
-    if "zigzag" in wanted and not all(layer.cell.has_zigzag for layer in layers):
-        raise TeacherError(
-            f"Teacher {teacher.card.name!r} (model.cell={teacher.card.model.cell}) has no memory M "
-            "to teach: leave transfer.tmu.zigzag out, or choose teachers whose cells have it "
-            f"({', '.join(backbones_with_zigzag())})."
-        )
-    return teacher
 
 
 def _check_training(config: RunConfig, network: Predictor) -> None:

@@ -92,12 +92,14 @@ class MemoryDistillation(TaughtMethod):
     def loss(self, forward: Forward, batch: TrainingBatch) -> LossTerms:
         rollout = self.unroll(forward, batch)
         terms = self.own_terms(rollout, batch)
-        beta = self._beta(batch)
-        # While beta is 0 only projections need the teachers, for a gradient of zeros.
-        if not (beta or (self.teaches and self._projected)):
+        if not self.teaches_at(batch):
             return terms
         distillation = self._distillation(rollout, self.teach(batch, rollout), batch)
-        return terms.with_terms({"distillation": Term(distillation, beta)})
+        return terms.with_terms({"distillation": Term(distillation, self._beta(batch))})
+
+    def teaches_at(self, batch: TrainingBatch) -> bool:
+        # While beta is 0 only projections need the teachers, for a gradient of zeros.
+        return self._beta(batch) > 0 or (self.teaches and bool(self._projected))
 
     def _beta(self, batch: TrainingBatch) -> float:
         return self.beta_schedule.at(batch.step, self.beta)

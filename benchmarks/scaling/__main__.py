@@ -1,0 +1,122 @@
+"""What does training with many teachers on many ranks cost, and which placement of them is best?
+
+    python -m benchmarks.scaling
+    python -m benchmarks.scaling --quick
+
+A cost model (model.py) of networks that are counted on the meta device (networks.py), played
+through event by event on assumed clusters (simulate.py), and held against what this machine can
+measure: collectives between 1 to 8 processes (collectives.py), memory and step time of placements
+(placements.py). docs/scaling.md says what comes out. Writes results.json, table.md and figures; a
+full run needs about ten minutes, 12 GB of memory and a machine with nothing else to do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks.provenance import provenance, say
+from benchmarks.scaling import collectives, placements
+from benchmarks.scaling.model import Job, Network, memory
+from benchmarks.scaling.networks import SIZES, measure
+from benchmarks.scaling.report import FIGURES, PAPER_TEACHERS, figure, networks_of, table
+from tmu_dist.evaluation.plots import svg_text
+
+LIMITED_RANKS = 4
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--quick", action="store_true", help="tiny networks: a smoke test")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--revision", help="of this code; what git tells when left out")
+    parser.add_argument("--out", type=Path, default=Path("docs/results/scaling"))
+    chosen = parser.parse_args()
+    started = time.monotonic()
+    record = {
+        **provenance("benchmarks.scaling", "cpu", chosen.revision),
+        **measurements("tiny" if chosen.quick else "paper", chosen.quick, chosen.rounds),
+    }
+    record["minutes"] = round((time.monotonic() - started) / 60, 1)
+    write(record, chosen.out)
+    print(table(record))
+
+
+def measurements(network: str, quick: bool, rounds: int) -> dict[str, Any]:
+    """Everything that the record says, but where it was made."""
+    say("networks, on the meta device")
+    names = [name for name in SIZES if quick or name != "tiny"]
+    networks = {name: measure(SIZES[name]) for name in names}
+    found: list[collectives.Timing] = []
+    for ranks in (2, 3) if quick else (2, 3, 4, 6, 8):
+        say(f"collectives of {ranks} ranks")
+        sizes = collectives.SIZES[:4] if quick else collectives.SIZES
+        found += collectives.measure(ranks, sizes, 3 if quick else 15)
+    return {
+        "networks": {name: each._asdict() for name, each in networks.items()},
+        "collectives": [timing._asdict() for timing in found],
+        "held": held(network, quick),
+        "timed": timed(network, quick, rounds),
+        "limited": limited(network, networks[network], quick),
+    }
+
+
+def held(network: str, quick: bool) -> dict[str, Any]:
+    """Memory of the teachers of every placement."""
+    counts = (2, 3) if quick else (2, 8, 16, PAPER_TEACHERS)
+    by_ranks = {}
+    for ranks in (1, 2) if quick else (1, 2, 4):
+        say(f"memory of teachers on {ranks} ranks")
+        by_ranks[str(ranks)] = placements.held(network, placements.MEASURED, counts, ranks)
+    return {"network": network, "ranks": by_ranks}
+
+
+def timed(network: str, quick: bool, rounds: int) -> dict[str, Any]:
+    """Steps of every placement beside each other."""
+    setting = {"teachers": 3 if quick else 5, "ranks": 2, "sequences": 1 if quick else 2}
+    say(f"steps of {setting}")
+    kinds = placements.timed(network, placements.MEASURED, rounds=rounds, **setting)
+    return {
+        "network": network,
+        **setting,
+        "losses_differ": placements.losses_differ(kinds),
+        "kinds": {kind: each._asdict() for kind, each in kinds.items()},
+    }
+
+
+def limited(name: str, network: Network, quick: bool) -> dict[str, Any]:
+    """Whether as many teachers as the paper's train where replicated ones do not fit.
+
+    The limit lies between what the model says of replicated and of sharded teachers, and a tenth of
+    the activations above it, because steps take that much more than the model counts.
+    """
+    job = Job("replicated", PAPER_TEACHERS, LIMITED_RANKS, LIMITED_RANKS, 1, 1, ahead=False)
+    needs = [memory(network, job._replace(kind=kind)) for kind in ("replicated", "sharded")]
+    between = sum(each.total for each in needs) / 2
+    limit = 2**30 if quick else int(between + needs[0].activations / 10)
+    runs = []
+    for kind in placements.MEASURED:
+        say(f"{kind} within limits")
+        run = placements.limited(
+            name, kind, teachers=PAPER_TEACHERS, ranks=LIMITED_RANKS, limit_bytes=limit
+        )
+        runs.append(run._asdict())
+    return {"network": name, "teachers": PAPER_TEACHERS, "ranks": LIMITED_RANKS, "runs": runs}
+
+
+def write(record: dict[str, Any], out: Path) -> None:
+    """The record, its tables and its figures."""
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "results.json").write_text(json.dumps(record, indent=1) + "\n")
+    (out / "table.md").write_text(table(record))
+    networks = networks_of(record)
+    for name, (network, cluster) in FIGURES.items():
+        (out / f"{name}.svg").write_text(svg_text(figure(networks[network], cluster)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,230 @@
+"""Teachers that each lie on one rank of a group, which runs them for the whole group.
+
+Frames travel to the teachers, and what they tell travels back: weights stay where they are.
+
+Legend: B batch, T time, C channels, Z noise, H, W height, width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from tmu_dist.collectives import RankGroup
+from tmu_dist.models.rollout import StateName
+from tmu_dist.teachers.adapter import TeacherPlan
+from tmu_dist.teachers.bank import (
+    FrozenTeacher,
+    Memories,
+    SampleKey,
+    Teaching,
+    Wanted,
+    told_dtype,
+)
+
+
+class FrameCodec(NamedTuple):
+    """True frames as the codes that their archive stores: a byte or two a pixel, without loss.
+
+    Only for frames as `data.transforms.to_unit_interval` makes them; what a network predicts is no
+    code.
+    """
+
+    max_code: int
+    """The largest code that is a measurement; frames are codes divided by it."""
+
+    def encode(self, frames: Tensor) -> Tensor:
+        """uint8 or uint16 codes; a missing pixel, which is 0 to a network, becomes 0."""
+        dtype = torch.uint8 if self.max_code <= torch.iinfo(torch.uint8).max else torch.uint16
+        return (frames.to(torch.float32) * self.max_code).round().to(dtype)
+
+    def decode(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
+        """The frames, bit for bit: the same division as when they were read."""
+        return (codes.to(torch.float32) / self.max_code).to(dtype)
+
+
+class _Slot(NamedTuple):
+    """One tensor of a teaching, as it lies among the others."""
+
+    name: Wanted
+    layer: int
+    shape: torch.Size
+
+
+class PlacedBank:
+    """Each teacher on one rank of a group.
+
+    All members' frames are gathered; a holder runs its teachers over one member's frames at a time,
+    which keeps a rank's peak memory that of its own batch, and makes what a teacher tells the same
+    bits wherever it lies; then each member gets what it is taught by all holders in one exchange.
+
+    Args:
+        own: the teachers that this rank holds, by their number among all; may be none.
+        holders: place in the group of each teacher's holder, the same on every member.
+        plans: how each teacher is used.
+        parameters_per_teacher: number of frozen weights of each.
+        group: the ranks that share them.
+        wanted: what every teacher is to tell.
+        memories: precision in which that travels.
+        codec: how frames travel; None: as they are, which student's predictions need.
+    """
+
+    def __init__(
+        self,
+        own: Mapping[int, FrozenTeacher],
+        *,
+        holders: Sequence[int],
+        plans: Sequence[TeacherPlan],
+        parameters_per_teacher: Sequence[int],
+        group: RankGroup,
+        wanted: Sequence[Wanted],
+        memories: Memories = "full",
+        codec: FrameCodec | None = None,
+    ) -> None:
+        self.plans = tuple(plans)
+        self.parameters_per_teacher = tuple(parameters_per_teacher)
+        self._own = dict(sorted(own.items()))
+        self._holders = tuple(holders)
+        self._group = group
+        self._wanted = tuple(wanted)
+        self._memories = memories
+        self._codec = codec
+        self._is_codec_checked = False
+
+    @torch.no_grad()
+    def teach(
+        self,
+        frames_BTCHW: Tensor,
+        *,
+        num_input_frames: int,
+        num_frames: int,
+        sampling_mask_BT: Tensor,
+        noise_BTZ: Tensor | None = None,
+        key: SampleKey | None = None,
+    ) -> tuple[Teaching, ...]:
+        """As `TeacherBank.teach`.
+
+        Raises:
+            ValueError: the first frames are not what the codec is for, or a teacher tells something
+                else than its plan says.
+        """
+        frame = frames_BTCHW.shape[2:]
+        slots = [
+            _slots(plan, self._wanted, (len(frames_BTCHW), num_frames - 1), frame)
+            for plan in self.plans
+        ]
+        told_as = told_dtype(self._memories, frames_BTCHW.dtype)
+        told: list[Tensor] = [frames_BTCHW.new_empty(0, dtype=told_as)]
+        for frames, mask, noise in self._gathered(frames_BTCHW, sampling_mask_BT, noise_BTZ):
+            for m, teacher in self._own.items():
+                taught = teacher(
+                    frames,
+                    num_input_frames=num_input_frames,
+                    num_frames=num_frames,
+                    sampling_mask_BT=mask,
+                    noise_BTZ=noise,
+                )
+                told += _flat(taught.to(told_as), slots[m])
+        sizes = [sum(slot.shape.numel() for slot in each) for each in slots]
+        received = [
+            sum(size for size, holder in zip(sizes, self._holders, strict=True) if holder == place)
+            for place in range(self._group.size)
+        ]
+        sent = [received[self._group.place]] * self._group.size
+        outgoing = torch.cat(told)
+        told.clear()
+        incoming = self._group.all_to_all(outgoing, sent, received)
+        by_holder = sorted(range(len(sizes)), key=lambda m: (self._holders[m], m))
+        parts = incoming.to(frames_BTCHW.dtype).split([sizes[m] for m in by_holder])
+        values = dict(zip(by_holder, parts, strict=True))
+        return tuple(_teaching(values[m], each) for m, each in enumerate(slots))
+
+    def _gathered(
+        self, frames_BTCHW: Tensor, mask_BT: Tensor, noise_BTZ: Tensor | None
+    ) -> list[tuple[Tensor, Tensor, Tensor | None]]:
+        """Every member's frames, mask and noise, by place; they travel together, as bytes."""
+        codec, dtype = self._codec, frames_BTCHW.dtype
+        sent = [frames_BTCHW if codec is None else self._codes(codec, frames_BTCHW), mask_BT]
+        sent += [] if noise_BTZ is None else [noise_BTZ]
+        bytes_by_place = self._group.all_gather(torch.cat([_bytes(each) for each in sent]))
+        gathered = []
+        for row in bytes_by_place:
+            parts = row.split([each.nbytes for each in sent])
+            # Copies, because a view of wider numbers must begin at a multiple of their size.
+            frames, mask, *noise = (
+                part.clone().view(like.dtype).view(like.shape)
+                for part, like in zip(parts, sent, strict=True)
+            )
+            frames = frames if codec is None else codec.decode(frames, dtype)
+            gathered.append((frames, mask, noise[0] if noise else None))
+        return gathered
+
+    def _codes(self, codec: FrameCodec, frames_BTCHW: Tensor) -> Tensor:
+        codes_BTCHW = codec.encode(frames_BTCHW)
+        if not self._is_codec_checked:  # once: on a GPU it waits for the frames
+            if not torch.equal(codec.decode(codes_BTCHW, frames_BTCHW.dtype), frames_BTCHW):
+                raise ValueError(
+                    f"These frames are not codes of 0 to {codec.max_code} divided by "
+                    f"{codec.max_code}, so they cannot travel as codes: give the bank no codec."
+                )
+            self._is_codec_checked = True
+        return codes_BTCHW
+
+
+def _slots(
+    plan: TeacherPlan, wanted: Sequence[Wanted], steps_BT: tuple[int, int], frame: Sequence[int]
+) -> list[_Slot]:
+    """What a teacher tells of a batch, known before it runs and without its weights.
+
+    Args:
+        plan: how it is used.
+        wanted: what it is to tell.
+        steps_BT: sequences, and steps of time.
+        frame: channels, height and width of the student's frames.
+    """
+    found = []
+    for name in wanted:
+        if name == "predictions":
+            own = plan.frame
+            size = tuple(frame) if own is None else (own.channels, own.height, own.width)
+            found.append(_Slot(name, 0, torch.Size((*steps_BT, *size))))
+            continue
+        for k, (_, teacher, student) in plan.layers.items():
+            maps = teacher.channels, student.slices * student.height, student.width
+            found.append(_Slot(name, k, torch.Size((*steps_BT, *maps))))
+    return found
+
+
+def _flat(taught: Teaching, slots: Sequence[_Slot]) -> list[Tensor]:
+    """The tensors of a teaching, each as a vector, in order."""
+    found = []
+    for name, layer, shape in slots:
+        value = taught.predictions_BTCHW if name == "predictions" else taught.states[name][layer]
+        assert value is not None
+        if value.shape != shape:
+            raise ValueError(
+                f"A teacher's {name} (layer {layer}) is {tuple(value.shape)}, and its plan says "
+                f"{tuple(shape)}: its memory_shapes are not those of these frames."
+            )
+        found.append(value.flatten())
+    return found
+
+
+def _teaching(values: Tensor, slots: Sequence[_Slot]) -> Teaching:
+    """Inverse of `_flat`."""
+    states: dict[StateName, dict[int, Tensor]] = {}
+    predictions = None
+    parts = values.split([slot.shape.numel() for slot in slots])
+    for (name, layer, shape), part in zip(slots, parts, strict=True):
+        if name == "predictions":
+            predictions = part.view(shape)
+        else:
+            states.setdefault(name, {})[layer] = part.view(shape)
+    return Teaching(states, predictions)
+
+
+def _bytes(values: Tensor) -> Tensor:
+    return values.flatten().view(torch.uint8)
