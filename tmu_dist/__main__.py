@@ -16,7 +16,7 @@ COMMANDS = {
     "ledger": "every method and control from one recipe: is it the teachers that help?",
     "demo": "from raw digits to a transferred student, with a report",
 }
-PACKAGES = ("data", "ledger")
+PACKAGES = ("data", "ledger", "verify_resume")
 """Commands that are more than one file."""
 
 

@@ -7,7 +7,7 @@
 The flags are those of `python -m tmu_dist.train`; placement.kind=cached and placement.cache must be
 among them. With --part several machines make a cache together, each its part of the shards.
 
-Here are the arguments and the table; the work is in teachers/memory_making.py.
+Here are the arguments and the table; the work is in teachers/memories/making.py.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from tmu_dist.config import ConfigError, RunConfig
 from tmu_dist.data.loader import open_archives
 from tmu_dist.data.transforms import check_long_enough
 from tmu_dist.models.shapes import FrameShape
-from tmu_dist.teachers.cached import Lesson, TrainingSamples
 from tmu_dist.teachers.card import DataFacts
-from tmu_dist.teachers.memory_files import RecordLayout
-from tmu_dist.teachers.memory_making import SHARD_MIB, Work, make, verify
-from tmu_dist.teachers.memory_price import (
+from tmu_dist.teachers.memories.bank import Lesson, TrainingSamples
+from tmu_dist.teachers.memories.files import RecordLayout
+from tmu_dist.teachers.memories.making import SHARD_MIB, Work, make, verify
+from tmu_dist.teachers.memories.price import (
     Price,
     TeacherPrice,
     duration,

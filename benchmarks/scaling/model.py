@@ -161,8 +161,8 @@ def traffic(network: Network, job: Job) -> Traffic:
                 told=all_to_all_bytes(own, job.group),
             )
         case "sharded":
-            own = job.teachers * network.weights * job.weight_bytes / job.group
-            gathered = all_gather_bytes(own, job.group)
+            shards = job.teachers * network.weights * job.weight_bytes / job.group
+            gathered = all_gather_bytes(shards, job.group)
             return Traffic(gradients, weights=gathered * job.parts * job.passes)
         case "cached":
             return Traffic(gradients, read=job.teachers * told)

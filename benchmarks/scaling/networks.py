@@ -19,7 +19,7 @@ from tmu_dist.evaluation.operations import count_operations, forward_operations
 from tmu_dist.models.build import build_predictor, count_parameters, skeleton
 from tmu_dist.models.shapes import FrameShape
 from tmu_dist.teachers.adapter import LayerPlan, TeacherPlan
-from tmu_dist.teachers.bank import FrozenTeacher, ReplicatedBank
+from tmu_dist.teachers.bank import FrozenTeacher, ReplicatedBank, TeacherBank
 from tmu_dist.transfer.base import Objective, Task, TrainingBatch, TransferMethod
 from tmu_dist.transfer.tmu import MemoryDistillation
 
@@ -89,7 +89,7 @@ def measure(size: Size) -> Network:
     )
 
 
-def make_method(size: Size, bank: ReplicatedBank) -> MemoryDistillation:
+def make_method(size: Size, bank: TeacherBank) -> MemoryDistillation:
     """Memory transfer from a bank's teachers, at the paper's weight."""
     objective = Objective(skeleton(size.frame, size.student).frame_loss)
     task = Task(

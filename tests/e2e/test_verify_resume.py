@@ -17,14 +17,14 @@ import yaml
 
 from tests.s3_servers import moto
 from tests.unit.test_training import run, run_until
-from tmu_dist import verify_resume
 from tmu_dist.config import ConfigError, RunConfig, TrainingConfig, to_json
 from tmu_dist.run_folder import read_json
 from tmu_dist.teachers.store import CARD_FILE, WEIGHTS_FILE, load_model, model_files
 from tmu_dist.training import loop
-from tmu_dist.training.compare_runs import Check, Outcome, compare, newest_checkpoint, outcome_of
-from tmu_dist.training.rank_processes import DrillError
-from tmu_dist.verify_resume import Kill, plan
+from tmu_dist.verify_resume import __main__ as verify_resume
+from tmu_dist.verify_resume.__main__ import Kill, plan
+from tmu_dist.verify_resume.comparing import Check, Outcome, compare, newest_checkpoint, outcome_of
+from tmu_dist.verify_resume.processes import DrillError
 
 STEPS = 8
 EXACT = ("steps missing or repeated", "position in the data")

@@ -30,11 +30,11 @@ from tmu_dist.data import storage
 from tmu_dist.data.transforms import window_frames
 from tmu_dist.memories import make, price, show_price, verify, work_of
 from tmu_dist.teachers.bank import FrozenTeacher, SampleKey, Teaching
-from tmu_dist.teachers.cached import CachedBank, Lesson
 from tmu_dist.teachers.card import TeacherError
-from tmu_dist.teachers.memory_files import MemoriesError, RecordLayout
-from tmu_dist.teachers.memory_making import Part
-from tmu_dist.teachers.memory_price import Price, TeacherPrice
+from tmu_dist.teachers.memories.bank import CachedBank, Lesson
+from tmu_dist.teachers.memories.files import MemoriesError, RecordLayout
+from tmu_dist.teachers.memories.making import Part
+from tmu_dist.teachers.memories.price import Price, TeacherPrice
 from tmu_dist.teachers.store import load_model
 from tmu_dist.training.launch import launch
 from tmu_dist.training.loop import Run
@@ -308,8 +308,8 @@ import os, signal
 from tests.unit.test_cached_memories import SHARD_BYTES
 from tmu_dist.config.run import from_dict
 from tmu_dist.memories import make, work_of
-from tmu_dist.teachers.memory_making import Part
-from tmu_dist.teachers.memory_files import MemoryFolder
+from tmu_dist.teachers.memories.making import Part
+from tmu_dist.teachers.memories.files import MemoryFolder
 write_folder, written = MemoryFolder.write_shard, []
 def write(folder, number, records):
     if len(written) == 7:

@@ -93,13 +93,14 @@ def with_random_weights(
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(int(key[0]))
         model = build_network(card)
+    weights = model_files(model.state_dict(), card)[WEIGHTS_FILE]
     untrained = replace(
         card,
         name=f"{card.name} (random weights)",
         step=0,
         scores={},
         origin="",
-        weights_sha256=hashlib.sha256(model_files(model.state_dict(), card)[WEIGHTS_FILE]).hexdigest(),
+        weights_sha256=hashlib.sha256(weights).hexdigest(),
     )
     return LoadedModel(model.to(device).eval().requires_grad_(False), untrained)
 

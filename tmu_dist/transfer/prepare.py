@@ -240,7 +240,7 @@ def _bank(
 
 
 def _cached(config: RunConfig, planned: Sequence[PlannedTeacher]) -> TeacherBank:
-    from tmu_dist.teachers.cached import CachedBank, Lesson, training_samples
+    from tmu_dist.teachers.memories.bank import CachedBank, Lesson, training_samples
 
     assert config.placement.cache is not None
     lessons = [

@@ -33,7 +33,7 @@ from tmu_dist.data.storage import local_path
 from tmu_dist.teachers.adapter import TeacherPlan
 from tmu_dist.teachers.bank import SampleKey, Teaching
 from tmu_dist.teachers.card import TeacherError
-from tmu_dist.teachers.memory_files import MemoryReader
+from tmu_dist.teachers.memories.files import MemoryReader
 from tmu_dist.teachers.planned import PlannedTeacher
 from tmu_dist.teachers.store import build_network
 

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tmu_dist.data.storage import delete_many, list_objects, local_path
-from tmu_dist.teachers.memory_files import (
+from tmu_dist.teachers.memories.files import (
     RECORDS_FILE,
     MemoryFolder,
     MemoryReader,

@@ -40,10 +40,10 @@ from tmu_dist.recipes import DEFAULT_RECIPE
 from tmu_dist.recipes.base import Recipe, in_workspace
 from tmu_dist.run_folder import RESULT_FILE, read_json, read_log
 from tmu_dist.train import make_archive, missing_teachers, parse_command, run_recipe
-from tmu_dist.training.rank_processes import DrillError, started_job
+from tmu_dist.verify_resume.processes import DrillError, started_job
 
 if TYPE_CHECKING:
-    from tmu_dist.training.compare_runs import Check
+    from tmu_dist.verify_resume.comparing import Check
 
 log = logging.getLogger(__name__)
 
@@ -193,7 +193,7 @@ def run_drill(drill: Drill) -> tuple[list[Kill], list[Check]]:
     Raises:
         DrillError: a run failed by itself, or could not be killed before its end.
     """
-    from tmu_dist.training.compare_runs import Check, compare, outcome_of
+    from tmu_dist.verify_resume.comparing import Check, compare, outcome_of
 
     straight = run_on(drill, "straight", drill.ranks)
     expected = outcome_of(straight)
@@ -242,7 +242,7 @@ def kill(drill: Drill, run: str, step: int, seconds: float) -> Kill:
     Raises:
         DrillError: it ended before, or has no checkpoint to continue from.
     """
-    from tmu_dist.training.compare_runs import newest_checkpoint
+    from tmu_dist.verify_resume.comparing import newest_checkpoint
 
     with started_job(drill.config, run, drill.ranks) as job:
         pause = 0.01 if local_path(run) else 0.5

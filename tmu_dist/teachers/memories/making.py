@@ -18,8 +18,8 @@ from tqdm import tqdm
 from tmu_dist.data.archive import Archive
 from tmu_dist.data.transforms import window_frames
 from tmu_dist.teachers.bank import FrozenTeacher, Teaching
-from tmu_dist.teachers.cached import Lesson, TrainingSamples
-from tmu_dist.teachers.memory_files import (
+from tmu_dist.teachers.memories.bank import Lesson, TrainingSamples
+from tmu_dist.teachers.memories.files import (
     MemoriesError,
     MemoryFolder,
     MemoryReader,
@@ -27,7 +27,7 @@ from tmu_dist.teachers.memory_files import (
     RecordLayout,
     tensors_of,
 )
-from tmu_dist.teachers.memory_price import gib
+from tmu_dist.teachers.memories.price import gib
 
 log = logging.getLogger(__name__)
 

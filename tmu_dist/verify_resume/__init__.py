@@ -1,0 +1,1 @@
+"""The drill: does a killed run continue as if nothing had happened?"""
