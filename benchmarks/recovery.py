@@ -156,7 +156,7 @@ class Trial:
             look = self._look()
             if len(look.resumes) > known:
                 return True
-            reached = look.step  # new workers cut the log back to their checkpoint
+            reached = max(reached, look.step)  # new workers cut the log back
             return False
 
         self._wait(have_resumed)

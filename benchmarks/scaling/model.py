@@ -121,7 +121,7 @@ class Memory(NamedTuple):
     """Memories of all teachers for the sequences of a forward pass, in float32; of two passes
     where teachers are ahead."""
     outgoing: float
-    """Placed: what the busiest rank's teachers tell the whole group, and its copy that is sent."""
+    """Placed: what one teacher tells the whole group, and its copy that is sent."""
 
     @property
     def total(self) -> float:
@@ -184,7 +184,7 @@ def memory(network: Network, job: Job) -> Memory:
         activations=saved * job.at_once,
         teachers=resident,
         told=told * job.teachers * (2 if job.ahead else 1),
-        outgoing=2 * told * job.busiest * job.group if job.kind == "placed" else 0,
+        outgoing=2 * told * job.group if job.kind == "placed" else 0,
     )
 
 

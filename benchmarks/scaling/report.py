@@ -333,7 +333,7 @@ def local_seconds(
     exchanged = 0.0
     for name, per_rank, calls in (
         ("all_gather", sent.frames, job.parts),
-        ("all_to_all", sent.told, job.parts),
+        ("all_to_all", sent.told, job.parts * job.busiest),
         ("all_gather", sent.weights, job.parts * job.teachers),
     ):
         if per_rank:

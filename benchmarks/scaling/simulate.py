@@ -206,7 +206,7 @@ class _Issue:
             case "placed":
                 frames = self._group_task(self.frames, *after)
                 taught = self._add("processor", self.teacher_seconds, frames)
-                return self._group_task(self.told, taught)
+                return self._group_task(self.told, taught, calls=self.job.busiest)
             case "sharded":
                 pieces = min(self.job.teachers, _MOST_PIECES)
                 size, calls = self.weights / pieces, self.job.teachers / pieces

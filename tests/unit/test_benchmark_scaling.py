@@ -196,7 +196,7 @@ def test_a_step_apart_is_the_sum_of_its_pieces() -> None:
     gradients = (2 * 1.0 + 3800 / 100) + (2 * 3.0 + 3800 / 40)
     found = {kind: step_seconds(NETWORK, job(kind, ahead=False), CLUSTER) for kind in KINDS}
     assert found["replicated"] == pytest.approx(arithmetic + teachers + gradients)
-    frames, told = 3 * 1.0 + 6 * 52 / 100, 3 * 1.0 + 6 * 3 * 300 * 4 / 100
+    frames, told = 3 * 1.0 + 6 * 52 / 100, 3 * 3 * 1.0 + 6 * 3 * 300 * 4 / 100
     placed = arithmetic + teachers * 3 / 2.5 + frames + told + gradients
     assert found["placed"] == pytest.approx(placed)
     weights = 3 * 5 * 1.0 + 3 * 5 * 2000 / 100
@@ -221,13 +221,13 @@ def test_groups_of_several_nodes_share_the_nodes_network() -> None:
     near = step_seconds(NETWORK, job("placed", ahead=False, at_once=6), CLUSTER)
     this = job("placed", ahead=False, at_once=6, group=4)
     far = step_seconds(NETWORK, this, CLUSTER)
-    inside = {name: 2 * 1.0 + getattr(traffic(NETWORK, job("placed")), name) / 100
-              for name in ("frames", "told")}  # fmt: skip
+    sent = traffic(NETWORK, job("placed"))
+    inside = 1.0 + sent.frames / 100 + 3 * 1.0 + sent.told / 100  # the busiest has three teachers
     sent = traffic(NETWORK, this)
     # A rank has half of its node's 40 bytes a second; two of three others are on the other node.
-    outside = sum(2 * 3.0 + size * 2 / 3 / 20 for size in (sent.frames, sent.told))
+    outside = (1 + 2) * 2 * 3.0 + (sent.frames + sent.told) * 2 / 3 / 20
     taught = (this.imbalance - 3 / 2.5) * 6 * 5 * 700 / 1000
-    assert far - near == pytest.approx(outside + taught - sum(inside.values()) + 2)
+    assert far - near == pytest.approx(outside + taught - inside)
 
 
 def test_parts_are_as_large_as_memory_allows_and_none_may_fit() -> None:
@@ -283,7 +283,7 @@ def test_a_local_step_is_scaled_arithmetic_and_measured_collectives() -> None:
     student, taught = operations(NETWORK, this._replace(kind="replicated"))
     sent = traffic(NETWORK, this)
     expected = 10 * (student + taught * 4 / 3) / (student + taught)
-    expected += 2 * 0.5 + 2 * (sent.frames + sent.told) / 1e3
+    expected += (1 + 2) * 0.5 + 2 * (sent.frames + sent.told) / 1e3
     assert local_seconds(NETWORK, this, 10.0, fits) == pytest.approx(expected)
 
 

@@ -69,7 +69,7 @@ class PlacementConfig:
     """Ranks that share teachers: those of a node, all, or so many neighbours. What teachers tell
     travels within a group only."""
     memory_gib: float | None = None
-    """Of a rank, for teachers' weights; None: on a GPU half of what is free, else no limit."""
+    """Of a rank, for teachers' weights; None: on a GPU half of its memory, else no limit."""
     precision: Literal["student", "fp32", "bf16"] = "student"
     """Of the teachers' own arithmetic; bf16 also halves the memory of their convolutions' weights.
     student: `training.precision`. Changes what is learned, in the last digits."""
@@ -106,9 +106,9 @@ class FaultConfig:
     collective_timeout_seconds: float = 600.0
     """A rank that the others have waited for this long is hung: all of them stop with an error, and
     on Ray start again. Must be longer than the slowest single step, validation or start."""
-    start_timeout_seconds: float = 60.0
-    """Ray only: workers that are not up by then are given up; with a range of workers Ray then
-    tries with those that there are."""
+    start_timeout_seconds: float = 15.0
+    """Ray only: places for workers that are not free by then are given up; with a range of workers
+    Ray then tries with those that there are."""
 
     def __post_init__(self) -> None:
         require(

@@ -7,7 +7,8 @@ Legend: B batch, T time, C channels, Z noise, H, W height, width.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import zip_longest
 from typing import NamedTuple
 
 import torch
@@ -59,7 +60,7 @@ class PlacedBank:
 
     All members' frames are gathered; a holder runs its teachers over one member's frames at a time,
     which keeps a rank's peak memory that of its own batch, and makes what a teacher tells the same
-    bits wherever it lies; then each member gets what it is taught by all holders in one exchange.
+    bits wherever it lies. Each member runs one teacher in a turn, and then all get what was told.
 
     Args:
         own: the teachers that this rank holds, by their number among all; may be none.
@@ -116,31 +117,41 @@ class PlacedBank:
             _slots(plan, self._wanted, (len(frames_BTCHW), num_frames - 1), frame)
             for plan in self.plans
         ]
-        told_as = told_dtype(self._memories, frames_BTCHW.dtype)
-        told: list[Tensor] = [frames_BTCHW.new_empty(0, dtype=told_as)]
-        for frames, mask, noise in self._gathered(frames_BTCHW, sampling_mask_BT, noise_BTZ):
-            for m, teacher in self._own.items():
-                taught = teacher(
-                    frames,
-                    num_input_frames=num_input_frames,
-                    num_frames=num_frames,
-                    sampling_mask_BT=mask,
-                    noise_BTZ=noise,
-                )
-                told += _flat(taught.to(told_as), slots[m])
         sizes = [sum(slot.shape.numel() for slot in each) for each in slots]
-        received = [
-            sum(size for size, holder in zip(sizes, self._holders, strict=True) if holder == place)
+        told_as = told_dtype(self._memories, frames_BTCHW.dtype)
+        gathered = self._gathered(frames_BTCHW, sampling_mask_BT, noise_BTZ)
+        values: dict[int, Tensor] = {}
+        for turn in self._turns():
+            told = [frames_BTCHW.new_empty(0, dtype=told_as)]
+            if (own := turn[self._group.place]) is not None:
+                for frames, mask, noise in gathered:
+                    taught = self._own[own](
+                        frames,
+                        num_input_frames=num_input_frames,
+                        num_frames=num_frames,
+                        sampling_mask_BT=mask,
+                        noise_BTZ=noise,
+                    )
+                    told += _flat(taught.to(told_as), slots[own])
+            received = [0 if m is None else sizes[m] for m in turn]
+            sent = [received[self._group.place]] * self._group.size
+            incoming = self._group.all_to_all(torch.cat(told), sent, received)
+            for m, value in zip(turn, incoming.split(received), strict=True):
+                if m is not None:
+                    values[m] = value.to(frames_BTCHW.dtype)
+        return tuple(_teaching(values[m], each) for m, each in enumerate(slots))
+
+    def _turns(self) -> Iterator[tuple[int | None, ...]]:
+        """Which teacher each member runs in a turn, by place; None: it has no more.
+
+        What was told is exchanged after every turn, so that a rank never keeps what all of its
+        teachers tell all members.
+        """
+        held = [
+            [m for m, holder in enumerate(self._holders) if holder == place]
             for place in range(self._group.size)
         ]
-        sent = [received[self._group.place]] * self._group.size
-        outgoing = torch.cat(told)
-        told.clear()
-        incoming = self._group.all_to_all(outgoing, sent, received)
-        by_holder = sorted(range(len(sizes)), key=lambda m: (self._holders[m], m))
-        parts = incoming.to(frames_BTCHW.dtype).split([sizes[m] for m in by_holder])
-        values = dict(zip(by_holder, parts, strict=True))
-        return tuple(_teaching(values[m], each) for m, each in enumerate(slots))
+        return zip_longest(*held)
 
     def _gathered(
         self, frames_BTCHW: Tensor, mask_BT: Tensor, noise_BTZ: Tensor | None

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from itertools import chain, islice, pairwise
@@ -30,7 +30,7 @@ from tmu_dist.folders import write_text
 from tmu_dist.models.build import count_trained
 from tmu_dist.models.shapes import FrameShape
 from tmu_dist.run_folder import CONFIG_FILE, RESULT_FILE, Event
-from tmu_dist.teachers.card import DataFacts, TeacherCard
+from tmu_dist.teachers.card import DataFacts, TeacherCard, TeacherError
 from tmu_dist.training.build import build_step
 from tmu_dist.training.checkpoint import CheckpointStore, Progress, rng_state, set_rng_state
 from tmu_dist.training.checkpoint_writer import CheckpointWriter
@@ -120,7 +120,7 @@ class Run:
         self.folder = config.output
         # Whatever goes wrong on one rank alone, such as an unreachable store, ends all of them.
         self.group = collectives.group(config.placement.group)
-        collectives.on_all(self._prepare_parts)
+        _check_same_teachers(collectives.on_all(self._prepare_parts))
         self.progress = Progress()
         self._log: RunLog | None = None
         self._lock: RunLock | None = None
@@ -141,8 +141,12 @@ class Run:
         """Whether what happens every so many steps, and at the end, happens after this one."""
         return self.is_over or self.progress.step % every == 0
 
-    def _prepare_parts(self) -> None:
-        """Open the data, load the teachers, build student and optimiser; no collectives."""
+    def _prepare_parts(self) -> list[str]:
+        """Open the data, load the teachers, build the student; no collectives.
+
+        Returns:
+            sha256 of the weights of every teacher, in order.
+        """
         config = self.config
         archives = open_archives(
             [config.data.url, *config.data.mix_with],
@@ -171,10 +175,11 @@ class Run:
         self.trainee = trainee.to(self.device)
         beside = count_trained(self.trainee) - count_trained(self.student)
         self.card = _card(config, frame, data, self.transfer, beside)
+        teacher_hashes = [card.weights_sha256 for card in self.transfer.teachers]
         self.checkpoints = CheckpointStore(
             self.folder,
             config,
-            [card.weights_sha256 for card in self.transfer.teachers],
+            teacher_hashes,
             keep=config.schedule.keep_checkpoints,
         )
         self.writer = CheckpointWriter(
@@ -182,6 +187,7 @@ class Run:
             self._before_checkpoint,
             max_failed=config.faults.max_failed_checkpoints,
         )
+        return teacher_hashes
 
     def batches(self) -> Iterator[tuple[Batch, Batch | None]]:
         """The batches that are left, each with the one after it."""
@@ -519,6 +525,19 @@ class _Interval:
             "samples_per_second": self.samples / self.seconds,
             "data_wait_fraction": self.waited / self.seconds,
         }
+
+
+def _check_same_teachers(hashes_by_rank: Sequence[Sequence[str]]) -> None:
+    """Refuse to begin where ranks read different weights: of a teacher that is still trained."""
+    for rank, hashes in enumerate(hashes_by_rank):
+        if different := [
+            m for m, pair in enumerate(zip(hashes, hashes_by_rank[0])) if len(set(pair)) > 1
+        ]:
+            raise TeacherError(
+                f"Rank {rank} has read other weights than rank 0 of teachers {different} (numbered "
+                "from 0 in transfer.teachers). A run that is still trained offers new ones from "
+                "time to time: name one of its model folders, or wait until it is finished."
+            )
 
 
 def _card(

@@ -37,7 +37,7 @@ from ray.train import FailureConfig, LoggingConfig  # isort: skip
 from ray.train.torch import TorchConfig, TorchTrainer  # isort: skip
 from ray.train.v2.api.exceptions import TrainingFailedError  # isort: skip
 
-from tmu_dist.collectives import Collectives, Ranks, process_group_backend
+from tmu_dist.collectives import Collectives, Ranks, process_group_backend, talk_over
 from tmu_dist.config import ConfigError, RunConfig, from_dict
 from tmu_dist.data.loader import ShardError
 from tmu_dist.data.storage import (
@@ -108,7 +108,7 @@ def train_on_ray(config: RunConfig) -> RunResult:
                 "folders": seen_folders(config),
             },
             scaling_config=workers,
-            torch_config=TorchConfig(
+            torch_config=_TorchConfig(
                 backend=process_group_backend(bool(workers.use_gpu)),
                 timeout_s=max(1, round(config.faults.collective_timeout_seconds)),
             ),
@@ -132,6 +132,25 @@ def train_on_ray(config: RunConfig) -> RunResult:
     if isinstance(outcome, Exception):
         raise outcome
     return outcome
+
+
+class _Backend(TorchConfig().backend_cls):  # type: ignore[misc]
+    """Ray's process group, over the network interface by which Ray itself reaches each node."""
+
+    def on_start(self, worker_group: Any, backend_config: Any) -> None:
+        """Called by Ray before the group is made."""
+        worker_group.execute(_talk_over_own_address)
+        super().on_start(worker_group, backend_config)
+
+
+class _TorchConfig(TorchConfig):
+    @property
+    def backend_cls(self) -> type:
+        return _Backend
+
+
+def _talk_over_own_address() -> None:
+    talk_over(ray.util.get_node_ip_address())
 
 
 def _check_store(output: str) -> None:

@@ -24,10 +24,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tmu_dist.collectives import Collectives
-from tmu_dist.data.storage import StorageError, delete, exists, join_url, local_path
+from tmu_dist.data.storage import StorageError, delete, exists, join_url, local_path, read_text
 
 STOP_FILE = "stop"
-"""Whoever puts it into a run folder ends the run; the next start removes it."""
+"""Whoever puts it into a run folder ends the run; it may say why. The next start removes it."""
 
 _LOOK_SECONDS = 2.0
 _LOOK_STORE_SECONDS = 10.0
@@ -160,7 +160,8 @@ class Requests:
         while not self._closed.wait(pause):
             with suppress(StorageError):  # out of reach: no request
                 if exists(self._run, STOP_FILE):
-                    self._wanted["stop"] = join_url(self._run, STOP_FILE)
+                    why = read_text(self._run, STOP_FILE).strip()
+                    self._wanted["stop"] = why or join_url(self._run, STOP_FILE)
                     return
 
 
