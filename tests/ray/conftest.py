@@ -19,10 +19,13 @@ os.environ.setdefault("TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S", "2")  # a local 
 
 
 @pytest.fixture(scope="session")
-def ray_session() -> Iterator[None]:
-    import tmu_dist.training.ray_cluster  # what Ray reads when it is imported
+def ray_settings() -> None:
+    """The variables that Ray reads when it is imported."""
+    import tmu_dist.training.ray_cluster  # noqa: F401
 
-    assert tmu_dist
+
+@pytest.fixture(scope="session")
+def ray_session(ray_settings: None) -> Iterator[None]:
     import ray
 
     ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)

@@ -22,7 +22,7 @@ pytestmark = [pytest.mark.ray]
 
 
 @pytest.fixture
-def cluster() -> Iterator[Any]:
+def cluster(ray_settings: None) -> Iterator[Any]:
     """A head with one CPU; nodes are processes of this machine."""
     from ray.cluster_utils import Cluster
 
