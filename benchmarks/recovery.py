@@ -67,10 +67,7 @@ GOALS = {"worker": ("after", 15.0), "node": ("in all", 40.0), "link": ("in all",
 """Seconds until it trains again: after the loss was noticed, or in all."""
 CHECKPOINT_EVERY = 20
 RESIZE_SECONDS = 5.0
-START_TIMEOUT_SECONDS = 30.0
-_WORKER = "RayTrainWorker"
-"""In the title of every process that Ray Train starts for a rank."""
-_TIMEOUT_SECONDS = 30.0
+START_TIMEOUT_SECONDS = 15.0
 _WORKER = "RayTrainWorker"
 """In the title of every process that Ray Train starts for a rank."""
 _LOSS_FILE = "ray/lost.txt"
