@@ -65,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = list(sys.argv[1:] if arguments is None else arguments)
     if not given or given[0] in ("-h", "--help"):
         parser.print_help()
-        return
+        parser.exit()
     chosen, flags = parser.parse_known_args(given)
     recipe = parse_command(
         flags,

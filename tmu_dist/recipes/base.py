@@ -20,6 +20,9 @@ from tmu_dist.config import (
     WindowConfig,
 )
 
+WORKSPACE = "TMU_DIST_HOME"
+"""Variable that says where recipes put archives and runs."""
+
 Archives: TypeAlias = Mapping[str, tuple[str, ...]]
 """By archive URL: arguments of `python -m data_prep` that write it."""
 
@@ -43,7 +46,7 @@ def in_workspace(path: str) -> str:
     A Ray job starts in a temporary copy of its working directory that the cluster deletes, so
     there it is ~/tmu_dist.
     """
-    if home := os.environ.get("TMU_DIST_HOME"):
+    if home := os.environ.get(WORKSPACE):
         return f"{home.rstrip('/')}/{path}"
     if "runtime_resources" in Path.cwd().parts:
         return str(Path.home() / "tmu_dist" / path)

@@ -27,7 +27,8 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -37,7 +38,7 @@ from tmu_dist.config import ConfigError, RunConfig, with_overrides
 from tmu_dist.data.storage import exists, join_url, list_paths, local_path, read_bytes, write_bytes
 from tmu_dist.files import atomic_write_text
 from tmu_dist.recipes import DEFAULT_RECIPE
-from tmu_dist.recipes.base import Recipe, in_workspace
+from tmu_dist.recipes.base import WORKSPACE, Recipe, in_workspace
 from tmu_dist.run_folder import RESULT_FILE, read_json, read_log
 from tmu_dist.train import make_archive, missing_teachers, parse_command, run_recipe
 from tmu_dist.verify_resume.processes import DrillError, started_job
@@ -91,9 +92,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of `python -m tmu_dist.verify_resume`."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     words = list(sys.argv[1:] if arguments is None else arguments)
-    with command_errors():
-        own, flags = _own_flags().parse_known_args(words)
-        os.environ["TMU_DIST_HOME"] = own.work  # where recipes put and seek what they name
+    own, flags = _own_flags().parse_known_args(words)
+    with command_errors(), _workspace(own.work):
         recipe = parse_command(
             ["--recipe", own.recipe, "--launcher", own.launcher, *flags],
             prog="python -m tmu_dist.verify_resume",
@@ -115,6 +115,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
         }
         atomic_write_text(Path(own.json), json.dumps(record, indent=1) + "\n")
     raise SystemExit(0 if passed else 1)
+
+
+@contextmanager
+def _workspace(address: str) -> Iterator[None]:
+    """Have recipes, also in the processes of the ranks, put and seek what they name there."""
+    before = os.environ.get(WORKSPACE)
+    os.environ[WORKSPACE] = address
+    try:
+        yield
+    finally:
+        del os.environ[WORKSPACE]
+        if before is not None:
+            os.environ[WORKSPACE] = before
 
 
 def _own_flags() -> argparse.ArgumentParser:

@@ -18,7 +18,7 @@ from rich.text import Text
 from tmu_dist.data.archive import Archive
 from tmu_dist.data.cache import cache_gib_for
 from tmu_dist.data.loader import SequenceLoader
-from tmu_dist.data.order import ORDER_VERSION, global_batches
+from tmu_dist.data.order import ORDER_VERSION, global_batches, rank_slice
 from tmu_dist.data.prefetch import working_set
 
 _SHOWN = 16
@@ -189,7 +189,8 @@ def _first_steps(loader: SequenceLoader, start: int, world_size: int, num_steps:
         return []
     epoch, in_epoch = divmod(start, loader.num_samples)
     steps = global_batches(loader.epoch(epoch), in_epoch, num_steps, loader.global_batch_size)
-    by_rank = len(steps.ids), world_size, loader.global_batch_size // world_size
+    steps = rank_slice(steps, range(world_size), world_size)
+    by_rank = len(steps.ids), world_size, -1
     listed = zip(
         steps.ids.reshape(by_rank).tolist(),
         steps.weights.reshape(by_rank).tolist(),
