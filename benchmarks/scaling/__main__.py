@@ -5,7 +5,7 @@
 
 A cost model (model.py) of networks that are counted on the meta device (networks.py), played
 through event by event on assumed clusters (simulate.py), and held against what this machine can
-measure: collectives between 1 to 8 processes (collectives.py), memory and step time of placements
+measure: collectives between 2 to 8 processes (collectives.py), memory and step time of placements
 (placements.py). docs/scaling.md says what comes out. Writes results.json, table.md and figures; a
 full run needs about ten minutes, 12 GB of memory and a machine with nothing else to do.
 """

@@ -63,8 +63,8 @@ class PlacementConfig:
     kind: Literal["auto", "replicated", "placed", "sharded", "cached"] = "auto"
     """replicated: all teachers on every rank; placed: each on one rank of a group, which runs it
     for the whole group; sharded: the weights of each spread over the group (FSDP2) and gathered
-    while it runs; cached: read from files made before (`python -m tmu_dist.memories`); auto: the
-    first of replicated, placed and sharded that fits into `memory_gib`."""
+    while it runs; cached: read from files made before (`python -m tmu_dist.memories`); auto:
+    the first of replicated, sharded and placed that fits into `memory_gib`."""
     group: Literal["node", "all"] | int = "node"
     """Ranks that share teachers: those of a node, all, or so many neighbours. What teachers tell
     travels within a group only."""
