@@ -7,7 +7,7 @@ A cost model (model.py) of networks that are counted on the meta device (network
 through event by event on assumed clusters (simulate.py), and held against what this machine can
 measure: collectives between 2 to 8 processes (collectives.py), memory and step time of placements
 (placements.py). docs/scaling.md says what comes out. Writes results.json, table.md and figures; a
-full run needs about ten minutes, 12 GB of memory and a machine with nothing else to do.
+full run needs about five minutes, 8 GB of memory and a machine with nothing else to do.
 """
 
 from __future__ import annotations
@@ -20,12 +20,9 @@ from typing import Any
 
 from benchmarks.provenance import provenance, say
 from benchmarks.scaling import collectives, placements
-from benchmarks.scaling.model import Job, Network, memory
 from benchmarks.scaling.networks import SIZES, measure
 from benchmarks.scaling.report import FIGURES, PAPER_TEACHERS, figure, networks_of, table
 from tmu_dist.evaluation.plots import svg_text
-
-LIMITED_RANKS = 4
 
 
 def main() -> None:
@@ -61,7 +58,6 @@ def measurements(network: str, quick: bool, rounds: int) -> dict[str, Any]:
         "collectives": [timing._asdict() for timing in found],
         "held": held(network, quick),
         "timed": timed(network, quick, rounds),
-        "limited": limited(network, networks[network], quick),
     }
 
 
@@ -86,26 +82,6 @@ def timed(network: str, quick: bool, rounds: int) -> dict[str, Any]:
         "losses_differ": placements.losses_differ(kinds),
         "kinds": {kind: each._asdict() for kind, each in kinds.items()},
     }
-
-
-def limited(name: str, network: Network, quick: bool) -> dict[str, Any]:
-    """Whether as many teachers as the paper's train where replicated ones do not fit.
-
-    The limit lies between what the model says of replicated and of sharded teachers, and a tenth of
-    the activations above it, because steps take that much more than the model counts.
-    """
-    job = Job("replicated", PAPER_TEACHERS, LIMITED_RANKS, LIMITED_RANKS, 1, 1, ahead=False)
-    needs = [memory(network, job._replace(kind=kind)) for kind in ("replicated", "sharded")]
-    between = sum(each.total for each in needs) / 2
-    limit = 2**30 if quick else int(between + needs[0].activations / 10)
-    runs = []
-    for kind in placements.MEASURED:
-        say(f"{kind} within limits")
-        run = placements.limited(
-            name, kind, teachers=PAPER_TEACHERS, ranks=LIMITED_RANKS, limit_bytes=limit
-        )
-        runs.append(run._asdict())
-    return {"network": name, "teachers": PAPER_TEACHERS, "ranks": LIMITED_RANKS, "runs": runs}
 
 
 def write(record: dict[str, Any], out: Path) -> None:

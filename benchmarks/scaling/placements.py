@@ -1,4 +1,4 @@
-"""What placements of teachers really take on this machine: memory, time, and whether they fit.
+"""What placements of teachers really take on this machine: memory and time.
 
 Ranks are processes on gloo; teachers have random weights, the same under every placement, so the
 losses of all placements must be equal, which is part of the record.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gc
 import random
-import resource
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -16,7 +15,6 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -60,18 +58,6 @@ class Timed(NamedTuple):
     """Of every step, the mean over the ranks."""
 
 
-class Limited(NamedTuple):
-    """A run that may take only so much memory."""
-
-    kind: Kind
-    limit_bytes: int
-    """For its teachers, its student and what they compute."""
-    losses: list[float]
-    """Of its steps on the first rank; empty: it was stopped."""
-    stopped: str
-    """Why; empty: it was not."""
-
-
 def held(name: str, kinds: Sequence[Kind], counts: Sequence[int], ranks: int) -> dict[str, Any]:
     """Memory of placements by kind and number of teachers: of every rank."""
     by_rank = on_ranks(ranks, _hold, name, kinds, counts)
@@ -87,15 +73,6 @@ def timed(
     """Steps of all placements in turn, in an order of their own in every round."""
     found: dict[Kind, Timed] = on_ranks(ranks, _time, name, kinds, teachers, sequences, rounds)[0]
     return found
-
-
-def limited(name: str, kind: Kind, *, teachers: int, ranks: int, limit_bytes: int) -> Limited:
-    """Two steps of one sequence a rank in processes that cannot take more memory than that."""
-    try:
-        losses: list[float] = on_ranks(ranks, _limit, name, kind, teachers, limit_bytes)[0]
-    except (mp.ProcessRaisedException, mp.ProcessExitedException) as error:
-        return Limited(kind, limit_bytes, [], str(error).strip().split("\n")[-1])
-    return Limited(kind, limit_bytes, losses, "")
 
 
 def make_bank(kind: Kind, size: Size, teachers: int, group: RankGroup) -> TeacherBank:
@@ -217,26 +194,6 @@ def make_step(size: Size, bank: TeacherBank, group: RankGroup) -> TrainingStep:
         learning_rate=lambda step: 1e-3,
         reverse_input="off",
     )
-
-
-def _limit(group: RankGroup, name: str, kind: Kind, teachers: int, limit_bytes: int) -> list[float]:
-    size = SIZES[name]
-    batch = _own_batch(size, 1, group)
-    # Threads and workspaces that a first step takes are there, whatever the limit.
-    make_step(size, make_bank(kind, size, group.size, group), group)(batch)
-    gc.collect()
-    allowed = _data_bytes() + limit_bytes
-    resource.setrlimit(resource.RLIMIT_DATA, (allowed, allowed))
-    step = make_step(size, make_bank(kind, size, teachers, group), group)
-    return [step(batch)["loss/total"] for _ in range(2)]
-
-
-def _data_bytes() -> int:
-    """What RLIMIT_DATA limits: all memory of this process that it may write to and shares not."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmData:"):
-            return 1024 * int(line.split()[1])
-    raise RuntimeError("/proc/self/status has no VmData: memory is limited on Linux only.")
 
 
 def losses_differ(found: Mapping[Kind, Timed]) -> float:

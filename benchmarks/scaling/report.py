@@ -57,7 +57,7 @@ def table(record: Record) -> str:
         for shown in SHOWN
     ]
     timings = [Timing(**each) for each in record["collectives"]]
-    sections += [_collectives(timings), _held(record), _timed(record, timings), _limited(record)]
+    sections += [_collectives(timings), _held(record), _timed(record, timings)]
     return "\n\n".join([*sections, _circumstances(record)]) + "\n"
 
 
@@ -341,24 +341,6 @@ def local_seconds(
             exchanged += calls * found.latency * (job.group - 1)
             exchanged += job.group * per_rank / found.bandwidth
     return replicated_seconds * sum(operations(network, job)) / usual + exchanged
-
-
-def _limited(record: Record) -> str:
-    measured = record["limited"]
-    network = networks_of(record)[measured["network"]]
-    limit = _mega(measured["runs"][0]["limit_bytes"])
-    lines = [
-        f"Measured, {network.label}: {measured['teachers']} teachers, {measured['ranks']} ranks, a "
-        f"sequence a rank, in processes that the system lets take {limit} MB more than they have "
-        "after a step with a teacher each (RLIMIT_DATA).",
-        "",
-        *_head("placement", "steps done", "stopped by"),
-    ]
-    lines += [
-        _row(run["kind"], str(len(run["losses"])), run["stopped"] or "nothing")
-        for run in measured["runs"]
-    ]
-    return "\n".join(lines)
 
 
 def _circumstances(record: Record) -> str:

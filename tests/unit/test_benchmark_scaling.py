@@ -305,13 +305,6 @@ def record() -> dict[str, Any]:
                 "placed": {"seconds": [1.5, 4.0], "losses": [1.0]},
             },
         },
-        "limited": {
-            "network": "paper", "teachers": 41, "ranks": 4,
-            "runs": [
-                {"kind": "replicated", "limit_bytes": 2e9, "losses": [], "stopped": "no memory"},
-                {"kind": "placed", "limit_bytes": 2e9, "losses": [1.0, 0.9], "stopped": ""},
-            ],
-        },
     }  # fmt: skip
 
 
@@ -320,8 +313,6 @@ def test_the_table_says_what_was_measured_beside_what_was_predicted() -> None:
     assert "| 2 | 3 | placed | 0.008 / 0.0002 | 0.667 | 0.667 |" in text
     assert "| placed | 2.75 (1.5 - 4) | 1.75 |" in text
     assert "| all_to_all bf16 | 2 | 0.1 | 0.00 | 2 / 2 | 0% | 0% |" in text
-    assert "| replicated | 0 | no memory |" in text
-    assert "| placed | 2 | nothing |" in text
     assert text.count("a small one, 8 sequences a GPU") == 3 * len(CLUSTERS)
     assert text.endswith("on C, 2 cores, torch 2, at revision abc.\n")
 
