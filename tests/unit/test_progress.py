@@ -69,3 +69,11 @@ def test_what_happens_now_and_then_is_one_line_each(tmp_path: Path) -> None:
         "run: step 6: No space left. The one of step 4 was not written.",
         "run: step 7: asked to stop (SIGTERM)",
     ]
+
+
+def test_many_teachers_fit_on_a_line() -> None:
+    stream = io.StringIO()
+    gates = [[0.25, 0.5], [0.1 * number for number in range(9)]]
+    norms = {"teaching_gradient_norm": 1.0, "prediction_gradient_norm": 2.0}
+    ProgressDisplay("run", 9, stream)({"event": "liveness", "step": 3, "gate_means": gates} | norms)
+    assert stream.getvalue().endswith(", gates [0.25 0.50; 0.00 to 0.80]\n")

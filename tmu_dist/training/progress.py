@@ -23,6 +23,8 @@ from tmu_dist.run_folder import LOG_FILE, Event, read_log_lines
 _SECONDS_BETWEEN_LINES = 10.0
 _POLL_SECONDS = 0.5
 _POLL_STORE_SECONDS = 3.0
+_SHOWN_TEACHERS = 8
+"""Numbers of a layer that are shown one by one."""
 _IN_LIVENESS = {
     "gate_means": "gates",
     "memory_correlation": "memory correlation",
@@ -206,11 +208,14 @@ _SENTENCES: dict[str, Callable[[Event], str]] = {
 
 
 def _brief(values: Sequence[Any]) -> str:
-    """Numbers by layer, or by layer and teacher."""
-    layers = [
-        " ".join(f"{value:.2f}" for value in (layer if isinstance(layer, list) else [layer]))
-        for layer in values
-    ]
+    """Numbers by layer, or by layer and teacher; of many teachers the least and the most."""
+    layers = []
+    for layer in values:
+        numbers = layer if isinstance(layer, list) else [layer]
+        if len(numbers) > _SHOWN_TEACHERS:
+            layers.append(f"{min(numbers):.2f} to {max(numbers):.2f}")
+        else:
+            layers.append(" ".join(f"{number:.2f}" for number in numbers))
     return f"[{'; '.join(layers)}]"
 
 
