@@ -33,7 +33,7 @@ from tmu_dist.data.loader import open_archive
 from tmu_dist.models.build import build_predictor
 from tmu_dist.models.shapes import FrameShape
 from tmu_dist.run_folder import read_log
-from tmu_dist.teachers.bank import TeacherBank, Teaching
+from tmu_dist.teachers.bank import Shown, TeacherBank, Teaching
 from tmu_dist.teachers.card import DataFacts, TeacherCard, TeacherError
 from tmu_dist.teachers.store import load_model, write_model
 from tmu_dist.training.loop import train
@@ -152,10 +152,12 @@ def told(bank: TeacherBank, rank: int) -> list[Tensor]:
     """What all teachers tell of a rank's batch."""
     given = share(rank)
     teachings = bank.teach(
-        given.frames_BTCHW,
-        num_input_frames=3,
-        num_frames=6,
-        sampling_mask_BT=given.sampling_mask_BT,
+        Shown(
+            given.frames_BTCHW,
+            num_input_frames=3,
+            num_frames=6,
+            sampling_mask_BT=given.sampling_mask_BT,
+        )
     )
     return [value for taught in teachings for value in _tensors(taught)]
 

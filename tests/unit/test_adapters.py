@@ -40,7 +40,7 @@ from tmu_dist.teachers.adapter import (
     plan_teacher,
     resize,
 )
-from tmu_dist.teachers.bank import FrozenTeacher, ReplicatedBank
+from tmu_dist.teachers.bank import FrozenTeacher, ReplicatedBank, Shown
 from tmu_dist.teachers.card import DataFacts, TeacherCard, TeacherError
 from tmu_dist.transfer.base import Objective, Reduction, Task
 from tmu_dist.transfer.imitation import observed_share
@@ -458,10 +458,12 @@ def test_noise_goes_to_teachers_that_use_as_much(size: int | None) -> None:
     noise_BTZ = None if size is None else torch.randn(2, 5, size)
     given = batch()
     method.bank.teach(
-        given.frames_BTCHW,
-        num_input_frames=INPUTS,
-        num_frames=6,
-        sampling_mask_BT=given.sampling_mask_BT,
-        noise_BTZ=noise_BTZ,
+        Shown(
+            given.frames_BTCHW,
+            num_input_frames=INPUTS,
+            num_frames=6,
+            sampling_mask_BT=given.sampling_mask_BT,
+            noise_BTZ=noise_BTZ,
+        )
     )
     assert seen[0] is (noise_BTZ if size == 3 else None)

@@ -29,7 +29,7 @@ from tmu_dist.config import ModelConfig, PlacementConfig, RunConfig, TMUConfig, 
 from tmu_dist.data import storage
 from tmu_dist.data.transforms import window_frames
 from tmu_dist.memories import make, price, show_price, verify, work_of
-from tmu_dist.teachers.bank import FrozenTeacher, SampleKey, Teaching
+from tmu_dist.teachers.bank import FrozenTeacher, SampleKey, Shown, Teaching
 from tmu_dist.teachers.card import TeacherError
 from tmu_dist.teachers.memories.bank import CachedBank, Lesson
 from tmu_dist.teachers.memories.files import MemoriesError, RecordLayout
@@ -403,7 +403,7 @@ def teach(bank: CachedBank, ids: Sequence[int], **changes: Any) -> tuple[Teachin
         "sampling_mask_BT": torch.ones(len(ids), 2, dtype=torch.bool),
         "key": SampleKey(torch.tensor(ids)),
     }
-    return bank.teach(torch.zeros(len(ids), 6, 1, 16, 16), **(how | changes))
+    return bank.teach(Shown(torch.zeros(len(ids), 6, 1, 16, 16), **(how | changes)))
 
 
 def test_records_that_are_not_the_teachers_are_found(cached: RunConfig) -> None:

@@ -13,7 +13,7 @@ from tests.unit.test_training import assert_same, final_state, run, run_until
 from tests.unit.test_transfer import INPUTS, batch, gradients, student_of, task, teacher, tmu_method
 from tmu_dist.config import RunConfig, TMUConfig
 from tmu_dist.run_folder import read_log
-from tmu_dist.teachers.bank import FrozenTeacher, ReplicatedBank, TeacherBank, Teaching
+from tmu_dist.teachers.bank import FrozenTeacher, ReplicatedBank, Shown, TeacherBank, Teaching
 from tmu_dist.teachers.store import LoadedModel, load_model, load_weights, write_model
 from tmu_dist.transfer.base import TrainingBatch
 from tmu_dist.transfer.controls import ShuffledBank, with_random_weights
@@ -27,10 +27,12 @@ def bank() -> ReplicatedBank:
 
 def taught(bank: TeacherBank, given: TrainingBatch) -> tuple[Teaching, ...]:
     return bank.teach(
-        given.frames_BTCHW,
-        num_input_frames=INPUTS,
-        num_frames=6,
-        sampling_mask_BT=given.sampling_mask_BT,
+        Shown(
+            given.frames_BTCHW,
+            num_input_frames=INPUTS,
+            num_frames=6,
+            sampling_mask_BT=given.sampling_mask_BT,
+        )
     )
 
 

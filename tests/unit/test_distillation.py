@@ -40,7 +40,7 @@ from tmu_dist.config import (
 from tmu_dist.models.build import count_parameters
 from tmu_dist.models.rollout import Predictor, Rollout
 from tmu_dist.run_folder import read_log
-from tmu_dist.teachers.bank import FrozenTeacher, ReplicatedBank, Teaching
+from tmu_dist.teachers.bank import FrozenTeacher, ReplicatedBank, Shown, Teaching
 from tmu_dist.teachers.card import TeacherCard
 from tmu_dist.teachers.store import load_weights
 from tmu_dist.transfer.base import (
@@ -59,7 +59,7 @@ WIDE = card_of(FRAME, replace(TINY_MODEL, hidden_channels=6))
 class NoBank(ReplicatedBank):
     """Whose teachers must not be run."""
 
-    def teach(self, *arguments: Any, **more: Any) -> tuple[Teaching, ...]:
+    def teach(self, shown: Shown) -> tuple[Teaching, ...]:
         raise AssertionError("The teachers were run.")
 
 

@@ -33,7 +33,7 @@ from tmu_dist.config import BetaSchedule, ConfigError, ImitationConfig, ModelCon
 from tmu_dist.models.build import count_parameters
 from tmu_dist.models.shapes import MemoryShape
 from tmu_dist.teachers.adapter import LayerPlan, TeacherPlan
-from tmu_dist.teachers.bank import FrozenTeacher, ReplicatedBank, Teaching
+from tmu_dist.teachers.bank import FrozenTeacher, ReplicatedBank, Shown, Teaching
 from tmu_dist.teachers.card import TeacherCard
 from tmu_dist.transfer.base import DeadDistillationError, Reduction, TrainingBatch
 from tmu_dist.transfer.imitation import Comparison, Projections, any_observed, remembered_share
@@ -186,9 +186,9 @@ class CountingBank(ReplicatedBank):
 
     times = 0
 
-    def teach(self, *arguments: Any, **more: Any) -> tuple[Teaching, ...]:
+    def teach(self, shown: Shown) -> tuple[Teaching, ...]:
         self.times += 1
-        return super().teach(*arguments, **more)
+        return super().teach(shown)
 
 
 def method_of(

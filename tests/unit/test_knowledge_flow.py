@@ -46,7 +46,7 @@ from tmu_dist.models.rollout import Rollout
 from tmu_dist.models.shapes import FrameShape
 from tmu_dist.models.stack import StackedPredictor
 from tmu_dist.run_folder import read_log
-from tmu_dist.teachers.bank import FrozenTeacher, ReplicatedBank, Teaching
+from tmu_dist.teachers.bank import FrozenTeacher, ReplicatedBank, Shown, Teaching
 from tmu_dist.teachers.card import TeacherCard
 from tmu_dist.teachers.store import load_weights
 from tmu_dist.training.rates import rate_groups
@@ -291,9 +291,9 @@ class _Counting(ReplicatedBank):
 
     asked = 0
 
-    def teach(self, *frames: Tensor, **unrolling: Any) -> tuple[Teaching, ...]:
+    def teach(self, shown: Shown) -> tuple[Teaching, ...]:
         self.asked += 1
-        return super().teach(*frames, **unrolling)
+        return super().teach(shown)
 
 
 def test_independence_rises_and_then_the_student_is_alone() -> None:

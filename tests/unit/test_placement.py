@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import pytest
 import torch
@@ -21,7 +19,14 @@ from tmu_dist.models.build import build_predictor, count_parameters
 from tmu_dist.models.rollout import Predictor
 from tmu_dist.models.shapes import MemoryShape
 from tmu_dist.teachers.adapter import LayerPlan, TeacherPlan
-from tmu_dist.teachers.bank import FrozenTeacher, ReplicatedBank, Teaching, Wanted, convolutions
+from tmu_dist.teachers.bank import (
+    FrozenTeacher,
+    ReplicatedBank,
+    Shown,
+    Teaching,
+    Wanted,
+    convolutions,
+)
 from tmu_dist.teachers.placed import FrameCodec, PlacedBank
 from tmu_dist.teachers.placement import Placement, TeacherCost, plan_placement
 
@@ -190,10 +195,12 @@ def test_what_is_told_is_rounded_and_comes_back_in_the_frames_numbers(
     assert {value.dtype for value in rounded} == {dtype}
     assert all(map(torch.equal, rounded, [value.to(dtype) for value in exact]))
     taught = ReplicatedBank([teacher]).teach(
-        given.frames_BTCHW,
-        num_input_frames=3,
-        num_frames=6,
-        sampling_mask_BT=given.sampling_mask_BT,
+        Shown(
+            given.frames_BTCHW,
+            num_input_frames=3,
+            num_frames=6,
+            sampling_mask_BT=given.sampling_mask_BT,
+        )
     )
     assert all(map(torch.equal, tensors(taught[0]), [value.float() for value in rounded]))
 
@@ -237,15 +244,11 @@ def test_a_group_of_one_is_taught_as_by_teachers_of_its_own() -> None:
         FrozenTeacher(small(cell), wanted=("hidden", "memory", "predictions"))
         for cell in ("convlstm", "e3d_lstm")
     ]
-    how: dict[str, Any] = {
-        "num_input_frames": 3,
-        "num_frames": 6,
-        "sampling_mask_BT": given.sampling_mask_BT,
-    }
+    shown = Shown(given.frames_BTCHW, 3, 6, given.sampling_mask_BT)
     bank, other = placed(*teachers), ReplicatedBank(teachers)
     assert bank.plans == other.plans
     assert bank.parameters_per_teacher == other.parameters_per_teacher
-    found, expected = bank.teach(given.frames_BTCHW, **how), other.teach(given.frames_BTCHW, **how)
+    found, expected = bank.teach(shown), other.teach(shown)
     for one, another in zip(found, expected, strict=True):
         assert one.states.keys() == another.states.keys()
         assert all(map(torch.equal, tensors(one), tensors(another)))
@@ -256,10 +259,12 @@ def test_frames_that_are_no_codes_are_refused() -> None:
     bank = placed(FrozenTeacher(small("convlstm")), codec=FrameCodec(255))
     with pytest.raises(ValueError, match="are not codes of 0 to 255"):
         bank.teach(
-            given.frames_BTCHW,
-            num_input_frames=3,
-            num_frames=6,
-            sampling_mask_BT=given.sampling_mask_BT,
+            Shown(
+                given.frames_BTCHW,
+                num_input_frames=3,
+                num_frames=6,
+                sampling_mask_BT=given.sampling_mask_BT,
+            )
         )
 
 
@@ -271,8 +276,10 @@ def test_a_plan_of_other_maps_is_refused() -> None:
     bank.plans = (TeacherPlan(frame=None, layers={0: LayerPlan(0, wrong, wrong)}),)
     with pytest.raises(ValueError, match=r"memory \(layer 0\) is \(4, 5, 4, 4, 4\), and its plan"):
         bank.teach(
-            given.frames_BTCHW,
-            num_input_frames=3,
-            num_frames=6,
-            sampling_mask_BT=given.sampling_mask_BT,
+            Shown(
+                given.frames_BTCHW,
+                num_input_frames=3,
+                num_frames=6,
+                sampling_mask_BT=given.sampling_mask_BT,
+            )
         )

@@ -59,6 +59,18 @@ class SampleKey(NamedTuple):
     """Whether the frames run backwards in time."""
 
 
+class Shown(NamedTuple):
+    """A batch as teachers are shown it; the first five are arguments of `Predictor.forward`."""
+
+    frames_BTCHW: Tensor
+    num_input_frames: int
+    num_frames: int
+    sampling_mask_BT: Tensor
+    noise_BTZ: Tensor | None = None
+    key: SampleKey | None = None
+    """Which sequences these are; only needed by banks that keep what teachers tell."""
+
+
 class TeacherBank(Protocol):
     """Who runs which teacher, where."""
 
@@ -70,25 +82,11 @@ class TeacherBank(Protocol):
     def plans(self) -> tuple[TeacherPlan, ...]:
         """How each teacher is used."""
 
-    def teach(
-        self,
-        frames_BTCHW: Tensor,
-        *,
-        num_input_frames: int,
-        num_frames: int,
-        sampling_mask_BT: Tensor,
-        noise_BTZ: Tensor | None = None,
-        key: SampleKey | None = None,
-    ) -> tuple[Teaching, ...]:
+    def teach(self, shown: Shown) -> tuple[Teaching, ...]:
         """What every teacher makes of the student's frames, in their precision.
 
         Banks that span ranks must be asked by all members of the group, in the same order, and
         for batches of one size.
-
-        Args:
-            frames_BTCHW, num_input_frames, num_frames, sampling_mask_BT, noise_BTZ: as in
-                `Predictor.forward`.
-            key: which sequences these are; only needed by banks that keep what teachers tell.
         """
 
 
@@ -199,24 +197,15 @@ class ReplicatedBank:
     def plans(self) -> tuple[TeacherPlan, ...]:
         return tuple(teacher.plan for teacher in self._teachers)
 
-    def teach(
-        self,
-        frames_BTCHW: Tensor,
-        *,
-        num_input_frames: int,
-        num_frames: int,
-        sampling_mask_BT: Tensor,
-        noise_BTZ: Tensor | None = None,
-        key: SampleKey | None = None,
-    ) -> tuple[Teaching, ...]:
+    def teach(self, shown: Shown) -> tuple[Teaching, ...]:
         return tuple(
             teacher(
-                frames_BTCHW,
-                num_input_frames=num_input_frames,
-                num_frames=num_frames,
-                sampling_mask_BT=sampling_mask_BT,
-                noise_BTZ=noise_BTZ,
-            ).to(frames_BTCHW.dtype)
+                shown.frames_BTCHW,
+                num_input_frames=shown.num_input_frames,
+                num_frames=shown.num_frames,
+                sampling_mask_BT=shown.sampling_mask_BT,
+                noise_BTZ=shown.noise_BTZ,
+            ).to(shown.frames_BTCHW.dtype)
             for teacher in self._teachers
         )
 

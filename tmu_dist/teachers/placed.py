@@ -20,7 +20,7 @@ from tmu_dist.teachers.adapter import TeacherPlan
 from tmu_dist.teachers.bank import (
     FrozenTeacher,
     Memories,
-    SampleKey,
+    Shown,
     Teaching,
     Wanted,
     told_dtype,
@@ -96,30 +96,22 @@ class PlacedBank:
         self._is_codec_checked = False
 
     @torch.no_grad()
-    def teach(
-        self,
-        frames_BTCHW: Tensor,
-        *,
-        num_input_frames: int,
-        num_frames: int,
-        sampling_mask_BT: Tensor,
-        noise_BTZ: Tensor | None = None,
-        key: SampleKey | None = None,
-    ) -> tuple[Teaching, ...]:
+    def teach(self, shown: Shown) -> tuple[Teaching, ...]:
         """As `TeacherBank.teach`.
 
         Raises:
             ValueError: the first frames are not what the codec is for, or a teacher tells something
                 else than its plan says.
         """
+        frames_BTCHW = shown.frames_BTCHW
         frame = frames_BTCHW.shape[2:]
         slots = [
-            _slots(plan, self._wanted, (len(frames_BTCHW), num_frames - 1), frame)
+            _slots(plan, self._wanted, (len(frames_BTCHW), shown.num_frames - 1), frame)
             for plan in self.plans
         ]
         sizes = [sum(slot.shape.numel() for slot in each) for each in slots]
         told_as = told_dtype(self._memories, frames_BTCHW.dtype)
-        gathered = self._gathered(frames_BTCHW, sampling_mask_BT, noise_BTZ)
+        gathered = self._gathered(frames_BTCHW, shown.sampling_mask_BT, shown.noise_BTZ)
         values: dict[int, Tensor] = {}
         for turn in self._turns():
             told = [frames_BTCHW.new_empty(0, dtype=told_as)]
@@ -127,8 +119,8 @@ class PlacedBank:
                 for frames, mask, noise in gathered:
                     taught = self._own[own](
                         frames,
-                        num_input_frames=num_input_frames,
-                        num_frames=num_frames,
+                        num_input_frames=shown.num_input_frames,
+                        num_frames=shown.num_frames,
                         sampling_mask_BT=mask,
                         noise_BTZ=noise,
                     )

@@ -19,7 +19,7 @@ from tmu_dist.models.cells.base import FrameLoss
 from tmu_dist.models.rollout import Predictor, Rollout
 from tmu_dist.models.shapes import FrameShape
 from tmu_dist.teachers.ahead import TeachingAhead
-from tmu_dist.teachers.bank import SampleKey, TeacherBank, Teaching
+from tmu_dist.teachers.bank import SampleKey, Shown, TeacherBank, Teaching
 from tmu_dist.teachers.card import TeacherCard
 
 Reduction = Literal["mean", "sum"]
@@ -295,12 +295,14 @@ class TaughtMethod(TransferMethod):
         if self.teacher_input != "own":
             mask = torch.ones_like(mask)
         return self.bank.teach(
-            frames_BTCHW,
-            num_input_frames=self.task.num_input_frames,
-            num_frames=batch.frames_BTCHW.shape[1],
-            sampling_mask_BT=mask,
-            noise_BTZ=batch.noise_BTZ,
-            key=None if ids_B is None else SampleKey(ids_B, batch.is_backwards),
+            Shown(
+                frames_BTCHW,
+                num_input_frames=self.task.num_input_frames,
+                num_frames=batch.frames_BTCHW.shape[1],
+                sampling_mask_BT=mask,
+                noise_BTZ=batch.noise_BTZ,
+                key=None if ids_B is None else SampleKey(ids_B, batch.is_backwards),
+            )
         )
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tmu_dist.draws import keyed_hash
 from tmu_dist.teachers.adapter import TeacherPlan
-from tmu_dist.teachers.bank import SampleKey, TeacherBank, Teaching
+from tmu_dist.teachers.bank import Shown, TeacherBank, Teaching
 from tmu_dist.teachers.card import TeacherCard
 from tmu_dist.teachers.store import WEIGHTS_FILE, LoadedModel, build_network, model_files
 
@@ -45,37 +45,20 @@ class ShuffledBank:
     def plans(self) -> tuple[TeacherPlan, ...]:
         return self._bank.plans
 
-    def teach(
-        self,
-        frames_BTCHW: Tensor,
-        *,
-        num_input_frames: int,
-        num_frames: int,
-        sampling_mask_BT: Tensor,
-        noise_BTZ: Tensor | None = None,
-        key: SampleKey | None = None,
-    ) -> tuple[Teaching, ...]:
+    def teach(self, shown: Shown) -> tuple[Teaching, ...]:
         """As `TeacherBank.teach`, with partners' places exchanged.
 
         Raises:
             ValueError: a sequence has no partner.
         """
-        size = len(frames_BTCHW)
+        size = len(shown.frames_BTCHW)
         if size % 2:
             raise ValueError(
                 f"transfer.control=shuffled exchanges sequences in pairs, and this rank has {size} "
                 "of them: choose training.batch_size so that training.batch_size / ranks is even, "
                 "and an even scale.sequences_at_once, if any."
             )
-        teachings = self._bank.teach(
-            frames_BTCHW,
-            num_input_frames=num_input_frames,
-            num_frames=num_frames,
-            sampling_mask_BT=sampling_mask_BT,
-            noise_BTZ=noise_BTZ,
-            key=key,
-        )
-        return tuple(_exchanged(taught) for taught in teachings)
+        return tuple(_exchanged(taught) for taught in self._bank.teach(shown))
 
 
 def with_random_weights(

@@ -31,7 +31,7 @@ from tmu_dist.data.manifest import Manifest
 from tmu_dist.data.order import ORDER_VERSION, DataSet, epoch_order
 from tmu_dist.data.storage import local_path
 from tmu_dist.teachers.adapter import TeacherPlan
-from tmu_dist.teachers.bank import SampleKey, Teaching
+from tmu_dist.teachers.bank import Shown, Teaching
 from tmu_dist.teachers.card import TeacherError
 from tmu_dist.teachers.memories.files import MemoryReader
 from tmu_dist.teachers.planned import PlannedTeacher
@@ -202,16 +202,7 @@ class CachedBank:
     def plans(self) -> tuple[TeacherPlan, ...]:
         return tuple(lesson.teacher.plan for lesson in self._lessons)
 
-    def teach(
-        self,
-        frames_BTCHW: Tensor,
-        *,
-        num_input_frames: int,
-        num_frames: int,
-        sampling_mask_BT: Tensor,
-        noise_BTZ: Tensor | None = None,
-        key: SampleKey | None = None,
-    ) -> tuple[Teaching, ...]:
+    def teach(self, shown: Shown) -> tuple[Teaching, ...]:
         """As `TeacherBank.teach`; frames are known by their samples and not looked at.
 
         Raises:
@@ -219,14 +210,17 @@ class CachedBank:
             MemoriesError: a record is damaged.
             StorageError: the store cannot be reached.
         """
-        window = self._lessons[0].window
-        if key is None or len(key.ids_B) != len(frames_BTCHW):
+        window, key = self._lessons[0].window, shown.key
+        if key is None or len(key.ids_B) != len(shown.frames_BTCHW):
             raise ValueError("Memories in files are known by the ids of their samples: name them.")
-        if (num_input_frames, num_frames) != (window.num_input_frames, window.num_frames):
+        if (shown.num_input_frames, shown.num_frames) != (
+            window.num_input_frames,
+            window.num_frames,
+        ):
             raise ValueError(
                 f"These memories are of windows of {window.num_frames} frames "
-                f"({window.num_input_frames} of them inputs), not of {num_frames} "
-                f"({num_input_frames})."
+                f"({window.num_input_frames} of them inputs), not of {shown.num_frames} "
+                f"({shown.num_input_frames})."
             )
         rows_of = self._by_archive(key.ids_B.tolist())
         requests = [
@@ -246,7 +240,7 @@ class CachedBank:
                 for row, record in zip(rows, found[number, archive], strict=True):
                     records[row] = record
             layout = self._readers[number, 0, key.is_backwards].plan.layout
-            taught.append(_like(frames_BTCHW, layout.decode(records)))
+            taught.append(_like(shown.frames_BTCHW, layout.decode(records)))
         return tuple(taught)
 
     def _by_archive(self, ids: Sequence[int]) -> dict[int, tuple[list[int], list[int], list[int]]]:
