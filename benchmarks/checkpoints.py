@@ -21,7 +21,6 @@ for the S3 server.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import tempfile
@@ -37,7 +36,7 @@ import torch
 
 from benchmarks.backbones.costs import SIZES, Size, training_batch, training_step
 from benchmarks.methods import METHODS, Teachers
-from benchmarks.provenance import provenance, say
+from benchmarks.provenance import provenance, publish, say
 from tests.s3_servers import localbucket, s3_environment
 from tmu_dist.config import RunConfig
 from tmu_dist.data.storage import list_objects
@@ -235,10 +234,7 @@ def main() -> None:
         ),
     }
     out: Path = chosen.out or Path("docs/results/checkpoints")
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "results.json").write_text(json.dumps(record, indent=1) + "\n")
-    (out / "table.md").write_text(table(record))
-    print(table(record))
+    publish(record, table(record), out)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,6 @@ less than five minutes: smaller batches and fewer rounds.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import random
 import socket
@@ -42,7 +41,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.backbones.costs import SIZES, Size, make_method, training_batch
-from benchmarks.provenance import provenance, say
+from benchmarks.provenance import provenance, publish, say
 from tmu_dist.collectives import Collectives, joined_ranks
 from tmu_dist.config import RunConfig, with_overrides
 from tmu_dist.models.build import count_trained
@@ -253,10 +252,7 @@ def main() -> None:
         },
     }
     out: Path = chosen.out
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "results.json").write_text(json.dumps(record, indent=1) + "\n")
-    (out / "table.md").write_text(table(record))
-    print(table(record))
+    publish(record, table(record), out)
 
 
 if __name__ == "__main__":

@@ -35,6 +35,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import torch
 
+from benchmarks.provenance import publish
 from tmu_dist.collectives import Collectives
 from tmu_dist.config import RunConfig, with_overrides
 from tmu_dist.recipes import get_recipe
@@ -218,10 +219,7 @@ def main() -> None:
         "runs": [summary(*pair) for pair in zip(students, configs)],
     }
     _keep_others(record, out / "results.json", students)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "results.json").write_text(json.dumps(record, indent=1) + "\n")
-    (out / "table.md").write_text(table(record))
-    print(table(record))
+    publish(record, table(record), out)
 
 
 def _keep_others(record: dict[str, Any], file: Path, students: Sequence[Student]) -> None:

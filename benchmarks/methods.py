@@ -21,7 +21,6 @@ Runs without Ray, WebDataset and Zarr.
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -41,7 +40,7 @@ from benchmarks.backbones.costs import (
     training_step,
 )
 from benchmarks.backbones.report import PAPER, Stated
-from benchmarks.provenance import provenance, say
+from benchmarks.provenance import provenance, publish, say
 from tmu_dist.config import (
     AdapterConfig,
     ARTConfig,
@@ -328,10 +327,7 @@ def main() -> None:
     }
     default = "methods" if chosen.size == "small" else f"methods-{chosen.size}"
     out: Path = chosen.out or Path("docs/results") / default
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "results.json").write_text(json.dumps(record, indent=1) + "\n")
-    (out / "table.md").write_text(table(record))
-    print(table(record))
+    publish(record, table(record), out)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,15 @@
-"""What benchmarks share: where a record was made, and telling how far they are."""
+"""What benchmarks share: where a record was made, writing it, and telling how far they are."""
 
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import platform
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,14 @@ def _git_revision() -> str:
 def _without_folder(arguments: Sequence[str]) -> list[str]:
     """The arguments as they would be on another machine."""
     return ["FOLDER" if b == "--out" else a for b, a in itertools.pairwise(["", *arguments])]
+
+
+def publish(record: Mapping[str, Any], table: str, out: Path) -> None:
+    """Write results.json and table.md, and print the table."""
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "results.json").write_text(json.dumps(record, indent=1) + "\n")
+    (out / "table.md").write_text(table)
+    print(table)
 
 
 def say(text: str) -> None:

@@ -43,7 +43,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from benchmarks.provenance import provenance, say
+from benchmarks.provenance import provenance, publish, say
 from data_prep.moving_mnist import MovingMNISTConfig, write_moving_mnist
 from tests.hosts.machines import QUICK_HEALTH_CHECKS, Cluster, machines, why_not
 from tmu_dist.config import (
@@ -308,10 +308,7 @@ def main() -> None:
         },
         "seconds": measure(chosen.faults, repeats, health_checks),
     }
-    chosen.out.mkdir(parents=True, exist_ok=True)
-    (chosen.out / "results.json").write_text(json.dumps(record, indent=1) + "\n")
-    (chosen.out / "table.md").write_text(table(record))
-    print(table(record))
+    publish(record, table(record), chosen.out)
 
 
 if __name__ == "__main__":

@@ -13,12 +13,11 @@ full run needs about five minutes, 8 GB of memory and a machine with nothing els
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.provenance import provenance, say
+from benchmarks.provenance import provenance, publish, say
 from benchmarks.scaling import collectives, placements
 from benchmarks.scaling.networks import SIZES, measure
 from benchmarks.scaling.report import FIGURES, PAPER_TEACHERS, figure, networks_of, table
@@ -40,7 +39,6 @@ def main() -> None:
     }
     record["minutes"] = round((time.monotonic() - started) / 60, 1)
     write(record, chosen.out)
-    print(table(record))
 
 
 def measurements(network: str, quick: bool, rounds: int) -> dict[str, Any]:
@@ -86,9 +84,7 @@ def timed(network: str, quick: bool, rounds: int) -> dict[str, Any]:
 
 def write(record: dict[str, Any], out: Path) -> None:
     """The record, its tables and its figures."""
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "results.json").write_text(json.dumps(record, indent=1) + "\n")
-    (out / "table.md").write_text(table(record))
+    publish(record, table(record), out)
     networks = networks_of(record)
     for name, (network, cluster) in FIGURES.items():
         (out / f"{name}.svg").write_text(svg_text(figure(networks[network], cluster)))
