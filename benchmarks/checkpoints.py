@@ -20,7 +20,6 @@ for the S3 server.
 
 from __future__ import annotations
 
-import argparse
 import os
 import statistics
 import tempfile
@@ -36,7 +35,7 @@ import torch
 
 from benchmarks.backbones.costs import SIZES, Size, training_batch, training_step
 from benchmarks.methods import METHODS, Teachers
-from benchmarks.provenance import provenance, publish, say
+from benchmarks.provenance import command_line, median_and_range, provenance, publish, say
 from tests.s3_servers import localbucket, s3_environment
 from tmu_dist.config import RunConfig
 from tmu_dist.data.storage import list_objects
@@ -201,30 +200,18 @@ def table(record: Mapping[str, Any]) -> str:
         parts = [costs(each) for each in repeats]
         columns = [place, f"{found['bytes'] / 1e6:,.1f}"]
         for name in ("step", "stalled", "slowed", "processor"):
-            columns.append(_spread([each[name] for each in repeats]))
+            columns.append(median_and_range([each[name] for each in repeats], 3))
         for name in ("cost", "at most", "in line"):
-            columns.append(_spread([100 * each[name] for each in parts]))
+            columns.append(median_and_range([100 * each[name] for each in parts], 3))
         lines.append(f"| {' | '.join(columns)} |")
     return "\n".join(lines) + "\n"
 
 
-def _spread(values: list[float]) -> str:
-    middle, least, most = statistics.median(values), min(values), max(values)
-    return f"{middle:.3f} ({least:.3f} - {most:.3f})"
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--size", choices=tuple(SIZES), default="paper")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser = command_line(__doc__, sizes=SIZES, takes_device=True, out="docs/results/checkpoints")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--steps", type=int, default=3, help="to compare in a repeat, at least")
-    parser.add_argument("--revision", help="of this code, where git cannot tell")
-    parser.add_argument("--out", type=Path, help="folder of results.json and table.md")
     chosen = parser.parse_args()
-    if chosen.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: torch sees no CUDA device here")
     record = {
         **provenance("benchmarks.checkpoints", chosen.device, chosen.revision),
         "size": chosen.size,
@@ -233,8 +220,7 @@ def main() -> None:
             SIZES[chosen.size], chosen.device, repeats=chosen.repeats, steps=chosen.steps
         ),
     }
-    out: Path = chosen.out or Path("docs/results/checkpoints")
-    publish(record, table(record), out)
+    publish(record, table(record), chosen.out)
 
 
 if __name__ == "__main__":

@@ -24,16 +24,12 @@ less than five minutes: smaller batches and fewer rounds.
 
 from __future__ import annotations
 
-import argparse
 import os
 import random
-import socket
-import statistics
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -41,8 +37,8 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.backbones.costs import SIZES, Size, make_method, training_batch
-from benchmarks.provenance import provenance, publish, say
-from tmu_dist.collectives import Collectives, joined_ranks
+from benchmarks.provenance import command_line, median_and_range, provenance, publish, say
+from tmu_dist.collectives import Collectives, joined_ranks, torchrun_here
 from tmu_dist.config import RunConfig, with_overrides
 from tmu_dist.models.build import count_trained
 from tmu_dist.training.build import build_step
@@ -106,20 +102,12 @@ class Rank:
             step(rows)
 
 
-def serve(connection: Connection, rank: int, port: int, size: Size, precision: str) -> None:
+def serve(connection: Connection, variables: Mapping[str, str], size: Size, precision: str) -> None:
     """Measure as often as asked, on a core of its own."""
     cores = sorted(os.sched_getaffinity(0))
-    os.sched_setaffinity(0, {cores[rank % len(cores)]})
+    os.sched_setaffinity(0, {cores[int(variables["RANK"]) % len(cores)]})
     torch.set_num_threads(1)
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE=str(RANKS),
-        LOCAL_WORLD_SIZE=str(RANKS),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-        GLOO_SOCKET_IFNAME="lo",
-    )
+    os.environ.update(variables)
     with joined_ranks("torchrun") as collectives:
         one = Rank(size, precision, collectives)
         connection.send(one.gradients.numel())
@@ -130,14 +118,11 @@ def serve(connection: Connection, rank: int, port: int, size: Size, precision: s
 def measure(size: Size, precision: str, *, batch: int, steps: int, rounds: int) -> dict[str, Any]:
     """By mode and round: `sequences_per_second`, and `on_core`, the part of the time that a process
     was given a core; `exchange_seconds` of so many `gradients`."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     context = torch.multiprocessing.get_context("spawn")
     pipes = [context.Pipe() for _ in range(RANKS)]
     processes = [
-        context.Process(target=serve, args=(theirs, rank, port, size, precision), daemon=True)
-        for rank, (_, theirs) in enumerate(pipes)
+        context.Process(target=serve, args=(theirs, variables, size, precision), daemon=True)
+        for (_, theirs), variables in zip(pipes, torchrun_here(RANKS), strict=True)
     ]
     for process in processes:
         process.start()
@@ -204,29 +189,21 @@ def table(record: Mapping[str, Any]) -> str:
         speeds, ratios = found["sequences_per_second"], efficiencies(found["sequences_per_second"])
         for mode, values in speeds.items():
             share = record["batch"] // 2 if mode == "two, halves" else record["batch"]
-            efficiency = _spread(ratios[mode], 3) if mode in ratios else ""
+            efficiency = median_and_range(ratios[mode], 3) if mode in ratios else ""
             lines.append(
-                f"| {precision} | {mode} | {share} | {_spread(values, 3)} | {efficiency} "
-                f"| {_spread(found['on_core'][mode], 2)} |"
+                f"| {precision} | {mode} | {share} | {median_and_range(values, 3)} | {efficiency} "
+                f"| {median_and_range(found['on_core'][mode], 2)} |"
             )
         exchange = [1e3 * seconds for seconds in found["exchange_seconds"]]
         notes.append(
             f"{precision}: all {found['gradients']:,} gradients by themselves are exchanged in "
-            f"{_spread(exchange, 1)} ms."
+            f"{median_and_range(exchange, 1)} ms."
         )
     return "\n".join([*lines, "", *notes]) + "\n"
 
 
-def _spread(values: Sequence[float], decimals: int) -> str:
-    shown = (statistics.median(values), min(values), max(values))
-    middle, least, most = (f"{value:,.{decimals}f}" for value in shown)
-    return f"{middle} ({least} - {most})"
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--size", choices=tuple(SIZES), default="paper")
+    parser = command_line(__doc__, sizes=SIZES, out="docs/results/data-parallel")
     parser.add_argument(
         "--precisions", choices=("fp32", "bf16"), nargs="+", default=["fp32", "bf16"]
     )
@@ -234,8 +211,6 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2, help="of a mode in a round")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="--batch 4 --steps 2 --rounds 3")
-    parser.add_argument("--revision", help="of this code, where git cannot tell")
-    parser.add_argument("--out", type=Path, default=Path("docs/results/data-parallel"))
     chosen = parser.parse_args()
     if chosen.quick:
         chosen.batch, chosen.steps, chosen.rounds = 4, 2, 3
@@ -251,8 +226,7 @@ def main() -> None:
             for precision in chosen.precisions
         },
     }
-    out: Path = chosen.out
-    publish(record, table(record), out)
+    publish(record, table(record), chosen.out)
 
 
 if __name__ == "__main__":

@@ -20,9 +20,7 @@ Runs without Ray, WebDataset and Zarr.
 
 from __future__ import annotations
 
-import argparse
 import random
-import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -40,7 +38,13 @@ from benchmarks.backbones.costs import (
     training_step,
 )
 from benchmarks.backbones.report import PAPER, Stated
-from benchmarks.provenance import provenance, publish, say
+from benchmarks.provenance import (
+    command_line,
+    median_and_range,
+    provenance,
+    publish,
+    say,
+)
 from tmu_dist.config import (
     AdapterConfig,
     ARTConfig,
@@ -287,31 +291,20 @@ def _line(methods: Mapping[str, Any], name: str, stated: Stated | None) -> str:
         columns += [
             f"{own['flops'] / 1e9:,.2f}",
             f"{own['flops'] / plain['flops']:.2f}",
-            _spread([unit * seconds for seconds in own["seconds"]], 3 if part == "train" else 1),
-            _spread(ratios, 2) + paper,
+            median_and_range(
+                [unit * seconds for seconds in own["seconds"]], 3 if part == "train" else 1
+            ),
+            median_and_range(ratios, 2) + paper,
         ]
     return f"| {' | '.join(columns)} |"
 
 
-def _spread(values: Sequence[float], decimals: int) -> str:
-    shown = (statistics.median(values), min(values), max(values))
-    middle, least, most = (f"{value:,.{decimals}f}" for value in shown)
-    return f"{middle} ({least} - {most})"
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--size", choices=tuple(SIZES), default="small")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser = command_line(__doc__, sizes=SIZES, size="small", takes_device=True)
     parser.add_argument("--methods", choices=tuple(METHODS), nargs="+", default=list(METHODS))
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=1.0, help="of a part in a repeat at least")
-    parser.add_argument("--revision", help="of this code, where git cannot tell")
-    parser.add_argument("--out", type=Path, help="folder of results.json and table.md")
     chosen = parser.parse_args()
-    if chosen.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: torch sees no CUDA device here")
     names = list(dict.fromkeys([YARDSTICK, *chosen.methods]))
     record = {
         **provenance("benchmarks.methods", chosen.device, chosen.revision),

@@ -1,20 +1,57 @@
-"""What benchmarks share: where a record was made, writing it, and telling how far they are."""
+"""What benchmarks share: options, where a record was made, and how it is told and written."""
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import json
 import os
 import platform
 import shlex
+import statistics
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
+
+
+def command_line(
+    about: str | None,
+    *,
+    out: str | None = None,
+    sizes: Iterable[str] = (),
+    size: str = "paper",
+    takes_device: bool = False,
+) -> argparse.ArgumentParser:
+    """The options that benchmarks share; their own are added to it.
+
+    Args:
+        about: what --help says: the module's docstring.
+        out: folder of the record, if nothing else is said.
+        sizes: that --size takes; without, there is no --size.
+        size: the default.
+        takes_device: whether there is --device.
+    """
+    parser = argparse.ArgumentParser(description=about)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    if sizes:
+        parser.add_argument("--size", choices=tuple(sizes), default=size)
+    if takes_device:
+        parser.add_argument("--device", type=_device, choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--revision", help="of this code, where git cannot tell")
+    folder = None if out is None else Path(out)
+    parser.add_argument("--out", type=Path, default=folder, help="of results.json and table.md")
+    return parser
+
+
+def _device(name: str) -> str:
+    if name == "cuda" and not torch.cuda.is_available():
+        raise argparse.ArgumentTypeError("torch sees no CUDA device here")
+    return name
 
 
 def provenance(module: str, device: str, revision: str | None) -> dict[str, Any]:
@@ -79,12 +116,22 @@ def _without_folder(arguments: Sequence[str]) -> list[str]:
     return ["FOLDER" if b == "--out" else a for b, a in itertools.pairwise(["", *arguments])]
 
 
-def publish(record: Mapping[str, Any], table: str, out: Path) -> None:
-    """Write results.json and table.md, and print the table."""
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "results.json").write_text(json.dumps(record, indent=1) + "\n")
-    (out / "table.md").write_text(table)
+def median_and_range(values: Sequence[float], decimals: int) -> str:
+    """Such as 2.01 (1.94 - 2.04); nothing of no values."""
+    if not values:
+        return ""
+    shown = (statistics.median(values), min(values), max(values))
+    middle, least, most = (f"{value:,.{decimals}f}" for value in shown)
+    return f"{middle} ({least} - {most})"
+
+
+def publish(record: Mapping[str, Any], table: str, out: Path | None) -> None:
+    """Print the table, and write results.json and table.md if there is a folder for them."""
     print(table)
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "results.json").write_text(json.dumps(record, indent=1) + "\n")
+        (out / "table.md").write_text(table)
 
 
 def say(text: str) -> None:

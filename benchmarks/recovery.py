@@ -26,7 +26,6 @@ less than ten minutes on two idle cores, --quick (once each) less than five.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import os
@@ -43,7 +42,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from benchmarks.provenance import provenance, publish, say
+from benchmarks.provenance import command_line, median_and_range, provenance, publish, say
 from data_prep.moving_mnist import MovingMNISTConfig, write_moving_mnist
 from tests.hosts.machines import QUICK_HEALTH_CHECKS, Cluster, machines, why_not
 from tmu_dist.config import (
@@ -256,8 +255,11 @@ def table(record: Mapping[str, Any]) -> str:
         noticed = [each["noticed"] for each in repeats if "noticed" in each]
         after = [each["training"] - each["noticed"] for each in repeats if "noticed" in each]
         total = [each["training"] for each in repeats]
-        columns = [_spread(noticed), _spread(after), _spread(total), _wanted(fault, after, total)]
-        columns.append(_spread([each["repeated"] for each in repeats], 0))
+        columns = [
+            *(median_and_range(each, 1) for each in (noticed, after, total)),
+            _wanted(fault, after, total),
+        ]
+        columns.append(median_and_range([each["repeated"] for each in repeats], 0))
         lines.append(f"| {fault} | {' | '.join(columns)} |")
     return "\n".join(lines) + "\n"
 
@@ -271,24 +273,12 @@ def _wanted(fault: str, after: Sequence[float], total: Sequence[float]) -> str:
     return f"{what} {goal:.0f}" + ("" if is_reached else " (**missed**)")
 
 
-def _spread(values: Sequence[float], decimals: int = 1) -> str:
-    if not values:
-        return ""
-    middle, least, most = (
-        f"{value:.{decimals}f}" for value in (statistics.median(values), min(values), max(values))
-    )
-    return f"{middle} ({least} - {most})"
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = command_line(__doc__, out="docs/results/recovery")
     parser.add_argument("--faults", choices=FAULTS, nargs="+", default=list(FAULTS))
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--quick", action="store_true", help="one repeat")
     parser.add_argument("--health-checks", choices=("quick", "ray"), default="quick")
-    parser.add_argument("--revision", help="of this code, where git cannot tell")
-    parser.add_argument("--out", type=Path, default=Path("docs/results/recovery"))
     chosen = parser.parse_args()
     if reason := why_not():
         parser.error(reason)

@@ -61,6 +61,7 @@ ROWS = {
     "tmu_dist.train": 5,
     "tmu_dist.verify_resume": 5,
     "tmu_dist.zoo": 5,
+    "tuning": 5,
 }
 """Row of every room. A room imports from lower rows and from itself."""
 
@@ -89,6 +90,9 @@ DATA_PREP_MAY_IMPORT = {
     "tmu_dist.html_page",  # what all pages share
 }
 
+_HOUSE = ("tmu_dist", "tuning")
+"""Packages with rows; data_prep stands beside."""
+
 EXTRAS = ("h5py", "netCDF4", "xarray", "eccodes", "rasterio", "av", "pysteps", "cv2", "zarr")
 """Libraries that are heavy or optional: loaded by the function that needs them."""
 
@@ -108,6 +112,8 @@ RAY_ROOMS = {
     "tmu_dist.training.ray_failures",
     "tmu_dist.training.ray_many",
     "tmu_dist.training.ray_worker",
+    "tuning.engine",
+    "tuning.trial",
 }
 
 
@@ -122,7 +128,7 @@ class Import(NamedTuple):
 def modules(*packages: str) -> dict[str, Path]:
     """Source files by module name."""
     found = {}
-    for package in packages or ("tmu_dist", "data_prep"):
+    for package in packages or ("tmu_dist", "data_prep", "tuning"):
         for path in (ROOT / package).rglob("*.py"):
             parts = path.relative_to(ROOT).with_suffix("").parts
             found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
@@ -186,7 +192,7 @@ def loaded_by(module: str) -> set[str]:
 
 
 def test_every_module_lies_in_a_room() -> None:
-    homeless = [m for m in modules("tmu_dist") if room_of(m) is None]
+    homeless = [m for m in modules("tmu_dist", "tuning") if room_of(m) is None]
     assert not homeless, f"give {homeless} a row in ROWS and in docs/architecture.md"
     gone = [room for room in ROWS if room not in modules()]
     assert not gone, f"ROWS names rooms that do not exist: {gone}"
@@ -207,8 +213,8 @@ def test_rooms_import_from_lower_rows_only() -> None:
     broken = [
         f"{i.importer} (row {ROWS[str(room_of(i.importer))]}) imports {i.imported}"
         for i in all_imports()
-        if i.importer.startswith("tmu_dist")
-        and i.imported.startswith("tmu_dist")
+        if i.importer.startswith(_HOUSE)
+        and i.imported.startswith(_HOUSE)
         and not may_import(i.importer, i.imported)
     ]
     assert not broken, "\n".join(broken)
@@ -231,7 +237,7 @@ def test_data_prep_stands_beside() -> None:
 def test_only_its_rooms_load_ray() -> None:
     users = [
         name
-        for name, path in modules("tmu_dist", "data_prep", "tests", "benchmarks").items()
+        for name, path in modules("tmu_dist", "data_prep", "tuning", "tests", "benchmarks").items()
         for i in imports_of(name, path)
         if i.at_import_time and (i.imported.partition(".")[0] == "ray" or i.imported in RAY_ROOMS)
     ]
@@ -265,7 +271,7 @@ SECTIONS = "|".join(f.name for f in dataclasses.fields(RunConfig) if f.name != "
 
 _LINK = re.compile(r"\]\(([^)\s]+)\)|\b(?:src|href)=\"([^\"]+)\"")
 _FILE = re.compile(r"(?<![\w./-])((?:[\w-]+/)*[\w-]+\.py)\b(?::([A-Za-z_][\w.]*\w))?")
-_MODULE = re.compile(r"(?<![\w./-])((?:tmu_dist|data_prep)(?:\.[A-Za-z_]\w*)+)(?::([\w.]*\w))?")
+_MODULE = re.compile(r"(?<![\w./-])((?:tmu_dist|data_prep|tuning)(?:\.[A-Za-z_]\w*)+)(?::([\w.]*\w))?")
 _FLAG = re.compile(rf"--((?:{SECTIONS})\.[\w.-]*\w)")
 TO_BE_WRITTEN = {"tmu_dist.models.cells.coupled:CoupledConvLSTMCell"}
 """The file that docs/adding_a_backbone.md walks through."""
@@ -297,7 +303,7 @@ def find_file(name: str) -> Path | None:
     for folder in (ROOT, ROOT / "tmu_dist"):
         if (folder / name).is_file():
             return folder / name
-    sources = ("tmu_dist", "data_prep", "tests", "benchmarks") if "/" not in name else ()
+    sources = ("tmu_dist", "data_prep", "tuning", "tests", "benchmarks") if "/" not in name else ()
     return next((path for source in sources for path in (ROOT / source).rglob(name)), None)
 
 

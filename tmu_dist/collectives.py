@@ -87,12 +87,7 @@ class Collectives:
         So a full disk on rank 0 ends all ranks with the same message instead of leaving the
         others waiting in the next collective.
         """
-        outcome = self._attempt(action) if self.ranks.is_main else (None, None)
-        result, failure = self.broadcast_object(outcome)
-        if failure is not None:
-            # On rank 0 the error itself, with its trace; elsewhere a copy.
-            raise outcome[1] or failure
-        return result  # type: ignore[return-value]
+        return self._of_main(self._attempt(action) if self.ranks.is_main else (None, None))
 
     def on_all(self, action: Callable[[], Item]) -> list[Item]:
         """Run `action` on every rank and gather the results, in rank order.
@@ -115,11 +110,7 @@ class Collectives:
         What it finds on other ranks is not looked at: they are only needed for the collectives,
         which every rank must make before it can fail.
         """
-        outcome = self._attempt(action)
-        result, failure = self.broadcast_object(outcome)
-        if failure is not None:
-            raise (outcome[1] if self.ranks.is_main else None) or failure
-        return result  # type: ignore[return-value]
+        return self._of_main(self._attempt(action))
 
     def group(self, size: Literal["node", "all"] | int) -> RankGroup:
         """This rank's group of neighbours; every rank must call this at once.
@@ -144,6 +135,13 @@ class Collectives:
             if ranks.rank in members:
                 own = RankGroup(members, ranks.rank - members.start, made)
         return own
+
+    def _of_main(self, outcome: tuple[Item | None, Exception | None]) -> Item:
+        """Rank 0's result, or its error, on every rank."""
+        result, failure = self.broadcast_object(outcome)
+        if failure is not None:
+            raise failure  # on rank 0 the error itself, with its trace; elsewhere a copy
+        return result  # type: ignore[return-value]
 
     @staticmethod
     def _attempt(action: Callable[[], Item]) -> tuple[Item | None, Exception | None]:
@@ -193,14 +191,6 @@ class RankGroup:
         )
         return incoming
 
-    def all_gather_objects(self, item: Item) -> list[Item]:
-        """The given object of every member, by place."""
-        if self.size == 1:
-            return [item]
-        gathered: list[Item | None] = [None] * self.size
-        dist.all_gather_object(gathered, item, group=self.process_group)
-        return gathered  # type: ignore[return-value]
-
 
 def process_group_backend(on_gpu: bool) -> str:
     """NCCL for GPU tensors, gloo for everything on the CPU."""
@@ -223,6 +213,27 @@ def talk_over(address: str) -> None:
                 if socket.inet_ntoa(answer[20:24]) == address:
                     os.environ["GLOO_SOCKET_IFNAME"] = name
                     return
+
+
+def torchrun_here(size: int) -> list[dict[str, str]]:
+    """What torchrun would tell the ranks of a job on this machine alone: variables, rank by rank.
+
+    The port is free now, and nobody holds it: start soon.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return [
+        {
+            "RANK": str(rank),
+            "WORLD_SIZE": str(size),
+            "LOCAL_RANK": str(rank),
+            "LOCAL_WORLD_SIZE": str(size),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
+        for rank in range(size)
+    ]
 
 
 def _own_address_towards(host: str) -> str:

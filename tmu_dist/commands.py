@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-_OURS = ("tmu_dist", "data_prep")
+_OURS = ("tmu_dist", "data_prep", "tuning")
 
 
 @contextmanager

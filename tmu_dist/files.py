@@ -103,10 +103,14 @@ def atomic_write_text(final: Path, text: str) -> None:
         staging.write_text(text)
 
 
-def sweep(parent: Path) -> None:
+def sweep(parent: Path, name: str | None = None) -> None:
     """Remove what other processes left half written in a folder, and finish what they replaced.
 
     None of them may still be allowed to write there: one that does will fail.
+
+    Args:
+        parent: the folder.
+        name: look only at what was to have this name.
 
     Raises:
         WriteError: something cannot be removed.
@@ -115,6 +119,8 @@ def sweep(parent: Path) -> None:
         found = [(path, _HIDDEN.fullmatch(path.name)) for path in sorted(parent.glob(".*"))]
         for path, parts in found:
             if parts is None or parts["writer"] == _writer():
+                continue
+            if name not in (None, parts["name"]):
                 continue
             final = path.with_name(parts["name"])
             if parts["kind"] == "retired" and not final.exists():

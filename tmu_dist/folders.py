@@ -110,18 +110,18 @@ def keep_folders(address: str, parent: str, mark: str, keep: Collection[str]) ->
     storage.delete_many(address, [p for p in doomed if PurePosixPath(p).name != mark])
 
 
-def sweep_unfinished(address: str, parent: str) -> None:
+def sweep_unfinished(address: str, parent: str, name: str | None = None) -> None:
     """Remove what killed processes left half written below a folder on a disk.
 
     In a store nobody can tell what is unfinished from what another process is writing: there
-    `keep_folders` does it. No other process may be writing below `parent`.
+    `keep_folders` does it. No other process may be writing below `parent`, or what has this name.
 
     Raises:
         WriteError: something cannot be removed.
     """
     folder = storage.local_path(address)
     if folder is not None:
-        sweep(folder / parent)
+        sweep(folder / parent, name)
 
 
 class Mirror:

@@ -16,14 +16,20 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import tyro
 
 from tmu_dist.commands import command_errors
-from tmu_dist.config import ConfigError, RunConfig, load_overrides, with_overrides
+from tmu_dist.config import (
+    ConfigError,
+    RunConfig,
+    load_overrides,
+    parse_overrides,
+    with_overrides,
+)
 from tmu_dist.data.manifest import MANIFEST_PATH
-from tmu_dist.data.storage import exists
+from tmu_dist.data.storage import exists, local_path, read_text
 from tmu_dist.recipes import DEFAULT_RECIPE, get_recipe, overview
 from tmu_dist.recipes.base import Recipe
 from tmu_dist.run_folder import RESULT_FILE
@@ -71,7 +77,7 @@ def parse_command(
         recipe = get_recipe(known.recipe)
         config = recipe.config
         for file in known.config:
-            config = with_overrides(config, load_overrides(file))
+            config = with_overrides(config, _overrides_in(file))
         if known.launcher is not None:
             config = with_overrides(config, {"launch.launcher": known.launcher})
         config = tyro.cli(
@@ -82,6 +88,14 @@ def parse_command(
             args=flags,
         )
     return replace(recipe, config=config)
+
+
+def _overrides_in(file: str) -> dict[str, Any]:
+    """The settings of a file on a disk or in a store."""
+    if local_path(file) is not None:
+        return load_overrides(file)
+    folder, _, name = file.rpartition("/")
+    return parse_overrides(read_text(folder, name), where=file)
 
 
 def run_recipe(recipe: Recipe, collectives: Collectives) -> str:

@@ -22,22 +22,17 @@ and table.md.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import itertools
-import json
 import multiprocessing
 import random
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
-
-import torch
 
 from benchmarks.backbones.costs import SIZES, Case, parameters, serve
 from benchmarks.backbones.report import PARTS, VARIANTS, Cell, table
-from benchmarks.provenance import provenance, say
+from benchmarks.provenance import command_line, provenance, publish, say
 from tmu_dist.backbones import BACKBONES
 
 
@@ -151,20 +146,13 @@ def measure(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--size", choices=tuple(SIZES), default="paper")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser = command_line(__doc__, sizes=SIZES, takes_device=True)
     parser.add_argument("--backbones", choices=tuple(BACKBONES), nargs="+", default=list(BACKBONES))
     parser.add_argument("--parts", choices=PARTS, nargs="+", default=list(PARTS))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=1.0, help="of a cell in a round, at least")
     parser.add_argument("--cap", type=float, default=300.0, help="seconds of a cell in all")
-    parser.add_argument("--revision", help="of this code, where git cannot tell")
-    parser.add_argument("--out", type=Path, help="folder of results.json and table.md")
     chosen = parser.parse_args()
-    if chosen.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: torch sees no CUDA device here")
     record = {
         **provenance("benchmarks.backbones", chosen.device, chosen.revision),
         "size": chosen.size,
@@ -179,11 +167,7 @@ def main() -> None:
             cap=chosen.cap,
         ),
     }
-    print(table(record))
-    if chosen.out is not None:
-        chosen.out.mkdir(parents=True, exist_ok=True)
-        (chosen.out / "results.json").write_text(json.dumps(record, indent=1) + "\n")
-        (chosen.out / "table.md").write_text(table(record))
+    publish(record, table(record), chosen.out)
 
 
 if __name__ == "__main__":

@@ -12,12 +12,11 @@ full run needs about five minutes, 8 GB of memory and a machine with nothing els
 
 from __future__ import annotations
 
-import argparse
 import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.provenance import provenance, publish, say
+from benchmarks.provenance import command_line, provenance, publish, say
 from benchmarks.scaling import collectives, placements
 from benchmarks.scaling.networks import SIZES, measure
 from benchmarks.scaling.report import FIGURES, PAPER_TEACHERS, figure, networks_of, table
@@ -25,12 +24,9 @@ from tmu_dist.evaluation.plots import svg_text
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = command_line(__doc__, out="docs/results/scaling")
     parser.add_argument("--quick", action="store_true", help="tiny networks: a smoke test")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--revision", help="of this code; what git tells when left out")
-    parser.add_argument("--out", type=Path, default=Path("docs/results/scaling"))
     chosen = parser.parse_args()
     started = time.monotonic()
     record = {

@@ -39,8 +39,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
+from benchmarks.provenance import publish
 from benchmarks.streaming.data import read_afresh, write_places
 from benchmarks.streaming.report import table
 from benchmarks.streaming.rounds import (
@@ -133,11 +132,7 @@ def main() -> None:
             seconds=0.1 if chosen.quick else 0.5,
         )
         record = measure(bench, chosen.knmi, quick=chosen.quick)
-    text = table(record)
-    Console(soft_wrap=True).print(text, markup=False, highlight=False)
-    chosen.out.mkdir(parents=True, exist_ok=True)
-    (chosen.out / "results.json").write_text(json.dumps(record, indent=1) + "\n")
-    (chosen.out / "table.md").write_text(text)
+    publish(record, table(record), chosen.out)
 
 
 def measure(bench: Bench, knmi: Path | None, *, quick: bool) -> dict[str, Any]:

@@ -219,10 +219,7 @@ class Counting(Beside):
 
 
 def _constant(taught: Teaching) -> Teaching:
-    def zeros(states: dict[int, Tensor]) -> dict[int, Tensor]:
-        return {k: torch.zeros_like(state) for k, state in states.items()}
-
-    return Teaching({name: zeros(dict(states)) for name, states in taught.states.items()})
+    return taught.map(torch.zeros_like)
 
 
 Check = Callable[[RunConfig], None]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -22,7 +21,7 @@ import torch
 
 from tests.conftest import TINY_MODEL
 from tests.distributed.test_ranks import CPU, _enter
-from tmu_dist.collectives import Collectives
+from tmu_dist.collectives import Collectives, torchrun_here
 from tmu_dist.config import (
     DataConfig,
     RunConfig,
@@ -143,21 +142,16 @@ def _travel(collectives: Collectives, planned: list[Journey]) -> None:
 
 def spawn_worlds(sizes: tuple[int, ...], job: Callable[..., None], *args: Any) -> None:
     """Like `spawn` for one number of ranks after the other, by the same processes."""
-    ports = {size: _free_port() for size in sizes}
-    torch.multiprocessing.spawn(_in_worlds, (ports, job, args), nprocs=max(sizes))
+    worlds = [torchrun_here(size) for size in sizes]
+    torch.multiprocessing.spawn(_in_worlds, (worlds, job, args), nprocs=max(sizes))
 
 
-def _in_worlds(rank: int, ports: dict[int, int], job: Callable[..., None], args: Any) -> None:
-    for size, port in ports.items():
-        if rank < size:
-            _enter(rank, size, port, job, args)
-
-
-def _free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port: int = free.getsockname()[1]
-        return port
+def _in_worlds(
+    rank: int, worlds: list[list[dict[str, str]]], job: Callable[..., None], args: Any
+) -> None:
+    for variables in worlds:
+        if rank < len(variables):
+            _enter(rank, variables, job, args)
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ from tmu_dist.data.loader import open_archive
 from tmu_dist.models.build import build_predictor
 from tmu_dist.models.shapes import FrameShape
 from tmu_dist.run_folder import read_log
-from tmu_dist.teachers.bank import Shown, TeacherBank, Teaching
+from tmu_dist.teachers.bank import Shown, TeacherBank
 from tmu_dist.teachers.card import DataFacts, TeacherCard, TeacherError
 from tmu_dist.teachers.store import load_model, write_model
 from tmu_dist.training.loop import train
@@ -159,12 +159,7 @@ def told(bank: TeacherBank, rank: int) -> list[Tensor]:
             sampling_mask_BT=given.sampling_mask_BT,
         )
     )
-    return [value for taught in teachings for value in _tensors(taught)]
-
-
-def _tensors(taught: Teaching) -> list[Tensor]:
-    values = [state for by_layer in taught.states.values() for state in by_layer.values()]
-    return [*values, *([] if taught.predictions_BTCHW is None else [taught.predictions_BTCHW])]
+    return [value for taught in teachings for value in taught.tensors().values()]
 
 
 def same_tensors(one: Sequence[Tensor], other: Sequence[Tensor]) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tests.unit.test_training import MODELS, final_state
 from tests.unit.test_transfer import batch, student_of, tmu_method
 from tmu_dist.backbones import BACKBONES
-from tmu_dist.collectives import Collectives, Ranks, joined_ranks
+from tmu_dist.collectives import Collectives, Ranks, joined_ranks, torchrun_here
 from tmu_dist.config import (
     AdversarialConfig,
     ModelConfig,
@@ -39,16 +38,8 @@ CPU = torch.device("cpu")
 FRAME = FrameShape(channels=1, height=16, width=16)
 
 
-def _enter(rank: int, world_size: int, port: int, job: Callable[..., None], args: Any) -> None:
-    os.environ.update(
-        RANK=str(rank),
-        WORLD_SIZE=str(world_size),
-        LOCAL_RANK=str(rank),
-        LOCAL_WORLD_SIZE=str(world_size),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-        GLOO_SOCKET_IFNAME="lo",
-    )
+def _enter(rank: int, variables: list[dict[str, str]], job: Callable[..., None], args: Any) -> None:
+    os.environ.update(variables[rank])
     torch.set_num_threads(1)
     with joined_ranks("torchrun") as collectives:
         job(collectives, *args)
@@ -56,10 +47,8 @@ def _enter(rank: int, world_size: int, port: int, job: Callable[..., None], args
 
 def spawn(world_size: int, job: Callable[..., None], *args: Any) -> None:
     """Run `job(collectives, *args)` on that many processes; errors of any of them fail the test."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(_enter, (world_size, port, job, args), nprocs=world_size)
+    variables = torchrun_here(world_size)
+    torch.multiprocessing.spawn(_enter, (variables, job, args), nprocs=world_size)
 
 
 def _double_batch(rows: slice, scale: float, padding: int, masked: bool) -> TrainingBatch:

@@ -17,7 +17,7 @@ from tmu_dist.training.launch import launch
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
 
-_CLOCKS = ("samples_per_second", "data_wait_fraction", "time")
+_CLOCKS = ("samples_per_second", "data_wait_fraction", "seconds")
 
 
 def numbers(run: str) -> list[dict[str, Any]]:

@@ -23,7 +23,7 @@ def test_errors_that_would_only_repeat_are_raised_at_once(tmu_config: RunConfig)
     unfit = replace(tmu_config, model=replace(tmu_config.model, hidden_channels=6))
     with pytest.raises(TeacherError, match="hidden channels: teacher 4, student 6"):
         launch(on_ray(unfit, 1, "unfit"))
-    with pytest.raises(ConfigError, match="Ray cluster has 2"):
+    with pytest.raises(ConfigError, match="Ray cluster has room for 2"):
         launch(on_ray(tmu_config, "3..8", "too-many"))
 
 

@@ -19,6 +19,7 @@ from tmu_dist.config import (
     resume_conflicts,
     with_overrides,
 )
+from tmu_dist.folders import write_text
 from tmu_dist.recipes import RECIPES, get_recipe
 from tmu_dist.train import parse_command
 
@@ -207,6 +208,18 @@ def test_every_recipe_is_valid_and_knows_how_to_make_what_it_needs() -> None:
         get_recipe("digit-tmu")
 
 
+@pytest.mark.parametrize(("prefix", "full"), [("digits", 200), ("paper-digits-mim", 10_000)])
+def test_recipe_for_fractions_learns_from_twice_the_data(prefix: str, full: int) -> None:
+    usual, larger = get_recipe(f"{prefix}-tmu"), get_recipe(f"{prefix}-fractions")
+    same = {"output": usual.config.output, "data.url": usual.config.data.url}
+    assert with_overrides(larger.config, same) == usual.config
+    (url, arguments), ((_, before),) = *larger.archives.items(), usual.archives.items()
+    flags = dict(zip(arguments[1::2], arguments[2::2]))
+    assert flags["--out"] == url == larger.config.data.url != usual.config.data.url
+    assert (flags["--train"], flags["--full-train-samples"]) == (str(2 * full), str(full))
+    assert {*before} - {*arguments} == {usual.config.data.url}
+
+
 def test_paper_recipe_is_the_paper() -> None:
     config = get_recipe("paper-digits-tmu").config
     assert config.model.num_layers == 4 and config.model.hidden_channels == 64
@@ -240,3 +253,11 @@ def test_wrong_commands_end_with_code_2_and_say_why(
     assert leaving.value.code == 2
     shown = capsys.readouterr()
     assert words.split()[-1].lstrip("-") in shown.err + shown.out
+
+
+def test_a_file_of_settings_may_lie_in_a_store() -> None:
+    write_text("memory://settings", "best.yaml", "training: {seed: 7}\n")
+    words = ["--config", "memory://settings/best.yaml"]
+    assert parse_command(words).config.training.seed == 7
+    with pytest.raises(SystemExit):
+        parse_command(["--config", "memory://settings/none.yaml"])

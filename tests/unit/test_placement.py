@@ -23,7 +23,6 @@ from tmu_dist.teachers.bank import (
     FrozenTeacher,
     ReplicatedBank,
     Shown,
-    Teaching,
     Wanted,
     convolutions,
 )
@@ -151,12 +150,7 @@ def tell(teacher: FrozenTeacher, frames_BTCHW: Tensor, mask_BT: Tensor) -> list[
         sampling_mask_BT=mask_BT,
         noise_BTZ=None,
     )
-    return tensors(taught)
-
-
-def tensors(taught: Teaching) -> list[Tensor]:
-    values = [state for by_layer in taught.states.values() for state in by_layer.values()]
-    return [*values, *([] if taught.predictions_BTCHW is None else [taught.predictions_BTCHW])]
+    return list(taught.tensors().values())
 
 
 @pytest.mark.parametrize("cell", sorted(BACKBONES))
@@ -202,7 +196,8 @@ def test_what_is_told_is_rounded_and_comes_back_in_the_frames_numbers(
             sampling_mask_BT=given.sampling_mask_BT,
         )
     )
-    assert all(map(torch.equal, tensors(taught[0]), [value.float() for value in rounded]))
+    told = taught[0].tensors().values()
+    assert all(map(torch.equal, told, [value.float() for value in rounded]))
 
 
 # What travels
@@ -250,8 +245,9 @@ def test_a_group_of_one_is_taught_as_by_teachers_of_its_own() -> None:
     assert bank.parameters_per_teacher == other.parameters_per_teacher
     found, expected = bank.teach(shown), other.teach(shown)
     for one, another in zip(found, expected, strict=True):
-        assert one.states.keys() == another.states.keys()
-        assert all(map(torch.equal, tensors(one), tensors(another)))
+        assert len(one.tensors()) == 5  # two states of two layers, and predictions
+        assert one.tensors().keys() == another.tensors().keys()
+        assert all(map(torch.equal, one.tensors().values(), another.tensors().values()))
 
 
 def test_frames_that_are_no_codes_are_refused() -> None:

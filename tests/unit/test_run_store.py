@@ -140,6 +140,8 @@ def test_what_is_left_on_a_disk_is_not_listed_and_is_swept(tmp_path: Path) -> No
         (staging / MARK).write_text("")
         assert list_folders(str(tmp_path), "things", MARK) == ["things/whole"]
         keep_folders(str(tmp_path), "things", MARK, ["things/whole"])
+        sweep_unfinished(str(tmp_path), "things", "lost")
+        assert len(list(things.iterdir())) == 6 and (things / "lost").exists()
         sweep_unfinished(str(tmp_path), "things")
         # What this process writes stays; what was about to be replaced is back.
         assert {path.name for path in things.iterdir()} == {staging.name, "whole", "lost"}

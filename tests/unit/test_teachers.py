@@ -20,6 +20,7 @@ from tmu_dist.data.storage import write_bytes
 from tmu_dist.models.build import skeleton
 from tmu_dist.models.shapes import FrameShape
 from tmu_dist.teachers.adapter import StudentFacts, TeacherPlan, plan_teacher
+from tmu_dist.teachers.bank import Teaching
 from tmu_dist.teachers.card import DataFacts, TeacherCard, TeacherError, same_scale
 from tmu_dist.teachers.store import load_card, load_model, locate
 from tmu_dist.training.launch import launch
@@ -176,6 +177,20 @@ def test_cards_from_before_codes_had_a_largest_one_still_count(
     record = json.loads(card.to_json())
     del record["data"]["units"]["max_code"]
     assert TeacherCard.from_json(json.dumps(record), where="here") == card
+
+
+def test_a_teaching_is_listed_rebuilt_and_changed_as_a_whole() -> None:
+    first, second, third, fourth = torch.arange(4.0)
+    given = Teaching({"memory": {1: second, 0: first}, "hidden": {0: third}}, fourth)
+    listed = given.tensors()
+    assert list(listed) == [("memory", 0), ("memory", 1), ("hidden", 0), ("predictions", None)]
+    assert [values.item() for values in listed.values()] == [0, 1, 2, 3]
+    rebuilt = Teaching.of(dict(reversed(listed.items())))
+    assert rebuilt.states == given.states and rebuilt.predictions_BTCHW is fourth
+    changed = given.map(lambda values: values + 10)
+    assert changed.states == {"memory": {0: 10, 1: 11}, "hidden": {0: 12}}
+    assert changed.predictions_BTCHW == 13
+    assert Teaching({"memory": {0: first}}).map(torch.exp).predictions_BTCHW is None
 
 
 def test_training_refuses_an_unfit_teacher_before_it_starts(tmu_config: RunConfig) -> None:

@@ -50,11 +50,12 @@ class RunConfig:
 
 def _check_scale(config: RunConfig) -> None:
     scale = config.scale
-    require(
-        scale.num_workers is None or config.launch.launcher == "ray",
-        f"scale.num_workers only has an effect with launch.launcher=ray, not "
-        f"{config.launch.launcher}; torchrun takes --nproc-per-node.",
-    )
+    for name in ("num_workers", "cpus_per_worker"):
+        require(
+            getattr(scale, name) is None or config.launch.launcher == "ray",
+            f"scale.{name} only has an effect with launch.launcher=ray, not "
+            f"{config.launch.launcher}; torchrun takes --nproc-per-node.",
+        )
     if scale.sequences_at_once is None:
         return
     require(
@@ -164,12 +165,17 @@ def load_overrides(path: str | Path) -> dict[str, Any]:
     file = Path(path)
     if not file.is_file():
         raise ConfigError(f"Config file {str(path)!r} does not exist.")
+    return parse_overrides(file.read_text(), where=str(path))
+
+
+def parse_overrides(text: str, *, where: str) -> dict[str, Any]:
+    """What `load_overrides` does with what is in the file."""
     try:
-        tree = yaml.safe_load(file.read_text())
+        tree = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ConfigError(f"Config file {str(path)!r} is not valid YAML: {error}") from None
+        raise ConfigError(f"Config file {where!r} is not valid YAML: {error}") from None
     if not isinstance(tree, dict):
-        raise ConfigError(f"Config file {str(path)!r} must hold named settings, got {tree!r}.")
+        raise ConfigError(f"Config file {where!r} must hold named settings, got {tree!r}.")
     return dict(flatten(tree))
 
 

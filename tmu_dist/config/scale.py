@@ -19,6 +19,9 @@ class ScaleConfig:
     num_workers: int | str | None = None
     """Ray only: ranks, or the fewest and the most of them, "2..8": the run shrinks when nodes are
     lost and grows when there are more. None: one per GPU of the cluster, or two without GPUs."""
+    cpus_per_worker: int | None = None
+    """Ray only: CPUs that each worker holds; None: as many as there are for it, if nothing else
+    runs on the cluster."""
     sequences_at_once: int | None = None
     """Most sequences of one forward pass of a rank; gradients of more are accumulated, so that few
     ranks need no more memory than many. None: all of a rank's at once."""
@@ -39,10 +42,11 @@ class ScaleConfig:
             f"scale.num_workers={self.num_workers} must be at least 1, and in a range the fewest "
             "come first.",
         )
-        require(
-            self.sequences_at_once is None or self.sequences_at_once >= 1,
-            f"scale.sequences_at_once must be >= 1 or left out, got {self.sequences_at_once}.",
-        )
+        for name in ("cpus_per_worker", "sequences_at_once"):
+            value = getattr(self, name)
+            require(
+                value is None or value >= 1, f"scale.{name} must be >= 1 or left out, got {value}."
+            )
         require(
             self.resize_seconds > 0, f"scale.resize_seconds must be > 0, got {self.resize_seconds}."
         )

@@ -245,6 +245,15 @@ def object_size(url: str, path: str) -> int:
     return _ask("look up", join_url(url, path), lambda: obstore.head(open_store(url), path)["size"])
 
 
+def changed_at(url: str, path: str) -> float:
+    """Return when an object was last written, in seconds since 1970, by the store's clock."""
+
+    def request() -> float:
+        return obstore.head(open_store(url), path)["last_modified"].timestamp()
+
+    return _ask("look up", join_url(url, path), request)
+
+
 def exists(url: str, path: str) -> bool:
     """Say whether the object exists; an unreachable store is an error, not a no."""
     try:

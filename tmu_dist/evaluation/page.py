@@ -8,6 +8,7 @@ from __future__ import annotations
 import html
 import io
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from matplotlib.figure import Figure
 
@@ -56,6 +57,34 @@ li { margin: 0.4rem 0; }
 
 _CSS_PIXELS_PER_INCH = 100
 """Size of pixel pictures on the page: one strip of ten frames fills it, or two of five."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chart:
+    """A figure, and what is to be seen in it."""
+
+    draw: Callable[[Theme], Figure]
+    alt: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """One part of a page: texts, then charts, then tables with their captions."""
+
+    heading: str
+    texts: tuple[str, ...] = ()
+    charts: tuple[Chart, ...] = ()
+    tables: tuple[tuple[TableData, str], ...] = ()
+
+    def as_html(self) -> list[Html]:
+        """Its elements from top to bottom."""
+        charts = [picture(chart.draw, alt=chart.alt) for chart in self.charts]
+        return [
+            element("h2", self.heading),
+            *(element("p", text) for text in self.texts),
+            *([element("div", *charts, css="charts")] if charts else []),
+            *(table(data, caption=caption) for data, caption in self.tables),
+        ]
 
 
 def table(data: TableData, *, caption: str = "") -> Html:

@@ -195,13 +195,9 @@ def _line_chart(
     """Lines with their names at the right end; undefined points (NaN) are gaps."""
     if not curves or not all(len(curve.x) for curve in curves):
         raise ValueError("A chart needs at least one curve, and every curve at least one point.")
-    label_inches = _width_of([_line_label(curve) for curve in curves])
-    width, height = _WIDTH_INCHES, _HEIGHT_INCHES
-    figure = Figure(figsize=(width, height), facecolor=theme.background)
-    text_in_inches(figure, 0.1, height - 0.2, title, color=theme.ink, fontsize=FONT_POINTS + 1)
-    axes = axes_in_inches(figure, 0.5, 0.5, width - label_inches - 0.5, height - 0.9)
-    _strip_axes(axes, theme)
-    axes.set_xlabel(x_label, color=theme.muted, fontsize=FONT_POINTS)
+    figure, axes = empty_chart(
+        title, x_label=x_label, names=[_line_label(curve) for curve in curves], theme=theme
+    )
     if log_x:
         axes.set_xscale("log", base=2)
         axes.xaxis.set_minor_formatter(NullFormatter())
@@ -218,19 +214,38 @@ def _line_chart(
             markersize=4,
         )
     axes.margins(x=0.0, y=0.06)
-    if log_y:
-        axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-        axes.yaxis.set_major_formatter(ScalarFormatter())
-        axes.yaxis.set_minor_formatter(NullFormatter())
-        axes.tick_params(which="minor", length=0)
-    else:
-        axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
+    scale_heights(axes, is_log=log_y)
     if not log_x:
         few_steps = max(curve.x[-1] for curve in curves) <= 12
         axes.xaxis.set_major_locator(MaxNLocator(nbins=12 if few_steps else 5, integer=True))
-    _name_lines(axes, curves, theme)
+    name_lines(axes, curves, theme)
     return figure
+
+
+def empty_chart(
+    title: str, *, x_label: str, names: Sequence[str] = (), theme: Theme
+) -> tuple[Figure, Axes]:
+    """A figure and the axes of one chart, with room on the right for names."""
+    label_inches = _width_of([fill(name, _LABEL_LETTERS) for name in names]) if names else 0.2
+    width, height = _WIDTH_INCHES, _HEIGHT_INCHES
+    figure = Figure(figsize=(width, height), facecolor=theme.background)
+    text_in_inches(figure, 0.1, height - 0.2, title, color=theme.ink, fontsize=FONT_POINTS + 1)
+    axes = axes_in_inches(figure, 0.5, 0.5, width - label_inches - 0.5, height - 0.9)
+    _strip_axes(axes, theme)
+    axes.set_xlabel(x_label, color=theme.muted, fontsize=FONT_POINTS)
+    return figure, axes
+
+
+def scale_heights(axes: Axes, *, is_log: bool) -> None:
+    """A few ticks on the vertical axis, linear or logarithmic."""
+    if not is_log:
+        axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
+        return
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.yaxis.set_major_formatter(ScalarFormatter())
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.tick_params(which="minor", length=0)
 
 
 def axes_in_inches(figure: Figure, left: float, bottom: float, width: float, height: float) -> Axes:
@@ -258,7 +273,7 @@ def _strip_axes(axes: Axes, theme: Theme) -> None:
     axes.tick_params(colors=theme.muted, labelsize=FONT_POINTS, length=0, pad=5)
 
 
-def _name_lines(axes: Axes, curves: Sequence[Curve], theme: Theme) -> None:
+def name_lines(axes: Axes, curves: Sequence[Curve], theme: Theme) -> None:
     """Write each curve's label beside its last point, moved apart where they would overlap."""
     axes.autoscale_view()  # fixes the limits, which transData needs
     ends = [_last_point(curve) or (curve.x[-1], axes.get_ylim()[0]) for curve in curves]

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from tmu_dist.data.archive import Archive, open_archive
-from tmu_dist.evaluation.page import STYLE, picture, table
+from tmu_dist.evaluation.page import STYLE
 from tmu_dist.evaluation.predictions import RECOMPUTED, FloatArray, recompute
 from tmu_dist.evaluation.result import GATES_DEFINITION, MODEL, EvaluationResult
 from tmu_dist.evaluation.score_table import Scores
@@ -36,7 +36,7 @@ from tmu_dist.ledger.findings import (
     first_result,
     scores_of_sequences,
 )
-from tmu_dist.ledger.parts import Part, all_parts
+from tmu_dist.ledger.parts import all_parts
 from tmu_dist.ledger.records import EVALUATION_FOLDER, Ledger, load
 from tmu_dist.ledger.statistics import NUM_RESAMPLES, VERDICT_RULE
 from tmu_dist.ledger.words import between, called, signed
@@ -76,7 +76,7 @@ def write_ledger(folder: Path, ledger: Ledger) -> None:
         definition_list(_facts(ledger), css="facts"),
     ]
     for part in all_parts(ledger, findings):
-        body += _as_html(part)
+        body += part.as_html()
     body += [element("h2", _NOTES), bullet_list(_notes(ledger, findings))]
     body += _missing(ledger)
     body += [
@@ -126,16 +126,6 @@ def verdict(ledger: Ledger, findings: Findings) -> tuple[str, str]:
         ends = between((known[least].low, known[least].high), decimals)
         second += f", and least over {names[least]}: {signed(known[least].mean, decimals)} ({ends})"
     return first, second + "."
-
-
-def _as_html(part: Part) -> list[Html]:
-    charts = [picture(chart.draw, alt=chart.alt) for chart in part.charts]
-    return [
-        element("h2", part.heading),
-        *(element("p", text) for text in part.texts),
-        *([element("div", *charts, css="charts")] if charts else []),
-        *(table(data, caption=caption) for data, caption in part.tables),
-    ]
 
 
 def _as_markdown(ledger: Ledger, findings: Findings) -> str:

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from functools import partial
 
 from matplotlib.figure import Figure
 
+from tmu_dist.evaluation.page import Chart, Part
 from tmu_dist.evaluation.plots import Interval, Theme, interval_chart
 from tmu_dist.evaluation.result import FLOW, FORECAST_LABELS, PERSISTENCE
 from tmu_dist.evaluation.tables import Cell, Row, TableData, format_count
@@ -62,24 +62,6 @@ _PAPER = {
 """MSE, SSIM and parameters of the paper's Table 1, by method and numbers of the sources."""
 _PAPER_RECIPES = ("digits-tmu", "paper-digits-tmu")
 """With the data and the backbone of that table."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Chart:
-    """A figure, and what is to be seen in it."""
-
-    draw: Callable[[Theme], Figure]
-    alt: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Part:
-    """One part of the page: texts, then charts, then tables with their captions."""
-
-    heading: str
-    texts: tuple[str, ...] = ()
-    charts: tuple[Chart, ...] = ()
-    tables: tuple[tuple[TableData, str], ...] = ()
 
 
 def all_parts(ledger: Ledger, findings: Findings) -> list[Part]:

@@ -14,10 +14,12 @@ from typing import Any
 
 from tmu_dist.config import RunConfig
 from tmu_dist.data.loader import Archive, open_archives
+from tmu_dist.data.storage import exists, join_url
 from tmu_dist.evaluate import evaluate_model
 from tmu_dist.evaluation.operations import cost_of_transfer
 from tmu_dist.evaluation.predictions import PREDICTIONS_NAME
 from tmu_dist.evaluation.result import JSON_NAME
+from tmu_dist.folders import local_folder
 from tmu_dist.ledger.arms import Arm, make_arms, run_configs
 from tmu_dist.ledger.records import EVALUATION_FOLDER, ArmRecord, SeedRecord, read_seed
 from tmu_dist.models.build import skeleton
@@ -111,26 +113,27 @@ def run_missing(
 def evaluate_run(config: RunConfig) -> None:
     """Evaluate a finished run on the test split, once, with its forecasts kept if it has one each.
 
-    `evaluation.json` is written last, so where it is, the rest is, too.
+    On a disk `evaluation.json` is written last, so where it is, the rest is, too.
     """
-    run = Path(config.output)
-    folder = run / EVALUATION_FOLDER
+    run = config.output
     if is_done(run):
         return
-    card = load_card(config.output)
+    card = load_card(run)
     is_stochastic = skeleton(card.frame, card.model).noise_size > 0
-    result = evaluate_model(
-        config.output,
-        config.data.url,
-        predictions_to=None if is_stochastic else folder / PREDICTIONS_NAME,
-        device=pick_device(config.launch.device, local_rank=0),
-    )
-    result.save(folder)
+    with local_folder(join_url(run, EVALUATION_FOLDER)) as folder:
+        result = evaluate_model(
+            run,
+            config.data.url,
+            predictions_to=None if is_stochastic else folder / PREDICTIONS_NAME,
+            device=pick_device(config.launch.device, local_rank=0),
+        )
+        result.save(folder)
 
 
-def is_done(run: Path) -> bool:
-    """Whether a run is finished and evaluated."""
-    return (run / RESULT_FILE).is_file() and (run / EVALUATION_FOLDER / JSON_NAME).is_file()
+def is_done(run: str | Path) -> bool:
+    """Whether a run, on a disk or in a store, is finished and evaluated."""
+    evaluation = join_url(EVALUATION_FOLDER, JSON_NAME)
+    return exists(str(run), RESULT_FILE) and exists(str(run), evaluation)
 
 
 def arm_records(

@@ -83,6 +83,7 @@ def transfer_recipes(
     *,
     sources: Sequence[str],
     target: str,
+    larger_target: str | None = None,
 ) -> Recipes:
     """Every recipe of a transfer experiment, by name: teachers and students (Table 1).
 
@@ -91,6 +92,8 @@ def transfer_recipes(
         archive_of: the one archive of a source or of the target; asked when a recipe is called.
         sources: what a teacher each learns from, in the order of the transfer gates.
         target: what all students learn.
+        larger_target: the target with more than its full training data, of which `fractions` learns
+            a part (Fig. 7); None: there is none.
     """
 
     def recipe(
@@ -115,12 +118,16 @@ def transfer_recipes(
         return replace(made, config=replace(made.config, training=training))
 
     def student(
-        name: str, method: Method, taught_by: Sequence[str] = (), **settings: Any
+        name: str,
+        method: Method,
+        taught_by: Sequence[str] = (),
+        data: str = target,
+        **settings: Any,
     ) -> Recipe:
         names = [f"{size.prefix}-teacher-{source}" for source in taught_by]
         teachers = {in_workspace(f"runs/{each}"): each for each in names}
         transfer = TransferConfig(method=method, teachers=tuple(teachers), **settings)
-        return recipe(name, target, transfer, teachers)
+        return recipe(name, data, transfer, teachers)
 
     found: Recipes = {}
     for source in sources:
@@ -131,6 +138,8 @@ def transfer_recipes(
     found["tmu-scratch"] = partial(student, "tmu-scratch", "tmu_scratch", num_slots=len(sources))
     for name, method in _OF_ALL_SOURCES.items():
         found[name] = partial(student, name, method, sources)
+    if larger_target is not None:
+        found["fractions"] = partial(student, "fractions", "tmu", sources, larger_target)
     return found
 
 

@@ -2,7 +2,8 @@
 
 Each recipe exists in two sizes: `digits-*` finishes in minutes on two cores, and
 `paper-digits-*` is the paper's protocol (Sec. 4 and 4.1). Both exist for every backbone:
-`digits-mim-*` is `digits-*` with the MIM network (Table 2), and so on.
+`digits-mim-*` is `digits-*` with the MIM network (Table 2), and so on. `*-fractions` is `*-tmu` on
+an archive with twice the target's sequences, for `data.fraction` from 0.25 to 2 (Fig. 7).
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from tmu_dist.recipes.base import Archives, ExperimentSize, Recipes, in_workspac
 SOURCES = ("1", "2")
 TARGET = "3"
 """Digits in a sequence."""
+LARGER_TARGET = f"{TARGET}-twice"
 STACKS = {"predrnn": "predrnn", "mim": "mim", "e3d": "e3d_lstm"}
 """Backbones that differ from ConvLSTM in their cell alone, by their name in recipes."""
 
@@ -133,7 +135,13 @@ def sizes() -> list[Size]:
 def experiments() -> dict[str, Recipes]:
     """Every recipe of this file, by prefix, then by name."""
     return {
-        size.prefix: transfer_recipes(size, partial(_archive, size), sources=SOURCES, target=TARGET)
+        size.prefix: transfer_recipes(
+            size,
+            partial(_archive, size),
+            sources=SOURCES,
+            target=TARGET,
+            larger_target=LARGER_TARGET,
+        )
         for size in sizes()
     }
 
@@ -153,13 +161,17 @@ def _with(
     )
 
 
-def _archive(size: Size, digits: str) -> Archives:
-    url = in_workspace(f"archives/{size.archive_prefix}-{digits}")
-    sequences = size.target_sequences if digits == TARGET else size.source_sequences
-    counts = zip(("--train", "--val", "--test"), map(str, sequences), strict=True)
+def _archive(size: Size, name: str) -> Archives:
+    """One archive; both of the target validate and test on the same sequences."""
+    url = in_workspace(f"archives/{size.archive_prefix}-{name}")
+    train, val, test = size.source_sequences if name in SOURCES else size.target_sequences
+    full: tuple[str, ...] = ()
+    if name == LARGER_TARGET:
+        train, full = 2 * train, ("--full-train-samples", str(train))
     arguments = (
-        *("moving-mnist", "--digits", digits, "--out", url),
-        *(word for pair in counts for word in pair),
+        *("moving-mnist", "--digits", name if name in SOURCES else TARGET, "--out", url),
+        *("--train", str(train), "--val", str(val), "--test", str(test)),
+        *full,
         *size.archive_arguments,
     )
     return {url: arguments}

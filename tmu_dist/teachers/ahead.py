@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from tmu_dist.teachers.bank import Teaching
 
@@ -64,8 +63,9 @@ class TeachingAhead:
         if self.stream is not None and begun.done is not None:
             students = torch.cuda.current_stream(self.stream.device)
             students.wait_event(begun.done)
-            for tensor in _tensors(begun.teachings):
-                tensor.record_stream(students)
+            for taught in begun.teachings:
+                for values in taught.tensors().values():
+                    values.record_stream(students)
         return begun.teachings
 
 
@@ -76,11 +76,3 @@ class _Begun(NamedTuple):
     teachings: tuple[Teaching, ...]
     done: torch.cuda.Event | None
     """None where it is computed."""
-
-
-def _tensors(teachings: Sequence[Teaching]) -> Iterator[Tensor]:
-    for taught in teachings:
-        for by_layer in taught.states.values():
-            yield from by_layer.values()
-        if taught.predictions_BTCHW is not None:
-            yield taught.predictions_BTCHW

@@ -8,9 +8,9 @@ Legend: B batch, T time, C channels, P memory channels, Z noise, H, W height, wi
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Literal, NamedTuple, Protocol, Self
+from typing import Literal, NamedTuple, Protocol, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,8 @@ from tmu_dist.teachers.adapter import TeacherPlan, adapt_frames, adapt_memory
 
 Wanted = StateName | Literal["predictions"]
 """What a method learns from: states of the teachers' layers, or the frames that they predict."""
+Told = tuple[Wanted, int | None]
+"""Which tensor of a teaching: the state and the student's layer; predictions have none."""
 Precision = Literal["student", "fp32", "bf16"]
 """Of a teacher's own arithmetic (config.PlacementConfig)."""
 Memories = Literal["full", "bf16", "fp16"]
@@ -37,16 +39,36 @@ class Teaching(NamedTuple):
     predictions_BTCHW: Tensor | None = None
     """Of frames 2..T, at the size of the frames that the teacher reads; None: not wanted."""
 
+    @classmethod
+    def of(cls, tensors: Mapping[Told, Tensor]) -> Teaching:
+        """Inverse of `tensors`, in any order."""
+        states: dict[StateName, dict[int, Tensor]] = {}
+        predictions = None
+        for (name, layer), values in tensors.items():
+            if name == "predictions":
+                predictions = values
+            else:
+                states.setdefault(name, {})[cast(int, layer)] = values
+        return cls(states, predictions)
+
+    def tensors(self) -> dict[Told, Tensor]:
+        """All of it, state by state, by layer, predictions last."""
+        found: dict[Told, Tensor] = {
+            (name, layer): by_layer[layer]
+            for name, by_layer in self.states.items()
+            for layer in sorted(by_layer)
+        }
+        if self.predictions_BTCHW is not None:
+            found["predictions", None] = self.predictions_BTCHW
+        return found
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Teaching:
+        """The same with every tensor changed."""
+        return Teaching.of({told: change(values) for told, values in self.tensors().items()})
+
     def to(self, dtype: torch.dtype) -> Teaching:
         """The same numbers in another precision."""
-        predictions = self.predictions_BTCHW
-        return Teaching(
-            {
-                name: {k: state.to(dtype) for k, state in by_layer.items()}
-                for name, by_layer in self.states.items()
-            },
-            None if predictions is None else predictions.to(dtype),
-        )
+        return self.map(lambda values: values.to(dtype))
 
 
 class SampleKey(NamedTuple):

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from tmu_dist.collectives import RankGroup
-from tmu_dist.models.rollout import StateName
 from tmu_dist.teachers.adapter import TeacherPlan
 from tmu_dist.teachers.bank import (
     FrozenTeacher,
     Memories,
     Shown,
     Teaching,
+    Told,
     Wanted,
     told_dtype,
 )
@@ -47,12 +47,8 @@ class FrameCodec(NamedTuple):
         return (codes.to(torch.float32) / self.max_code).to(dtype)
 
 
-class _Slot(NamedTuple):
-    """One tensor of a teaching, as it lies among the others."""
-
-    name: Wanted
-    layer: int
-    shape: torch.Size
+_Shapes = dict[Told, torch.Size]
+"""Of the tensors of a teaching, in the order in which they travel."""
 
 
 class PlacedBank:
@@ -105,11 +101,11 @@ class PlacedBank:
         """
         frames_BTCHW = shown.frames_BTCHW
         frame = frames_BTCHW.shape[2:]
-        slots = [
-            _slots(plan, self._wanted, (len(frames_BTCHW), shown.num_frames - 1), frame)
+        shapes = [
+            _shapes(plan, self._wanted, (len(frames_BTCHW), shown.num_frames - 1), frame)
             for plan in self.plans
         ]
-        sizes = [sum(slot.shape.numel() for slot in each) for each in slots]
+        sizes = [sum(shape.numel() for shape in each.values()) for each in shapes]
         told_as = told_dtype(self._memories, frames_BTCHW.dtype)
         gathered = self._gathered(frames_BTCHW, shown.sampling_mask_BT, shown.noise_BTZ)
         values: dict[int, Tensor] = {}
@@ -124,14 +120,14 @@ class PlacedBank:
                         sampling_mask_BT=mask,
                         noise_BTZ=noise,
                     )
-                    told += _flat(taught.to(told_as), slots[own])
+                    told += _flat(taught.to(told_as), shapes[own])
             received = [0 if m is None else sizes[m] for m in turn]
             sent = [received[self._group.place]] * self._group.size
             incoming = self._group.all_to_all(torch.cat(told), sent, received)
             for m, value in zip(turn, incoming.split(received), strict=True):
                 if m is not None:
                     values[m] = value.to(frames_BTCHW.dtype)
-        return tuple(_teaching(values[m], each) for m, each in enumerate(slots))
+        return tuple(_teaching(values[m], each) for m, each in enumerate(shapes))
 
     def _turns(self) -> Iterator[tuple[int | None, ...]]:
         """Which teacher each member runs in a turn, by place; None: it has no more.
@@ -177,9 +173,9 @@ class PlacedBank:
         return codes_BTCHW
 
 
-def _slots(
+def _shapes(
     plan: TeacherPlan, wanted: Sequence[Wanted], steps_BT: tuple[int, int], frame: Sequence[int]
-) -> list[_Slot]:
+) -> _Shapes:
     """What a teacher tells of a batch, known before it runs and without its weights.
 
     Args:
@@ -188,45 +184,39 @@ def _slots(
         steps_BT: sequences, and steps of time.
         frame: channels, height and width of the student's frames.
     """
-    found = []
+    found: _Shapes = {}
     for name in wanted:
         if name == "predictions":
             own = plan.frame
             size = tuple(frame) if own is None else (own.channels, own.height, own.width)
-            found.append(_Slot(name, 0, torch.Size((*steps_BT, *size))))
+            found[name, None] = torch.Size((*steps_BT, *size))
             continue
         for k, (_, teacher, student) in plan.layers.items():
             maps = teacher.channels, student.slices * student.height, student.width
-            found.append(_Slot(name, k, torch.Size((*steps_BT, *maps))))
+            found[name, k] = torch.Size((*steps_BT, *maps))
     return found
 
 
-def _flat(taught: Teaching, slots: Sequence[_Slot]) -> list[Tensor]:
+def _flat(taught: Teaching, shapes: _Shapes) -> list[Tensor]:
     """The tensors of a teaching, each as a vector, in order."""
-    found = []
-    for name, layer, shape in slots:
-        value = taught.predictions_BTCHW if name == "predictions" else taught.states[name][layer]
-        assert value is not None
-        if value.shape != shape:
+    tensors, found = taught.tensors(), []
+    for (name, layer), shape in shapes.items():
+        values = tensors[name, layer]
+        if values.shape != shape:
             raise ValueError(
-                f"A teacher's {name} (layer {layer}) is {tuple(value.shape)}, and its plan says "
+                f"A teacher's {name} (layer {layer}) is {tuple(values.shape)}, and its plan says "
                 f"{tuple(shape)}: its memory_shapes are not those of these frames."
             )
-        found.append(value.flatten())
+        found.append(values.flatten())
     return found
 
 
-def _teaching(values: Tensor, slots: Sequence[_Slot]) -> Teaching:
+def _teaching(values: Tensor, shapes: _Shapes) -> Teaching:
     """Inverse of `_flat`."""
-    states: dict[StateName, dict[int, Tensor]] = {}
-    predictions = None
-    parts = values.split([slot.shape.numel() for slot in slots])
-    for (name, layer, shape), part in zip(slots, parts, strict=True):
-        if name == "predictions":
-            predictions = part.view(shape)
-        else:
-            states.setdefault(name, {})[layer] = part.view(shape)
-    return Teaching(states, predictions)
+    parts = values.split([shape.numel() for shape in shapes.values()])
+    return Teaching.of(
+        {told: part.view(shapes[told]) for told, part in zip(shapes, parts, strict=True)}
+    )
 
 
 def _bytes(values: Tensor) -> Tensor:

@@ -56,6 +56,8 @@ class PlannedTeacher:
     use: TeacherUse
     parameters: int
     """Number of frozen weights."""
+    noise_size: int
+    """Random numbers that its network reads a step; 0: it always tells the same of a sequence."""
     cost: TeacherCost
     load_network: LoadNetwork
 
@@ -91,7 +93,13 @@ def plan_use(
         name=card.name, weight_bytes=sum(each.nbytes for each in weights), work=_work(outline)
     )
     return PlannedTeacher(
-        card=card, plan=plan, use=use, parameters=parameters, cost=cost, load_network=load_network
+        card=card,
+        plan=plan,
+        use=use,
+        parameters=parameters,
+        noise_size=outline.noise_size,
+        cost=cost,
+        load_network=load_network,
     )
 
 

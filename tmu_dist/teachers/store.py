@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +21,16 @@ from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
-from tmu_dist.data.storage import MissingObjectError, exists, join_url, local_path, read_bytes
+from tmu_dist.data.cache import AlteredObjectError, CacheLimitError, NodeCache
+from tmu_dist.data.storage import (
+    MissingObjectError,
+    exists,
+    join_url,
+    local_path,
+    object_size,
+    read_bytes,
+)
+from tmu_dist.files import WriteError
 from tmu_dist.folders import write_folder, write_text
 from tmu_dist.models.build import build_predictor
 from tmu_dist.models.rollout import Predictor
@@ -28,6 +39,8 @@ from tmu_dist.teachers.adapter import StudentFacts, plan_teacher
 from tmu_dist.teachers.bank import FrozenTeacher
 from tmu_dist.teachers.card import TeacherCard, TeacherError
 from tmu_dist.teachers.sourced import SourcedPredictor
+
+log = logging.getLogger(__name__)
 
 WEIGHTS_FILE = "weights.safetensors"
 CARD_FILE = "card.json"
@@ -96,8 +109,15 @@ def load_card(source: str) -> TeacherCard:
     return TeacherCard.from_json(_read(where, CARD_FILE), where=where)
 
 
-def load_weights(source: str) -> tuple[TeacherCard, dict[str, Tensor]]:
+def load_weights(
+    source: str, *, cache: NodeCache | None = None
+) -> tuple[TeacherCard, dict[str, Tensor]]:
     """Read a model's card and weights, and prove the weights whole.
+
+    Args:
+        source: run, checkpoint, teacher folder or URL.
+        cache: of this node, whose processes then fetch the weights of a URL once; None: each
+            process fetches them.
 
     Raises:
         TeacherError: a missing file, or weights that are not the ones the card describes.
@@ -105,7 +125,7 @@ def load_weights(source: str) -> tuple[TeacherCard, dict[str, Tensor]]:
     """
     where = locate(source)
     card = TeacherCard.from_json(_read(where, CARD_FILE), where=where)
-    content = _read(where, WEIGHTS_FILE)
+    content = _copied_weights(where, card, cache) or _read(where, WEIGHTS_FILE)
     digest = hashlib.sha256(content).hexdigest()
     if digest != card.weights_sha256:
         raise TeacherError(
@@ -119,13 +139,20 @@ def load_weights(source: str) -> tuple[TeacherCard, dict[str, Tensor]]:
         raise TeacherError(f"{where}/{WEIGHTS_FILE} cannot be read: {error}") from None
 
 
-def load_model(source: str, *, device: torch.device | str = "cpu") -> LoadedModel:
+def load_model(
+    source: str, *, device: torch.device | str = "cpu", cache: NodeCache | None = None
+) -> LoadedModel:
     """Rebuild a trained network from a run, checkpoint, teacher folder or URL.
+
+    Args:
+        source: of these.
+        device: where the network is to be.
+        cache: as in `load_weights`.
 
     Raises:
         TeacherError: it is missing or damaged, or the weights do not fit the architecture.
     """
-    card, weights = load_weights(source)
+    card, weights = load_weights(source, cache=cache)
     with torch.random.fork_rng(devices=[]):  # building draws weights that are replaced below
         model = build_network(card)
     load_state(model, weights, where=source)
@@ -174,3 +201,26 @@ def _read(where: str, file: str) -> bytes:
         return read_bytes(where, file)
     except MissingObjectError:
         raise TeacherError(f"{where} holds no {file}: it is not a complete model folder.") from None
+
+
+def _copied_weights(where: str, card: TeacherCard, cache: NodeCache | None) -> bytes | None:
+    """The weights from the node's copy of them, fetched if need be; None: there can be no copy.
+
+    What is wrong with the weights themselves is left to be found where they lie.
+    """
+    if cache is None or local_path(where) is not None:
+        return None
+    try:
+        num_bytes = object_size(where, WEIGHTS_FILE)
+        copy = cache.open(where, WEIGHTS_FILE, num_bytes, card.weights_sha256)
+    except (MissingObjectError, AlteredObjectError):
+        return None
+    except (CacheLimitError, WriteError) as error:
+        log.warning("%s/%s is not kept on this node: %s", where, WEIGHTS_FILE, error)
+        return None
+    with os.fdopen(copy, "rb") as file:
+        content = file.read()
+    if hashlib.sha256(content).hexdigest() == card.weights_sha256:
+        return content
+    cache.discard(card.weights_sha256)  # a failing disk, or a crash of the machine
+    return None

@@ -63,11 +63,6 @@ def pick_device(wanted: str, *, local_rank: int) -> torch.device:
 
 def with_absolute_paths(config: RunConfig) -> RunConfig:
     """Workers start in other folders, so local paths are resolved once, here."""
-
-    def absolute(address: str) -> str:
-        folder = local_path(address)
-        return address.rstrip("/") if folder is None else str(folder)
-
     if config.output.startswith(("http://", "https://", "memory://")):
         raise ConfigError(
             f"output={config.output!r}: a run folder must be on a disk that all workers see, or in "
@@ -87,3 +82,9 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
         ),
         placement=replace(config.placement, cache=cache and absolute(cache)),
     )
+
+
+def absolute(address: str) -> str:
+    """A path from the root of the disk; a URL as it is, without a slash at its end."""
+    folder = local_path(address)
+    return address.rstrip("/") if folder is None else str(folder)

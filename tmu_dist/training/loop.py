@@ -11,18 +11,16 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from itertools import chain, islice, pairwise
-from pathlib import Path
-from typing import Any
 
 import torch
 
 from tmu_dist.collectives import Collectives
 from tmu_dist.config import RunConfig, to_json
-from tmu_dist.data.loader import Archive, Batch, SequenceLoader, open_archives
+from tmu_dist.data.loader import Batch, open_archives
 from tmu_dist.data.transforms import check_long_enough, window_frames
 from tmu_dist.evaluation.metrics import ERROR_METRIC_NAMES
 from tmu_dist.evaluation.runner import score_predictor
@@ -30,16 +28,17 @@ from tmu_dist.folders import write_text
 from tmu_dist.models.build import count_trained
 from tmu_dist.models.shapes import FrameShape
 from tmu_dist.run_folder import CONFIG_FILE, RESULT_FILE, Event
-from tmu_dist.teachers.card import DataFacts, TeacherCard, TeacherError
+from tmu_dist.teachers.card import DataFacts
 from tmu_dist.training.build import build_step
 from tmu_dist.training.checkpoint import CheckpointStore, Progress, rng_state, set_rng_state
 from tmu_dist.training.checkpoint_writer import CheckpointWriter
+from tmu_dist.training.parts import check_same_teachers, open_loaders, untrained_card
 from tmu_dist.training.run_lock import RunLock, claim_run, lock_run
-from tmu_dist.training.run_log import RunLog, git_revision, write_provenance
+from tmu_dist.training.run_log import RunLog, write_provenance
 from tmu_dist.training.schedules import sampling_mask, sampling_probability, sequence_noise
 from tmu_dist.training.stopping import Request, Requests, RunStoppedError
 from tmu_dist.transfer.base import TrainingBatch
-from tmu_dist.transfer.prepare import PreparedTransfer, prepare_transfer
+from tmu_dist.transfer.prepare import prepare_transfer
 
 
 class NonFiniteLossError(RuntimeError):
@@ -120,7 +119,7 @@ class Run:
         self.folder = config.output
         # Whatever goes wrong on one rank alone, such as an unreachable store, ends all of them.
         self.group = collectives.group(config.placement.group)
-        _check_same_teachers(collectives.on_all(self._prepare_parts))
+        check_same_teachers(collectives.on_all(self._prepare_parts))
         self.progress = Progress()
         self._log: RunLog | None = None
         self._lock: RunLock | None = None
@@ -164,7 +163,13 @@ class Run:
                 "both (of radar, --val or --split-by say how)."
             )
         self.units = manifest.units
-        self.loader, self.validation_loader = self._loaders(archives)
+        self.loader, self.validation_loader = open_loaders(
+            archives,
+            config.data,
+            config.training,
+            self.collectives.ranks,
+            pin_memory=self.device.type == "cuda",
+        )
         data = DataFacts.of(manifest)
         frame = FrameShape(channels=manifest.channels, height=manifest.height, width=manifest.width)
         self.transfer = prepare_transfer(config, frame, data, self.device, self.group)
@@ -174,7 +179,7 @@ class Run:
         trainee = self.transfer.method.trainee(self.student)
         self.trainee = trainee.to(self.device)
         beside = count_trained(self.trainee) - count_trained(self.student)
-        self.card = _card(config, frame, data, self.transfer, beside)
+        self.card = untrained_card(config, frame, data, self.transfer, beside)
         teacher_hashes = [card.weights_sha256 for card in self.transfer.teachers]
         self.checkpoints = CheckpointStore(
             self.folder,
@@ -252,6 +257,7 @@ class Run:
             "validation",
             **overall,
             persistence_mse_per_frame=scores.persistence.overall()["mse_per_frame"],
+            seconds=progress.seconds,
         )
         self.card = replace(self.card, step=self.progress.step, scores=overall)
         improved = progress.best_mse_per_frame is None or mse < progress.best_mse_per_frame
@@ -385,28 +391,6 @@ class Run:
                 if part is not None:
                     parts.callback(part.close)
 
-    def _loaders(self, archives: list[Archive]) -> tuple[SequenceLoader, SequenceLoader]:
-        settings, data, ranks = self.config.training, self.config.data, self.collectives.ranks
-        common: dict[str, Any] = {
-            "global_batch_size": settings.batch_size,
-            "rank": ranks.rank,
-            "world_size": ranks.world_size,
-            "node_ranks": ranks.on_node,
-            "num_workers": data.num_workers,
-            "pin_memory": self.device.type == "cuda",
-        }
-        training = SequenceLoader(
-            archives,
-            "train",
-            seed=settings.seed,
-            fraction=data.fraction,
-            mix_weights=data.mix_weights,
-            shuffle_window=data.shuffle_window,
-            shuffle_lanes=data.shuffle_lanes,
-            **common,
-        )
-        return training, SequenceLoader(archives[0], "val", shuffle=False, **common)
-
     def _restore(self, checkpoint: str) -> None:
         """Continue from a checkpoint; no collectives."""
         saved = self.checkpoints.restore(checkpoint, self.student)
@@ -525,42 +509,3 @@ class _Interval:
             "samples_per_second": self.samples / self.seconds,
             "data_wait_fraction": self.waited / self.seconds,
         }
-
-
-def _check_same_teachers(hashes_by_rank: Sequence[Sequence[str]]) -> None:
-    """Refuse to begin where ranks read different weights: of a teacher that is still trained."""
-    for rank, hashes in enumerate(hashes_by_rank):
-        if different := [
-            m for m, pair in enumerate(zip(hashes, hashes_by_rank[0])) if len(set(pair)) > 1
-        ]:
-            raise TeacherError(
-                f"Rank {rank} has read other weights than rank 0 of teachers {different} (numbered "
-                "from 0 in transfer.teachers). A run that is still trained offers new ones from "
-                "time to time: name one of its model folders, or wait until it is finished."
-            )
-
-
-def _card(
-    config: RunConfig,
-    frame: FrameShape,
-    data: DataFacts,
-    transfer: PreparedTransfer,
-    auxiliary_parameters: int,
-) -> TeacherCard:
-    card = TeacherCard(
-        name=Path(config.output).name,
-        method=config.transfer.method,
-        step=0,
-        seed=config.training.seed,
-        frame=frame,
-        window=config.window,
-        model=config.model,
-        tmu=config.transfer.tmu,
-        num_slots=config.transfer.num_tmu_slots,
-        data=data,
-        teachers=tuple(card.name for card in transfer.teachers),
-        teacher_parameters=transfer.resident_parameters,
-        auxiliary_parameters=auxiliary_parameters,
-        git_revision=git_revision(),
-    )
-    return transfer.method.describe(card)

@@ -186,24 +186,42 @@ def scaling(scale: ScaleConfig, settings: LaunchConfig) -> ScalingConfig:
         ConfigError: not even the fewest workers fit.
     """
     use_gpu = wants_gpu(settings)
-    kind = "GPU" if use_gpu else "CPU"
-    nodes = [node for node in _resources() if node.get(kind, 0) >= 1]
-    places = [int(node[kind]) for node in nodes]
+    cpus, places = worker_places(use_gpu, scale.cpus_per_worker)
     have = sum(places)
     default = have if use_gpu else min(2, have)
     fewest, most = scale.worker_range or (default, default)
     if not 1 <= fewest <= have:
+        need = "one GPU" if use_gpu else "one CPU"
+        if scale.cpus_per_worker is not None:
+            need = f"{scale.cpus_per_worker} CPUs" + (" and one GPU" if use_gpu else "")
         raise ConfigError(
-            f"{fewest or 'The'} workers need one {kind} each, but this Ray cluster has "
+            f"{fewest or 'The'} workers need {need} each, but this Ray cluster has room for "
             f"{have}. Set scale.num_workers to at most {have}, or add nodes."
         )
-    cpus = cpus_per_worker([int(node.get("CPU", 0)) for node in nodes], places, fewest, most)
+    share = scale.cpus_per_worker or cpus_per_worker(cpus, places, fewest, most)
     return ScalingConfig(
         num_workers=fewest if fewest == most else (fewest, most),
         elastic_resize_monitor_interval_s=scale.resize_seconds,
         use_gpu=use_gpu,
-        resources_per_worker={"CPU": cpus, **({"GPU": 1} if use_gpu else {})},
+        resources_per_worker={"CPU": share, **({"GPU": 1} if use_gpu else {})},
     )
+
+
+def worker_places(use_gpu: bool, share: int | None) -> tuple[list[int], list[int]]:
+    """CPUs of each node that can hold workers, and how many workers it can hold.
+
+    Args:
+        use_gpu: workers take a GPU each.
+        share: CPUs that each takes; None: they take what there is.
+    """
+    kind = "GPU" if use_gpu else "CPU"
+    nodes = [node for node in _resources() if node.get(kind, 0) >= 1]
+    cpus = [int(node.get("CPU", 0)) for node in nodes]
+    places = [
+        int(node[kind]) if share is None else min(int(node[kind]), cpu // share)
+        for node, cpu in zip(nodes, cpus)
+    ]
+    return cpus, places
 
 
 def cpus_per_worker(cpus: Sequence[int], places: Sequence[int], fewest: int, most: int) -> int:

@@ -13,11 +13,10 @@ import secrets
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import closing, suppress
 from dataclasses import asdict
 from pathlib import PurePosixPath
-from types import FrameType
 from typing import Any
 
 # Before ray: it sets the variables that Ray reads when it is imported.
@@ -54,12 +53,24 @@ from tmu_dist.training.loop import NonFiniteLossError, RunResult, train
 from tmu_dist.training.progress import LogFollower
 from tmu_dist.training.ray_failures import LossRecord, RestartDisplay, explain
 from tmu_dist.training.run_lock import lock_run
-from tmu_dist.training.stopping import STOP_FILE, RunStoppedError
+from tmu_dist.training.stopping import (
+    ASK_AGAIN_SECONDS,
+    STOP_FILE,
+    RunStoppedError,
+    Signals,
+    ask_to_stop,
+)
 from tmu_dist.transfer.base import DeadDistillationError
 
 log = logging.getLogger(__name__)
 
-_PERMANENT = (ValueError, WriteError, DeadDistillationError, NonFiniteLossError, RunStoppedError)
+PERMANENT_ERRORS = (
+    ValueError,
+    WriteError,
+    DeadDistillationError,
+    NonFiniteLossError,
+    RunStoppedError,
+)
 """Errors that every rank raises and that starting again would only repeat."""
 
 _TOKEN_FILE = "ray/start.txt"
@@ -67,9 +78,6 @@ _TOKEN_FILE = "ray/start.txt"
 _PATIENCE_SECONDS = 90.0
 """For the lock of an earlier start: after the loss of its node, a shared disk may keep it."""
 _LOOK_SECONDS = 0.5
-_REPEAT_STOP_SECONDS = 2.0
-_SAME_SECONDS = 2.0
-"""Another signal within this time is the first one, passed on by who got it, too."""
 _NOTICE_SECONDS = 1.0
 _SETTLE_SECONDS, _MOST_SECONDS = 3.0, 20.0
 """After the time at which a node is taken away; and at most, if it was earlier."""
@@ -180,61 +188,24 @@ def _fit(trainer: TorchTrainer, config: RunConfig) -> RunResult | Exception:
         except Exception as error:  # nothing is hidden: the caller raises it
             ends.put(error)
 
+    asked: list[str] = []
+
+    def hear(name: str) -> None:
+        asked.append(name)
+        run = PurePosixPath(config.output).name
+        log.warning("%s: %s: stops after a checkpoint; once more ends it now", run, name)
+
     thread = threading.Thread(target=fit, daemon=True)
-    with _signals(config.output) as asked:
+    with closing(Signals((signal.SIGTERM, signal.SIGINT), hear)):
         thread.start()
-        written = 0.0
         while thread.is_alive():
-            thread.join(_LOOK_SECONDS)
-            # A worker group that is just being started takes the file for an old one.
-            if asked and time.monotonic() - written > _REPEAT_STOP_SECONDS:
-                written = time.monotonic()
-                _ask_to_stop(config.output, asked[0])
+            thread.join(ASK_AGAIN_SECONDS if asked else _LOOK_SECONDS)
+            if asked:
+                ask_to_stop(config.output, asked[0])
     if asked:
         with suppress(StorageError):  # the next start removes it, too
             delete(config.output, STOP_FILE)
     return ends.get_nowait()
-
-
-@contextmanager
-def _signals(run: str) -> Iterator[list[str]]:
-    """Yield a list that names the first SIGTERM or Ctrl-C when it comes; another one acts at once.
-
-    In another than the main thread, which hears no signals, it stays empty.
-    """
-    asked: list[str] = []
-    heard_at: list[float] = []
-    before: dict[int, Any] = {}
-
-    def restore() -> None:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-    def hear(number: int, frame: FrameType | None) -> None:
-        now = time.monotonic()
-        if not asked:
-            asked.append(signal.Signals(number).name)
-            heard_at.append(now)
-            name = PurePosixPath(run).name
-            log.warning("%s: %s: stops after a checkpoint; once more ends it now", name, asked[0])
-        elif now - heard_at[0] > _SAME_SECONDS:
-            restore()
-            signal.raise_signal(number)
-
-    if threading.current_thread() is threading.main_thread():
-        before |= {n: signal.signal(n, hear) for n in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield asked
-    finally:
-        restore()
-
-
-def _ask_to_stop(run: str, reason: str) -> None:
-    try:
-        if not exists(run, STOP_FILE):
-            write_text(run, STOP_FILE, f"{reason}\n")
-    except (WriteError, StorageError) as error:
-        log.warning("cannot ask the workers to stop: %s", error)
 
 
 # In the workers
@@ -275,7 +246,7 @@ def train_worker(settings: dict[str, Any]) -> RunResult | Exception:
         return error
     except (ShardError, StorageError):
         raise
-    except _PERMANENT as error:
+    except PERMANENT_ERRORS as error:
         return error
     except RuntimeError:
         notice.wait_for_loss()

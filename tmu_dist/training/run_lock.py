@@ -99,6 +99,43 @@ def lock_run(run: str, *, patience_seconds: float = 10.0) -> RunLock:
         raise
 
 
+def holder(run: str) -> str | None:
+    """Who trains in a run folder, as messages name it; None: nobody. Changes nothing there.
+
+    In a store it may take as long as a lease must stand still to be taken for dead.
+
+    Raises:
+        StorageError: the store cannot be reached.
+    """
+    folder = local_path(run)
+    return _lease_holder(run) if folder is None else _lock_holder(folder)
+
+
+def _lock_holder(run: Path) -> str | None:
+    try:
+        file = (run / LOCK_FILE).open()
+    except FileNotFoundError:
+        return None
+    with file:
+        try:
+            # Shared, so that several may look, and for a moment that those who wait do not notice.
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return _named_in(file)
+    return None
+
+
+def _lease_holder(run: str) -> str | None:
+    seen = lease = _read_lease(run)
+    deadline = time.monotonic() + _DEAD_AFTER_SECONDS
+    while lease is not None and not _has_ended(lease) and time.monotonic() < deadline:
+        if lease != seen:
+            return _name(lease)
+        time.sleep(_LOOK_SECONDS)
+        lease = _read_lease(run)
+    return None
+
+
 class _Claim:
     """A token that the next one to claim the run replaces; see the module's docstring."""
 
@@ -140,12 +177,12 @@ class _Lock:
                 fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
-                holder = self._holder()
+                other = _named_in(self._file)
                 if time.monotonic() > deadline:
                     self._file.close()
-                    raise _busy(run, holder) from None
+                    raise _busy(run, other) from None
                 if not has_told:
-                    _tell_waiting(run, holder, patience_seconds)
+                    _tell_waiting(run, other, patience_seconds)
                     has_told = True
                 time.sleep(_LOOK_SECONDS)
         self._file.truncate(0)
@@ -154,13 +191,6 @@ class _Lock:
 
     def close(self) -> None:
         self._file.close()
-
-    def _holder(self) -> str:
-        self._file.seek(0)
-        try:
-            return _name(json.loads(self._file.read()))
-        except json.JSONDecodeError:  # it has only just got the lock
-            return "Another process"
 
 
 class _Lease:
@@ -201,10 +231,10 @@ class _Lease:
             ResumeError: the lease still moves after so many seconds.
         """
         started = since = time.monotonic()
-        seen, has_moved = self._read(), False
+        seen, has_moved = _read_lease(self._run), False
         if seen is not None and not _has_ended(seen):
             _tell_waiting(self._run, _name(seen), max(patience_seconds, _DEAD_AFTER_SECONDS))
-        while (lease := self._read()) is not None and not _has_ended(lease):
+        while (lease := _read_lease(self._run)) is not None and not _has_ended(lease):
             now = time.monotonic()
             if lease != seen:
                 seen, since, has_moved = lease, now, True
@@ -225,19 +255,29 @@ class _Lease:
                 log.debug("%s", error)
 
     def _is_own(self) -> bool:
-        lease = self._read()
+        lease = _read_lease(self._run)
         return lease is not None and lease["owner"] == self._own["owner"]
-
-    def _read(self) -> dict[str, Any] | None:
-        """The lease that somebody holds."""
-        try:
-            lease = json.loads(read_bytes(self._run, LEASE_FILE))
-        except MissingObjectError:
-            return None
-        return None if lease["is_free"] else lease
 
     def _write(self) -> None:
         write_bytes(self._run, LEASE_FILE, json.dumps(self._own).encode())
+
+
+def _named_in(file: IO[str]) -> str:
+    """The holder of a lock, as it has written itself down."""
+    file.seek(0)
+    try:
+        return _name(json.loads(file.read()))
+    except json.JSONDecodeError:  # it has only just got the lock
+        return "Another process"
+
+
+def _read_lease(run: str) -> dict[str, Any] | None:
+    """The lease that somebody holds."""
+    try:
+        lease = json.loads(read_bytes(run, LEASE_FILE))
+    except MissingObjectError:
+        return None
+    return None if lease["is_free"] else lease
 
 
 def _busy(run: str | Path, holder: str) -> ResumeError:

@@ -10,13 +10,15 @@ it. Once there is something, they also tell each other why.
 
 from __future__ import annotations
 
-import os
+import logging
 import signal
 import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
+from types import FrameType
 from typing import Any, Literal
 
 import torch
@@ -25,17 +27,57 @@ from torch import Tensor
 
 from tmu_dist.collectives import Collectives
 from tmu_dist.data.storage import StorageError, delete, exists, join_url, local_path, read_text
+from tmu_dist.files import WriteError
+from tmu_dist.folders import write_text
+
+log = logging.getLogger(__name__)
 
 STOP_FILE = "stop"
 """Whoever puts it into a run folder ends the run; it may say why. The next start removes it."""
 
+ASK_AGAIN_SECONDS = 2.0
 _LOOK_SECONDS = 2.0
 _LOOK_STORE_SECONDS = 10.0
 _SAME_SECONDS = 2.0
-"""A second SIGTERM within this time is the first one, passed on by a launcher that got it, too."""
+"""A second signal within this time is the first one, passed on by a launcher that got it, too."""
 
 
 Kind = Literal["save", "stop"]
+
+
+class Signals:
+    """Hears signals until it is closed; in another than the main thread, which gets none, none.
+
+    Args:
+        numbers: of the signals.
+        heard: called with the name of one, between two instructions of the main thread.
+        once: only the first one is heard; another one, seconds later, acts as if nobody listened.
+    """
+
+    def __init__(
+        self, numbers: Sequence[int], heard: Callable[[str], None], *, once: bool = True
+    ) -> None:
+        self._heard = heard
+        self._once = once
+        self._heard_at: float | None = None
+        self._before: dict[int, Any] = {}
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._hear) for number in numbers}
+
+    def close(self) -> None:
+        """Leave the signals as they were found."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
+        self._before = {}
+
+    def _hear(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if self._heard_at is None or not self._once:
+            self._heard_at = now
+            self._heard(signal.Signals(number).name)
+        elif now - self._heard_at > _SAME_SECONDS:
+            self.close()
+            signal.raise_signal(number)
 
 
 class RunStoppedError(RuntimeError):
@@ -85,18 +127,14 @@ class Requests:
         """Reasons that other ranks were not told yet."""
         self._told: dict[Kind, str] = {}
         self._exchange: tuple[dist.Work, Tensor] | None = None
-        self._sigterm_at: float | None = None
-        self._handlers: dict[int, Any] = {}
         self._closed = threading.Event()
         collectives.on_main(self._remove_stop_file)
         if collectives.ranks.is_main:
             threading.Thread(target=self._look_for_file, name="stop-file", daemon=True).start()
-        if threading.current_thread() is threading.main_thread():
-            for number, handler in (
-                (signal.SIGTERM, self._on_sigterm),
-                (signal.SIGUSR1, self._on_sigusr1),
-            ):
-                self._handlers[number] = signal.signal(number, handler)
+        self._signals = [
+            Signals([signal.SIGTERM], partial(self._want, "stop")),
+            Signals([signal.SIGUSR1], partial(self._want, "save"), once=False),
+        ]
 
     def heard(self) -> Request | None:
         """What any rank was asked for before its last step; the same on every rank.
@@ -122,8 +160,8 @@ class Requests:
     def close(self) -> None:
         """Leave signals as they were found."""
         self._closed.set()
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler or signal.SIG_DFL)
+        for each in self._signals:
+            each.close()
 
     def _agreed(self) -> Request | None:
         """What the ranks told each other one step ago."""
@@ -139,17 +177,8 @@ class Requests:
             del self._wanted[kind]
         return taken
 
-    def _on_sigterm(self, *_: object) -> None:
-        now = time.monotonic()
-        if self._sigterm_at is None:
-            self._sigterm_at = now
-            self._wanted["stop"] = "SIGTERM"
-        elif now - self._sigterm_at > _SAME_SECONDS:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    def _on_sigusr1(self, *_: object) -> None:
-        self._wanted["save"] = "SIGUSR1"
+    def _want(self, kind: Kind, reason: str) -> None:
+        self._wanted[kind] = reason
 
     def _remove_stop_file(self) -> None:
         if exists(self._run, STOP_FILE):
@@ -163,6 +192,19 @@ class Requests:
                     why = read_text(self._run, STOP_FILE).strip()
                     self._wanted["stop"] = why or join_url(self._run, STOP_FILE)
                     return
+
+
+def ask_to_stop(run: str, reason: str) -> None:
+    """Put the stop file into a run folder, if it is not there; a store out of reach is warned of.
+
+    A run that is just being started takes the file for an old one: until the run has ended, ask
+    again every `ASK_AGAIN_SECONDS`.
+    """
+    try:
+        if not exists(run, STOP_FILE):
+            write_text(run, STOP_FILE, f"{reason}\n")
+    except (WriteError, StorageError) as error:
+        log.warning("cannot ask %s to stop: %s", run, error)
 
 
 def _strongest(by_rank: Sequence[dict[Kind, str]]) -> Request | None:

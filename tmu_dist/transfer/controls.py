@@ -58,7 +58,7 @@ class ShuffledBank:
                 "of them: choose training.batch_size so that training.batch_size / ranks is even, "
                 "and an even scale.sequences_at_once, if any."
             )
-        return tuple(_exchanged(taught) for taught in self._bank.teach(shown))
+        return tuple(taught.map(_partners) for taught in self._bank.teach(shown))
 
 
 def with_random_weights(
@@ -86,15 +86,6 @@ def with_random_weights(
         weights_sha256=hashlib.sha256(weights).hexdigest(),
     )
     return LoadedModel(model.to(device).eval().requires_grad_(False), untrained)
-
-
-def _exchanged(taught: Teaching) -> Teaching:
-    states = {
-        name: {k: _partners(state) for k, state in by_layer.items()}
-        for name, by_layer in taught.states.items()
-    }
-    predictions = taught.predictions_BTCHW
-    return Teaching(states, None if predictions is None else _partners(predictions))
 
 
 def _partners(values: Tensor) -> Tensor:

@@ -13,13 +13,21 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from tmu_dist.collectives import RankGroup
-from tmu_dist.config import ConfigError, KLConfig, RunConfig, TrainingConfig, TransferConfig
+from tmu_dist.config import (
+    ConfigError,
+    DataConfig,
+    KLConfig,
+    RunConfig,
+    TrainingConfig,
+    TransferConfig,
+)
+from tmu_dist.data.cache import node_cache
 from tmu_dist.models.build import skeleton
 from tmu_dist.models.rollout import Predictor
 from tmu_dist.models.shapes import FrameShape
 from tmu_dist.teachers.adapter import StudentFacts, check_start
 from tmu_dist.teachers.ahead import TeachingAhead
-from tmu_dist.teachers.bank import TeacherBank, Wanted
+from tmu_dist.teachers.bank import ReplicatedBank, TeacherBank, Wanted
 from tmu_dist.teachers.card import DataFacts, TeacherCard, TeacherError
 from tmu_dist.teachers.placed import FrameCodec
 from tmu_dist.teachers.placement import Placement
@@ -30,7 +38,7 @@ from tmu_dist.teachers.planned import (
     build_bank,
     plan_use,
 )
-from tmu_dist.teachers.store import load_card, load_model
+from tmu_dist.teachers.store import LoadedModel, build_network, load_card, load_model
 from tmu_dist.transfer.art import AttentiveTransfer
 from tmu_dist.transfer.base import Objective, Task, TaughtMethod, TransferMethod, annealed
 from tmu_dist.transfer.controls import ShuffledBank, with_random_weights
@@ -92,18 +100,11 @@ def prepare_transfer(
         TeacherError: a teacher is missing, damaged or does not fit.
     """
     transfer = config.transfer
-    network = skeleton(frame, config.model)
-    _check_training(config, network)
-    task = Task(
-        frame=frame,
-        model=config.model,
-        objective=_objective(config.training, network),
-        num_input_frames=config.window.num_input_frames,
-    )
+    _check_training(config, skeleton(frame, config.model))
     sources = _sources(config)
     start = None
     if transfer.starting_teacher is not None:
-        first = load_model(transfer.teachers[transfer.starting_teacher], device=device)
+        first = _model(config.data, transfer.teachers[transfer.starting_teacher], device)
         start = Start(
             name=first.card.name,
             weights=first.model.state_dict(),
@@ -116,7 +117,7 @@ def prepare_transfer(
     bank, placement = None, None
     if transfer.runs_teachers_beside:
         bank, placement = _bank(config, planned, data, device, group or RankGroup(range(1), 0))
-    method = _make_method(config, task, planned, bank, start, device)
+    method = _make_method(config, _task(config, frame), planned, bank, start, device)
     if isinstance(method, TaughtMethod) and config.placement.ahead and device.type == "cuda":
         method.ahead = TeachingAhead(device)
     return PreparedTransfer(
@@ -126,6 +127,37 @@ def prepare_transfer(
         resident_parameters=() if bank is None else bank.parameters_per_teacher,
         placement=placement,
     )
+
+
+def outline_method(
+    config: RunConfig, frame: FrameShape, teachers: Sequence[TeacherCard]
+) -> TransferMethod:
+    """A run's method as its teachers' cards describe it, on the device "meta": without numbers.
+
+    Args:
+        config: of the run; what lies at the addresses of its teachers is not looked at.
+        frame: of its archive.
+        teachers: their cards.
+
+    Raises:
+        ConfigError, TeacherError: they do not fit.
+    """
+    meta, transfer = torch.device("meta"), config.transfer
+    with torch.random.fork_rng(devices=[]), meta:
+        sources = [_Source(card, partial(_outline, card)) for card in teachers]
+        # Where the numbers of student and teachers differ in meaning, that is declared.
+        planned = _planned(config, sources, frame, teachers[0].data) if teachers else ()
+        bank = start = None
+        if transfer.runs_teachers_beside:
+            bank = ReplicatedBank(teacher.load(meta) for teacher in planned)
+        if transfer.starting_teacher is not None:
+            first = teachers[transfer.starting_teacher]
+            start = Start(
+                name=first.name,
+                weights=build_network(first).state_dict(),
+                unmatched=transfer.start.unmatched,
+            )
+        return _make_method(config, _task(config, frame), planned, bank, start, meta)
 
 
 def planned_teachers(
@@ -139,6 +171,15 @@ def planned_teachers(
     return _planned(config, _sources(config), frame, data)
 
 
+def _task(config: RunConfig, frame: FrameShape) -> Task:
+    return Task(
+        frame=frame,
+        model=config.model,
+        objective=_objective(config.training, skeleton(frame, config.model)),
+        num_input_frames=config.window.num_input_frames,
+    )
+
+
 class _Source(NamedTuple):
     """A teacher that a run names, with the weights that it is to have."""
 
@@ -150,21 +191,32 @@ def _sources(config: RunConfig) -> list[_Source]:
     found = []
     for number, address in enumerate(config.transfer.teachers):
         card = load_card(address)
-        source = _Source(card, partial(_load, address, card))
+        source = _Source(card, partial(_load, config.data, address, card))
         if config.transfer.control == "random_weights":
             source = _untrained(card, seed=config.training.seed, number=number)
         found.append(source)
     return found
 
 
-def _load(address: str, card: TeacherCard, device: torch.device) -> Predictor:
-    loaded = load_model(address, device=device)
+def _load(data: DataConfig, address: str, card: TeacherCard, device: torch.device) -> Predictor:
+    loaded = _model(data, address, device)
     if loaded.card != card:
         raise TeacherError(
             f"{address} changed while it was read: a run that is still trained offers other "
             "weights from time to time. Start again, or name one of its model folders."
         )
     return loaded.model
+
+
+def _model(data: DataConfig, address: str, device: torch.device) -> LoadedModel:
+    """A trained network; of a URL, all ranks and runs of a node fetch the weights once."""
+    cache = None if data.reading == "range" else node_cache(data.cache_folder, data.cache_gib)
+    return load_model(address, device=device, cache=cache)
+
+
+def _outline(card: TeacherCard, device: torch.device) -> Predictor:
+    """A network that was never given any weights."""
+    return build_network(card).to(device)
 
 
 def _untrained(card: TeacherCard, *, seed: int, number: int) -> _Source:

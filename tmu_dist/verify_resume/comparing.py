@@ -83,7 +83,7 @@ def outcome_of(run: str) -> Outcome:
             for event in training
         },
         scores={
-            event["step"]: {k: v for k, v in event.items() if k not in ("event", "step")}
+            event["step"]: {k: v for k, v in event.items() if k not in ("event", "step", "seconds")}
             for event in events
             if event["event"] == "validation"
         },

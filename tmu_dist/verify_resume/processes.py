@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -13,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from tmu_dist.collectives import torchrun_here
 from tmu_dist.config import RunConfig, to_json, with_overrides
 
 
@@ -117,8 +117,8 @@ def started_job(config: RunConfig, run: str, size: int) -> Iterator[Job]:
     if config.launch.launcher == "ray":
         config = with_overrides(config, {"scale.num_workers": size})
     else:
-        port = _free_port()
-        environments = [_of_rank(rank, size, port) for rank in range(size)]
+        threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+        environments = [rank | threads for rank in torchrun_here(size)]
     with tempfile.TemporaryDirectory(prefix="tmu-dist-") as scratch:
         settings = Path(scratch, "config.yaml")
         settings.write_text(to_json(config))  # JSON is YAML
@@ -129,23 +129,3 @@ def started_job(config: RunConfig, run: str, size: int) -> Iterator[Job]:
             yield job
         finally:
             job.close()
-
-
-def _of_rank(rank: int, size: int, port: int) -> dict[str, str]:
-    """What torchrun would tell a rank, all of them on this machine."""
-    return {
-        "RANK": str(rank),
-        "WORLD_SIZE": str(size),
-        "LOCAL_RANK": str(rank),
-        "LOCAL_WORLD_SIZE": str(size),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo"),
-        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
-    }
-
-
-def _free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])

@@ -116,7 +116,8 @@ def convolve_each(frame_BCHW: Tensor, kernels_BSN: Tensor) -> Tensor:
     """
     samples, _, copies = kernels_BSN.shape
     filters = kernels_BSN.transpose(1, 2).reshape(-1, 1, KERNEL_SIZE, KERNEL_SIZE)
-    with torch.autocast(frame_BCHW.device.type, enabled=False):
+    device = "cpu" if frame_BCHW.is_meta else frame_BCHW.device.type  # autocast knows no "meta"
+    with torch.autocast(device, enabled=False):
         moved = F.conv2d(_mirror_padded(frame_BCHW).transpose(0, 1), filters, groups=samples)
     return moved.unflatten(1, (samples, copies)).permute(1, 2, 0, 3, 4)
 

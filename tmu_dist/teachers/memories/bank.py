@@ -15,13 +15,12 @@ import bisect
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, Self, TypeVar
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -35,7 +34,6 @@ from tmu_dist.teachers.bank import Shown, Teaching
 from tmu_dist.teachers.card import TeacherError
 from tmu_dist.teachers.memories.files import MemoryReader
 from tmu_dist.teachers.planned import PlannedTeacher
-from tmu_dist.teachers.store import build_network
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -89,9 +87,7 @@ class Lesson:
 
     def __post_init__(self) -> None:
         card = self.teacher.card
-        with torch.random.fork_rng(devices=[]), torch.device("meta"):
-            noise_size = build_network(card).noise_size
-        if noise_size:
+        if self.teacher.noise_size:
             raise TeacherError(
                 f"Teacher {card.name!r} (model.cell={card.model.cell}) draws latents, so it tells "
                 "something else in every epoch, which no file can hold: use another "
@@ -232,6 +228,11 @@ class CachedBank:
             _, places, ids = rows_of[archive]
             return self._readers[number, archive, key.is_backwards].read(places, ids)
 
+        def beside_frames(values: Tensor) -> Tensor:
+            # Moved as they are told, which may be half as many bytes.
+            there = values.to(shown.frames_BTCHW.device, non_blocking=True)
+            return there.to(shown.frames_BTCHW.dtype)
+
         found = dict(zip(requests, self._each(read, requests), strict=True))
         taught = []
         for number in range(len(self._lessons)):
@@ -240,7 +241,7 @@ class CachedBank:
                 for row, record in zip(rows, found[number, archive], strict=True):
                     records[row] = record
             layout = self._readers[number, 0, key.is_backwards].plan.layout
-            taught.append(_like(shown.frames_BTCHW, layout.decode(records)))
+            taught.append(layout.decode(records).map(beside_frames))
         return tuple(taught)
 
     def _by_archive(self, ids: Sequence[int]) -> dict[int, tuple[list[int], list[int], list[int]]]:
@@ -261,15 +262,3 @@ class CachedBank:
     def _each(self, do: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
         """Results in order; of a store, several at a time."""
         return list(map(do, items) if self._pool is None else self._pool.map(do, items))
-
-
-def _like(frames_BTCHW: Tensor, taught: Teaching) -> Teaching:
-    """A teaching on the frames' device, in their dtype."""
-    device = frames_BTCHW.device
-    states: Mapping[Any, Mapping[int, Tensor]] = {
-        name: {k: values.to(device, non_blocking=True) for k, values in by_layer.items()}
-        for name, by_layer in taught.states.items()
-    }
-    predictions = taught.predictions_BTCHW
-    there = Teaching(states, None if predictions is None else predictions.to(device))
-    return there.to(frames_BTCHW.dtype)

@@ -10,7 +10,7 @@ the sample's id (8 bytes) and of those bytes: so a damaged record and one at a w
 both found whenever it is read. Folders lie on a disk, where records are mapped into memory, or in
 a store, where they are read by byte ranges.
 
-Not here: which teacher, which sequences (cached.py).
+Not here: which teacher, which sequences (bank.py).
 
 Legend: B batch, N bytes of a record.
 """
@@ -20,7 +20,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -33,9 +32,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tmu_dist.data import storage
-from tmu_dist.folders import list_folders, write_folder, write_text
-from tmu_dist.models.rollout import StateName
-from tmu_dist.teachers.bank import Teaching, Wanted
+from tmu_dist.folders import list_folders, sweep_unfinished, write_folder, write_text
+from tmu_dist.teachers.bank import Teaching, Told, Wanted
 
 PLAN_FILE, INDEX_FILE = "plan.json", "index.json"
 RECORDS_FILE, SHARD_FILE = "records.bin", "shard.json"
@@ -82,7 +80,7 @@ class RecordLayout:
                     shape=tuple(values.shape[1:]),
                     dtype=str(values.dtype).removeprefix("torch."),
                 )
-                for name, layer, values in tensors_of(taught)
+                for (name, layer), values in taught.tensors().items()
             )
         )
 
@@ -102,7 +100,7 @@ class RecordLayout:
             MemoriesError: something told is infinite or NaN.
         """
         columns = []
-        for name, _, all_values in tensors_of(taught):
+        for (name, _), all_values in taught.tensors().items():
             values = all_values[: len(sample_ids)]
             if not values.isfinite().all():
                 raise MemoriesError(
@@ -118,20 +116,17 @@ class RecordLayout:
 
     def decode(self, records: Sequence[NDArray[np.uint8]]) -> Teaching:
         """The teaching of a batch of records, as it was told."""
-        states: dict[StateName, dict[int, Tensor]] = {}
-        predictions, start = None, 0
+        tensors: dict[Told, Tensor] = {}
+        start = 0
         for field in self.fields:
             stop = start + field.num_bytes
             values = torch.empty((len(records), *field.shape), dtype=_dtype(field.dtype))
             bytes_BN = values.view(torch.uint8).reshape(len(records), -1).numpy()
             for row, record in enumerate(records):
                 bytes_BN[row] = record[start:stop]
-            if field.name == "predictions":
-                predictions = values
-            else:
-                states.setdefault(field.name, {})[cast(int, field.layer)] = values
+            tensors[field.name, field.layer] = values
             start = stop
-        return Teaching(states, predictions)
+        return Teaching.of(tensors)
 
 
 @dataclass(frozen=True)
@@ -221,7 +216,7 @@ class MemoryFolder:
         Raises:
             WriteError, StorageError: it could not be written.
         """
-        self._sweep(number)
+        sweep_unfinished(self.url, "", shard_name(number))
         data = records_BN.reshape(-1).data
         facts = {"num_bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
         write_folder(
@@ -238,12 +233,6 @@ class MemoryFolder:
         ]
         index = plan.to_tree() | {"shards": shards}
         write_text(self.url, INDEX_FILE, json.dumps(index, indent=1) + "\n")
-
-    def _sweep(self, number: int) -> None:
-        """Remove what a killed process left of a shard on a disk."""
-        if (folder := storage.local_path(self.url)) is not None:
-            for left in folder.glob(f".{shard_name(number)}.writing-*"):
-                shutil.rmtree(left, ignore_errors=True)
 
 
 class MemoryReader:
@@ -328,18 +317,6 @@ class MemoryReader:
             f"{folder}/{RECORDS_FILE} is damaged: {problem}. Remove the folder {folder} and run "
             f"{MAKE} again; it makes only what is missing."
         )
-
-
-def tensors_of(taught: Teaching) -> list[tuple[Wanted, int | None, Tensor]]:
-    """What one teacher tells, by state and layer, predictions last."""
-    found: list[tuple[Wanted, int | None, Tensor]] = [
-        (name, layer, by_layer[layer])
-        for name, by_layer in taught.states.items()
-        for layer in sorted(by_layer)
-    ]
-    if taught.predictions_BTCHW is not None:
-        found.append(("predictions", None, taught.predictions_BTCHW))
-    return found
 
 
 def shard_name(number: int) -> str:

@@ -25,7 +25,6 @@ from tmu_dist.teachers.memories.files import (
     MemoryReader,
     Plan,
     RecordLayout,
-    tensors_of,
 )
 from tmu_dist.teachers.memories.price import gib
 
@@ -257,8 +256,9 @@ def _recomputed(work: Work, part: Part, reader: MemoryReader) -> list[str]:
         (sample_id,) = work.ids(part, [place])
         (kept,) = reader.read([place], [sample_id])
         (again,) = next(work.records(part, layout, [place]))
-        there, here = (tensors_of(layout.decode([record])) for record in (kept, again))
-        for (name, _, old), (_, _, new) in zip(there, here, strict=True):
+        there, here = (layout.decode([record]).tensors() for record in (kept, again))
+        for (name, layer), old in there.items():
+            new = here[name, layer]
             error = float((old - new).abs().max()) / (float(new.abs().max()) or 1.0)
             if not error <= close:
                 found.append(
