@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from statistics import fmean
 
-from tuning.journal import Journal, State, Trial
+from tuning.journal import Journal, State, Trial, missing_seeds
 from tuning.samplers import Sampler
 from tuning.space import Point
 
@@ -106,12 +106,8 @@ class Agenda:
         return [trial for trial in self._journal.trials if trial.point_number == number]
 
     def _missing_seeds(self, number: int) -> list[int]:
-        """Seeds that a point is to be trained with and was not yet, as far as it is known now."""
         trials = self._of_point(number)
-        left = [seed for seed in self._seeds if seed not in {trial.seed for trial in trials}]
-        if not self._has_scheduler or (trials and trials[0].state == "finished"):
-            return left
-        return [] if trials else left[:1]
+        return missing_seeds(trials, self._seeds, has_scheduler=self._has_scheduler)
 
     def _tell_if_over(self, number: int) -> None:
         trials = self._of_point(number)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import os
+import pickle
 import signal
 import threading
 from collections.abc import Iterable, Mapping
@@ -32,6 +33,7 @@ os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
 
 from ray import tune  # isort: skip
+from ray.exceptions import RayActorError, RayTaskError  # isort: skip
 from ray.tune.experiment import Trial as TuneTrial  # isort: skip
 from ray.tune.schedulers import (  # isort: skip
     ASHAScheduler,
@@ -86,6 +88,7 @@ def run_trials(search: Search, agenda: Agenda, past: Iterable[TrialRecord]) -> N
             max_concurrent_trials=concurrent,
             trial_name_creator=_name_of,
             trial_dirname_creator=_name_of,
+            reuse_actors=True,  # what a process imports takes seconds
         ),
         run_config=tune.RunConfig(
             name=datetime.now(UTC).strftime("%Y%m%d-%H%M%S"),
@@ -374,7 +377,7 @@ class _Recorder(_NotPickled, tune.Callback):
         self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any
     ) -> None:
         number = trial.config["trial"]
-        log.warning("trial %04d is started again: %s", number, _last_line(trial))
+        log.warning("trial %04d is started again: %s", number, _what_happened(trial))
         self._agenda.failed_once(number)
 
     def on_trial_complete(
@@ -391,12 +394,17 @@ class _Recorder(_NotPickled, tune.Callback):
     def on_trial_error(
         self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any
     ) -> None:
-        number, reason = trial.config["trial"], _last_line(trial)
+        number, reason = trial.config["trial"], _what_happened(trial)
         log.error("trial %04d failed: %s", number, reason)
         self._agenda.ended(number, "failed", reason)
 
 
-def _last_line(trial: TuneTrial) -> str:
-    """What went wrong, in one line."""
-    lines = str(trial.get_error() or "its process was lost").strip().splitlines()
-    return lines[-1].strip()
+def _what_happened(trial: TuneTrial) -> str:
+    """Why a trial's function ended, in one line."""
+    file = trial.pickled_error_file
+    error = None if file is None else pickle.loads(Path(file).read_bytes())
+    if isinstance(error, RayActorError):
+        return "its process died"
+    cause = error.cause if isinstance(error, RayTaskError) else error
+    lines = str(cause).strip().splitlines()
+    return f"{type(cause).__name__}: {lines[0] if lines else 'nothing more is known'}"

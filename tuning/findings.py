@@ -21,10 +21,11 @@ from typing import Any, NamedTuple, TypeGuard, get_args
 
 import numpy as np
 
+from tmu_dist.ledger.findings import CONTROLS
 from tuning.journal import State
 from tuning.plan import Search
 from tuning.records import TrialRecord, source_names
-from tuning.space import FRACTION, Point, Space, Value
+from tuning.space import ARM, FRACTION, Point, Space, Value
 from tuning.worth import is_complete, marginal_gains, shapley_values
 
 MAX_LINES = 8
@@ -94,7 +95,7 @@ class Sensitivity:
 
 @dataclass(frozen=True, kw_only=True)
 class SubsetFinding:
-    """The best point of one set of sources."""
+    """The best point of one set of sources, by memory transfer; of no source, from scratch."""
 
     sources: tuple[str, ...]
     point: PointFinding
@@ -211,8 +212,10 @@ def _point(search: Search, trials: Sequence[TrialRecord]) -> PointFinding:
     top = search.options.fractions[-1:]
 
     def whole_error(record: TrialRecord) -> float | None:
-        is_at_top = not top or (bool(record.reports) and record.reports[-1].level == top[0])
-        return record.error if record.is_whole and is_at_top else None
+        if not record.is_whole or record.error is None or not math.isfinite(record.error):
+            return None
+        is_at_top = not top or record.reports[-1].level == top[0]
+        return record.error if is_at_top else None
 
     errors = _by_seed(trials, search.options.seeds, whole_error)
     is_whole = len(errors) == len(search.options.seeds)
@@ -310,9 +313,11 @@ def _line(label: str, marks: Sequence[_Mark]) -> Line:
 
 
 def _subsets(ranked: Sequence[PointFinding], sources: Sequence[str]) -> tuple[SubsetFinding, ...]:
-    """Small sets first, then in the order of the sources."""
+    """Of memory transfer, and none from scratch; small sets first, then in the sources' order."""
     by_set: dict[tuple[int, ...], list[PointFinding]] = {}
     for point in ranked:
+        if point.method not in ("tmu", "scratch") or point.point.get(ARM) in CONTROLS:
+            continue
         by_set.setdefault(tuple(sorted(map(sources.index, point.sources))), []).append(point)
     return tuple(
         SubsetFinding(
@@ -373,7 +378,8 @@ def _error(point: PointFinding) -> Spread:
 
 
 def _error_at(record: TrialRecord, *, level: float) -> float | None:
-    return next((report.error for report in record.reports if report.level == level), None)
+    errors = [report.error for report in record.reports if report.level == level]
+    return errors[0] if errors and math.isfinite(errors[0]) else None
 
 
 def _key(point: Point) -> frozenset[tuple[str, Value]]:

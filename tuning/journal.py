@@ -95,6 +95,20 @@ def read_trials(folder: str) -> tuple[Trial, ...]:
         ) from None
 
 
+def missing_seeds(
+    of_point: Sequence[Trial], seeds: Sequence[int], *, has_scheduler: bool
+) -> list[int]:
+    """Seeds that a point is to be trained with and was not yet, as far as it is known now.
+
+    Where a scheduler stops trials, its first trial alone is judged, and the other seeds follow when
+    that one was trained to its end.
+    """
+    left = [seed for seed in seeds if seed not in {trial.seed for trial in of_point}]
+    if not has_scheduler or (of_point and of_point[0].state == "finished"):
+        return left
+    return [] if of_point else left[:1]
+
+
 def _as_json(trial: Trial) -> dict[str, Any]:
     return {**vars(trial), "point": dict(trial.point)}
 

@@ -17,7 +17,7 @@ from tmu_dist.data.storage import changed_at
 from tmu_dist.run_folder import LOG_FILE, read_log
 from tmu_dist.training.run_lock import holder
 from tuning.findings import PointFinding, find
-from tuning.journal import State, Trial, read_trials
+from tuning.journal import State, Trial, missing_seeds, read_trials
 from tuning.plan import Search, load_search
 from tuning.records import TrialRecord, read_record
 
@@ -60,7 +60,7 @@ class Status:
     """Trials by how they are."""
     open_trials: tuple[OpenTrial, ...]
     to_come: int | None
-    """Trials that nobody has thought of yet; None where their number is not known."""
+    """Trials that have not begun, as far as it is known: a scheduler decides of further seeds."""
     best: PointFinding | None
     """None: no point is whole yet."""
     seconds_left: float | None
@@ -128,8 +128,14 @@ def _to_come(search: Search, trials: Sequence[Trial]) -> int | None:
     )
     if points is None:
         return None
-    known = {(trial.point_number, trial.seed) for trial in trials if trial.seed in options.seeds}
-    return max(0, points * len(options.seeds) - len(known))
+    of_points: dict[int, list[Trial]] = {number: [] for number in range(points)}
+    for trial in trials:
+        of_points.setdefault(trial.point_number, []).append(trial)
+    has_scheduler = options.scheduler != "none"
+    return sum(
+        len(missing_seeds(of_point, options.seeds, has_scheduler=has_scheduler))
+        for of_point in of_points.values()
+    )
 
 
 def _seconds_left(

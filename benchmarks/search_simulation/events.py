@@ -56,7 +56,7 @@ class Cluster:
         return -math.log1p(-share) / self.crashes_per_hour
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Course:
     """What a trial's run would tell, and how long it takes on a place of usual speed."""
 

@@ -92,6 +92,18 @@ def by_axis(findings: Findings) -> dict[str, Sensitivity]:
 # Points
 
 
+@pytest.mark.parametrize("error", [math.nan, math.inf])
+def test_a_trial_that_diverged_is_not_compared(error: float) -> None:
+    search = search_of(axis("beta", 1, 2), seeds=(0, 1))
+    trials = Trials()
+    for seed in (0, 1):
+        trials.add({"beta": 1}, error if seed else 3.0, seed=seed)
+        trials.add({"beta": 2}, 5.0 + seed, seed=seed)
+    found = find(search, trials.records)
+    assert [point.number for point in found.ranked] == [1]
+    assert found.counts["finished"] == 4
+
+
 def test_points_are_compared_by_the_mean_over_seeds_of_whole_trials() -> None:
     search = search_of(axis("beta", 1, 2, 3, 4), seeds=(0, 1))
     trials = Trials()
@@ -393,6 +405,20 @@ def test_sets_of_sources_by_their_best_points() -> None:
     values = [each.shapley for each in found.worth]
     assert sum(value.by_seed[1] for value in values if value) == pytest.approx(10.0 - 3.0)
     assert [each.gate for each in found.worth] == [0.3, 0.2, 0.1]
+
+
+def test_other_methods_and_controls_are_no_sets_of_sources() -> None:
+    arms = {"scratch": ((), 9.0), "finetune-a": (("a",), 1.0), "tmu": (NAMES, 6.0)}
+    arms |= {"tmu-shuffled": (NAMES, 2.0), "tmu-scratch": ((), 3.0)}
+    methods = {"finetune-a": "finetune", "scratch": "scratch", "tmu-scratch": "tmu_scratch"}
+    trials = Trials()
+    for arm, (sources, error) in arms.items():
+        trials.add({"arm": arm}, error, sources=sources, method=methods.get(arm, "tmu"))
+    found = find(search_of(axis("arm", *arms)), trials.records)
+    assert [(each.sources, each.point.point["arm"]) for each in found.subsets] == [
+        ((), "scratch"),
+        (NAMES, "tmu"),
+    ]
 
 
 def test_the_worth_of_sources_by_all_sets() -> None:

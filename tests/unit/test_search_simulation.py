@@ -108,10 +108,7 @@ def recorded(noise: float = 0.0) -> dict[str, Any]:
 
 
 def course(level: float, hours: float = 4.0, checkpoint_every: int = 20) -> Course:
-    errors_K = level + 1 / STEPS_K
-    return Course(
-        steps_K=STEPS_K, errors_K=errors_K, hours=hours, checkpoint_every=checkpoint_every
-    )
+    return Course(STEPS_K, level + 1 / STEPS_K, hours, checkpoint_every)
 
 
 def simulated(
