@@ -59,6 +59,8 @@ _DRIVER_BYTES = 500 * 2**20
 _MEDIAN_OF = 5
 """Trials whose averages a median is taken of, at least."""
 _SHOWN_SECONDS = 30
+_TRACES = ("ray.tune.tune", "ray.tune.execution.tune_controller")
+"""Who logs pages about a trial that failed, of which one line is told here."""
 
 
 def run_trials(search: Search, agenda: Agenda, past: Iterable[TrialRecord]) -> None:
@@ -73,7 +75,9 @@ def run_trials(search: Search, agenda: Agenda, past: Iterable[TrialRecord]) -> N
         ConfigError: not even one trial fits on the cluster.
         RunStoppedError: by SIGTERM or Ctrl-C, when the trials have written their checkpoints.
     """
-    connect(reach_stores(search.base))
+    for name in _TRACES:
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    connect(reach_stores(replace(search.base, output=search.folder)))
     search = _with_share(search)
     concurrent = trials_at_once(search)
     scheduler = _Gentle(search, make_scheduler(search.options, _most_steps(search)))
@@ -98,7 +102,7 @@ def run_trials(search: Search, agenda: Agenda, past: Iterable[TrialRecord]) -> N
             progress_reporter=tune.CLIReporter(
                 max_report_frequency=_SHOWN_SECONDS,
                 parameter_columns=_columns(search.space),
-                metric_columns=["error", "step", "seconds"],
+                metric_columns=["error", "step", "seconds", "state"],
             ),
             verbose=1,
         ),
@@ -296,19 +300,21 @@ class _Gentle(_NotPickled, FIFOScheduler):
     def on_trial_complete(
         self, tune_controller: Any, trial: TuneTrial, result: Mapping[str, Any]
     ) -> None:
-        self.running.discard(trial.config["trial"])
-        if trial.config["is_judged"]:
+        if self._let_go(trial):
             self._scheduler.on_trial_complete(tune_controller, trial, result)
 
     def on_trial_error(self, tune_controller: Any, trial: TuneTrial) -> None:
-        self.running.discard(trial.config["trial"])
-        if trial.config["is_judged"]:
+        if self._let_go(trial):
             self._scheduler.on_trial_error(tune_controller, trial)
 
     def on_trial_remove(self, tune_controller: Any, trial: TuneTrial) -> None:
-        self.running.discard(trial.config["trial"])
-        if trial.config["is_judged"]:
+        if self._let_go(trial):
             self._scheduler.on_trial_remove(tune_controller, trial)
+
+    def _let_go(self, trial: TuneTrial) -> bool:
+        """Tune is done with a trial; returns whether the other scheduler is to hear it."""
+        self.running.discard(trial.config["trial"])
+        return bool(trial.config["is_judged"])
 
     def debug_string(self) -> str:
         return f"{self._search.options.scheduler}: {len(self.asked)} trials stopped"

@@ -28,7 +28,6 @@ import shlex
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from itertools import pairwise
 from statistics import fmean
 from typing import TYPE_CHECKING
 
@@ -43,7 +42,13 @@ from tmu_dist.recipes.base import Recipe, in_workspace
 from tmu_dist.train import parse_command
 from tuning.plan import Search, SearchConfig, load_search, save_search
 from tuning.refusals import naming
-from tuning.space_files import SpaceFile, check_fractions, make_space, read_space_file
+from tuning.space_files import (
+    SpaceFile,
+    check_fractions,
+    make_space,
+    overview,
+    read_space_file,
+)
 
 if TYPE_CHECKING:
     from tuning.findings import Findings
@@ -52,6 +57,14 @@ log = logging.getLogger(__name__)
 
 DEFAULT_SPACE = "small"
 _PROG = "python tuning/search.py"
+_MUTED = {
+    ("sampler", "grid"): ("sampler", "num_samples", "objectives"),
+    ("scheduler", "none"): ("scheduler", "grace_steps", "fidelity", "fractions"),
+    ("scheduler", "median"): ("fidelity", "fractions"),
+    ("fidelity", "step"): ("fidelity", "fractions"),
+    ("fidelity", "fraction"): ("grace_steps",),
+}
+"""Options of a file that a flag leaves no room for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +114,8 @@ def parse(words: Sequence[str]) -> Wanted:
     options, rest = tyro.cli(
         SearchConfig,
         prog=_PROG,
-        description=f"{__doc__}\nSettings of every trial are those of `python -m tmu_dist.train`.",
+        description=f"{__doc__}\nSpaces:{overview()}\n\nSettings of every trial are those of "
+        "`python -m tmu_dist.train`, as --section.field.",
         default=_defaults(file, flags),
         args=flags,
         return_unknown_args=True,
@@ -122,12 +136,11 @@ def parse(words: Sequence[str]) -> Wanted:
 
 def _defaults(file: SpaceFile, flags: Sequence[str]) -> SearchConfig:
     """The options of a space's file, without those that the command line leaves no room for."""
-    said = dict(pairwise(flags))
-    mute: set[str] = set()
-    if said.get("--sampler") == "grid":
-        mute.add("num_samples")
-    if said.get("--scheduler") == "none":
-        mute |= {"grace_steps", "fidelity", "fractions"}
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in ("sampler", "scheduler", "fidelity"):
+        parser.add_argument(f"--{name}")
+    said = vars(parser.parse_known_args(flags)[0]).items()
+    mute = set[str]().union(*(_MUTED.get(each, ()) for each in said))
     with naming(file.origin):
         options = {name: value for name, value in file.search.items() if name not in mute}
         return with_overrides(SearchConfig(), options)

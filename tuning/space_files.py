@@ -162,14 +162,22 @@ def _find(name_or_path: str) -> Path:
         not path.suffix and len(path.parts) == 1,
         f"The space file {name_or_path!r} does not exist.",
     )
-    there = {file.stem: file for file in sorted(BUILT_IN.glob("*.yaml"))}
-    if name_or_path not in there:
-        listing = "".join(f"\n  {name}: {_load(file)['about']}" for name, file in there.items())
-        raise ConfigError(
-            f"Unknown space {name_or_path!r}.{nearest(name_or_path, there)} A space is a YAML "
-            f"file, or one of:{listing}"
-        )
+    there = _built_in()
+    require(
+        name_or_path in there,
+        f"Unknown space {name_or_path!r}.{nearest(name_or_path, there)} A space is a YAML file, or "
+        f"one of:{overview()}",
+    )
     return there[name_or_path]
+
+
+def overview() -> str:
+    """The spaces that are known by name, a line each."""
+    return "".join(f"\n  {name}: {_load(file)['about']}" for name, file in _built_in().items())
+
+
+def _built_in() -> dict[str, Path]:
+    return {file.stem: file for file in sorted(BUILT_IN.glob("*.yaml"))}
 
 
 class _Loader(yaml.SafeLoader):

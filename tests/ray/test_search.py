@@ -147,14 +147,14 @@ def kill_in(folder: str, step: int) -> None:
 def test_a_dozen_trials_most_of_which_are_stopped(tiny_config: RunConfig) -> None:
     rates = (1e-2, *(1e-3 - 5e-5 * n for n in range(11)))  # each worse than those before
     search = make_search(
-        tiny_config, rates, whole={rates[0]: 8}, scheduler="asha", grace_steps=4, reduction=3.0
+        tiny_config, rates, whole={rates[0]: 8}, scheduler="asha", grace_steps=8, reduction=3.0
     )
     train_before(search, 1)
     trials = run(search)
     assert [trial.point[RATE] for trial in trials] == list(rates)
     assert states(trials) == ["finished"] + 11 * ["stopped"]
     for trial in trials[1:]:
-        assert_stopped_whole(search, trial, "asha at 4")
+        assert_stopped_whole(search, trial, "asha at 8")
 
 
 def test_trials_on_ray_train_give_their_workers_back(tiny_config: RunConfig) -> None:

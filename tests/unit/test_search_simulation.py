@@ -33,6 +33,7 @@ from benchmarks.search_simulation.study import (
     Contender,
     Measures,
     Scenario,
+    choose,
     measure,
     quick,
     simulate,
@@ -118,6 +119,7 @@ def simulated(
     course_of: Callable[[Trial], Course] = lambda trial: course(trial.point_number),
     scheduler: Scheduler | None = None,
     retries: int = 2,
+    seed: int = 5,
 ) -> tuple[SimulatedTrial, ...]:
     """A search over so many points, of one seed each."""
     points: list[Point] = [{"x": number} for number in range(num_points)]
@@ -128,7 +130,7 @@ def simulated(
         course_of,
         cluster,
         retries=retries,
-        seed=5,
+        seed=seed,
     ).run()
 
 
@@ -249,6 +251,10 @@ def test_a_scheduler_hears_every_level_once_and_what_it_stops_frees_its_place() 
     crashing = Recording()
     simulated(1, Doomed(**vars(CALM)), scheduler=crashing)
     assert crashing.heard == [("00000", 10), ("00000", 20), ("00000", 30), ("00000", 40)]
+    losing = Recording()
+    losing_course = course(1, checkpoint_every=40)
+    simulated(1, Doomed(**vars(CALM)), scheduler=losing, course_of=lambda _: losing_course)
+    assert losing.heard == [("00000", 10), ("00000", 20)]  # by three starts
     last = Recording("00000", 40)
     assert simulated(1, CALM, scheduler=last)[0].state == "finished"  # too late to stop it
 
@@ -309,6 +315,22 @@ def test_the_same_seed_gives_the_same_search_and_others_others() -> None:
         for seed in (3, 3, 4)
     )
     assert first == again != other
+    shaky = replace(CALM, speed_spread=0.3)
+    assert simulated(1, shaky)[0].spans == simulated(1, shaky)[0].spans
+    assert simulated(1, shaky)[0].spans != simulated(1, shaky, seed=6)[0].spans
+
+
+def test_chosen_is_the_lowest_mean_of_points_whose_seeds_all_finished() -> None:
+    errors = {0: (1.0, 1.0), 1: (2.0, 6.0), 2: (3.0, 4.0), 3: (9.0, 9.0)}
+
+    def trials_of(number: int) -> list[SimulatedTrial]:
+        made = simulated(2, CALM, course_of=lambda trial: course(errors[number][trial.number]))
+        return [replace(t, trial=replace(t.trial, point={"x": number})) for t in made]
+
+    points = [trials_of(number) for number in errors]
+    points[0][1].state = "failed"
+    assert choose(points) == {"x": 2}
+    assert choose(points[:1]) is None
 
 
 def test_contenders_see_the_same_points_and_noise() -> None:
@@ -373,6 +395,10 @@ def test_the_conclusion_takes_the_cheapest_that_loses_hardly_anything() -> None:
     assert "30 % of the compute, but some searches were left without a point" in said
     record["scenarios"]["usual"]["contenders"][cheap] = columns(0.04, 0.2)
     assert f"**{cheap}**" in conclusion(record)
+    record["scenarios"]["usual"]["contenders"][DEFAULT.name] = columns(0.04, 0.3)
+    assert f"**{cheap}**" in conclusion(record)
+    record["scenarios"]["usual"]["contenders"][cheap] = columns(0.04, 0.4)
+    assert f"**{DEFAULT.name}**" in conclusion(record)
 
 
 def test_the_table_of_curves_has_the_lowest_errors_so_far() -> None:
