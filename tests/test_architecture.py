@@ -271,7 +271,9 @@ SECTIONS = "|".join(f.name for f in dataclasses.fields(RunConfig) if f.name != "
 
 _LINK = re.compile(r"\]\(([^)\s]+)\)|\b(?:src|href)=\"([^\"]+)\"")
 _FILE = re.compile(r"(?<![\w./-])((?:[\w-]+/)*[\w-]+\.py)\b(?::([A-Za-z_][\w.]*\w))?")
-_MODULE = re.compile(r"(?<![\w./-])((?:tmu_dist|data_prep|tuning)(?:\.[A-Za-z_]\w*)+)(?::([\w.]*\w))?")
+_MODULE = re.compile(
+    r"(?<![\w./-])((?:tmu_dist|data_prep|tuning)(?:\.[A-Za-z_]\w*)+)(?::([\w.]*\w))?"
+)
 _FLAG = re.compile(rf"--((?:{SECTIONS})\.[\w.-]*\w)")
 TO_BE_WRITTEN = {"tmu_dist.models.cells.coupled:CoupledConvLSTMCell"}
 """The file that docs/adding_a_backbone.md walks through."""

@@ -75,7 +75,7 @@ def write_report(search: Search, findings: Findings, best: BestResult | None) ->
 def page(search: Search, findings: Findings, best: BestResult | None) -> str:
     """The report as one HTML document."""
     words = error_words(search, findings)
-    title = f"Search {search.name}: {search.space.name}, {search.recipe}"
+    title = f"Search: {search.space.name}, {search.recipe}"
     body = [
         element("h1", title),
         *(element("p", text, css=css) for text, css in _verdict(findings, words)),

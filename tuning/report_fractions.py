@@ -138,20 +138,12 @@ def _gain_table(
 
 
 def _gains_in_words(gains: dict[str, dict[float, Spread]], words: ErrorWords) -> str:
-    """Each method's gain at the least and at the most data."""
+    """Each method's gain at the least and at the most data that it shares with scratch."""
     told = []
     for method, by_fraction in gains.items():
-        if by_fraction:
-            ends = sorted({min(by_fraction), max(by_fraction)})
-            told.append(
-                f"{method} gains "
-                + " and ".join(
-                    f"{words.gain(by_fraction[x])} at {100 * x:.4g}\u00a0%" for x in ends
-                )
-            )
+        ends = sorted({min(by_fraction), max(by_fraction)}) if by_fraction else []
+        at = [f"{words.gain(by_fraction[x])} at {100 * x:.4g}\u00a0%" for x in ends]
+        told += [f"{method} gains {' and '.join(at)}"] if at else []
     if not told:
         return "No fraction has both training from scratch and another method."
-    return (
-        f"Over training from scratch, {listed(told)} of the target's training sequences (at the "
-        "least and at the most that both have)."
-    )
+    return f"Over training from scratch, {listed(told)} of the target's training sequences."
