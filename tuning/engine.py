@@ -50,7 +50,7 @@ from tuning.agenda import Agenda
 from tuning.plan import Search, SearchConfig
 from tuning.records import TrialRecord
 from tuning.space import Space, show
-from tuning.trial import run_trial
+from tuning.trial import free_places_of_the_lost, run_trial
 
 log = logging.getLogger(__name__)
 
@@ -108,7 +108,7 @@ def run_trials(search: Search, agenda: Agenda, past: Iterable[TrialRecord]) -> N
         ),
     )
     is_over = threading.Event()
-    threading.Thread(target=scheduler.ask_again, args=(is_over,), daemon=True).start()
+    threading.Thread(target=scheduler.look_after, args=(is_over,), daemon=True).start()
     try:
         with closing(Signals((signal.SIGTERM, signal.SIGINT), scheduler.end)):
             tuner.fit()
@@ -240,6 +240,8 @@ class _Gentle(_NotPickled, FIFOScheduler):
         """Why trials are to stop, by number."""
         self.ending: str | None = None
         """The signal that ends the search."""
+        self.has_lost = False
+        """Whether the process of a trial died."""
 
     @property
     def metric(self) -> str:
@@ -267,11 +269,16 @@ class _Gentle(_NotPickled, FIFOScheduler):
         log.warning("%s: trials stop after a checkpoint; once more ends the search now", why)
         self.ending = why
 
-    def ask_again(self, is_over: threading.Event) -> None:
-        """Ask those who are to stop until they have; a run that just starts hears no request."""
+    def look_after(self, is_over: threading.Event) -> None:
+        """Ask those who are to stop until they have; a run that just starts hears no request.
+
+        And see to it that those who died are no burden to the others.
+        """
         while not is_over.wait(ASK_AGAIN_SECONDS):
             for number in sorted(self.running):
                 self._ask(number)
+            if self.has_lost:
+                free_places_of_the_lost()
 
     def _ask(self, number: int) -> None:
         reason = self.asked.get(number)
@@ -385,6 +392,7 @@ class _Recorder(_NotPickled, tune.Callback):
         number = trial.config["trial"]
         log.warning("trial %04d is started again: %s", number, _what_happened(trial))
         self._agenda.failed_once(number)
+        self._scheduler.has_lost = True
 
     def on_trial_complete(
         self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any
@@ -402,6 +410,7 @@ class _Recorder(_NotPickled, tune.Callback):
     ) -> None:
         number, reason = trial.config["trial"], _what_happened(trial)
         log.error("trial %04d failed: %s", number, reason)
+        self._scheduler.has_lost = True
         self._agenda.ended(number, "failed", reason)
 
 

@@ -158,19 +158,25 @@ def test_a_dozen_trials_most_of_which_are_stopped(tiny_config: RunConfig) -> Non
 
 
 def test_trials_on_ray_train_give_their_workers_back(tiny_config: RunConfig) -> None:
+    """The one that is stopped, and the one whose own process dies and leaves workers behind."""
     base = replace(
         tiny_config, launch=LaunchConfig(launcher="ray"), scale=ScaleConfig(num_workers=2)
     )
     rates = (1e-2, 1e-5, 2e-2)
     search = make_search(
-        base, rates, whole={1e-2: 8, 2e-2: 8}, scheduler="asha", grace_steps=4, reduction=3.0
+        base, rates, whole={1e-2: 40, 2e-2: 40}, scheduler="asha", grace_steps=20, reduction=3.0
     )
     train_before(search, 1)
+    killer = threading.Thread(target=kill_in, args=(search.trial_folder(2), 4))
+    killer.start()
     trials = run(search)
+    killer.join()
     assert states(trials) == ["finished", "stopped", "finished"]
-    assert_stopped_whole(search, trials[1], "asha at 4")
+    assert_stopped_whole(search, trials[1], "asha at 20")
+    assert [trial.failures for trial in trials] == [0, 0, 1]
     events = read_log(search.trial_folder(2))
-    assert events[-1]["step"] == 8
+    (resumed,) = [event["step"] for event in events if event["event"] == "resume"]
+    assert resumed >= 4 and events[-1]["step"] == 40
 
 
 def test_lost_processes_and_points_that_cannot_be_trained(tiny_config: RunConfig) -> None:
