@@ -7,13 +7,13 @@ Runs `python tuning/search.py --out WORK/search OPTION ...` (by default every po
 and two thirds of the points have ended, waits until its Ray is gone, gives the same command again,
 and looks at what is left: the journal, the runs, the processes. Nothing is cleaned up in between.
 
-Writes killed.json, table.md and what the search itself writes to docs/results/search-digits.
+Writes results.json and table.md to docs/results/killed-search, and what the search itself has to
+show to docs/results/search-digits.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shutil
 import signal
@@ -26,7 +26,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.provenance import provenance, say
+from benchmarks.provenance import provenance, publish, say
 from tmu_dist.run_folder import PROVENANCE_FILE, RESULT_FILE, read_json, read_log
 from tuning.journal import Trial, read_trials
 from tuning.plan import load_search
@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--work", type=Path)
     parser.add_argument("--kills", type=int, default=2)
-    parser.add_argument("--out", type=Path, default=ROOT / "docs/results/search-digits")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs/results")
     known, words = parser.parse_known_args(arguments)
     work = known.work or Path(tempfile.mkdtemp())
     words = words or ["--sampler", "grid", "--seeds", "0", "1"]
@@ -50,12 +50,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         **provenance("benchmarks.killed_search", "cpu", None),
         **kill_and_continue(work / "search", words, known.kills),
     }
-    known.out.mkdir(parents=True, exist_ok=True)
+    pages = known.out / "search-digits"
+    pages.mkdir(parents=True, exist_ok=True)
     for name in COPIED:
-        shutil.copy(work / "search" / name, known.out / name)
-    (known.out / "killed.json").write_text(json.dumps(record, indent=1) + "\n")
-    (known.out / "table.md").write_text(as_table(record))
-    say(as_table(record))
+        shutil.copy(work / "search" / name, pages / name)
+    publish(record, table(record), known.out / "killed-search")
 
 
 def kill_and_continue(folder: Path, words: Sequence[str], kills: int) -> dict[str, Any]:
@@ -146,7 +145,7 @@ def _account(folder: Path, finished_before: dict[int, float]) -> dict[str, Any]:
     }
 
 
-def as_table(record: dict[str, Any]) -> str:
+def table(record: dict[str, Any]) -> str:
     """For people."""
     states = ", ".join(f"{count} {state}" for state, count in record["states"].items())
     rows = [

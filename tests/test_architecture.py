@@ -113,6 +113,7 @@ RAY_ROOMS = {
     "tmu_dist.training.ray_many",
     "tmu_dist.training.ray_worker",
     "tuning.engine",
+    "tuning.scheduling",
     "tuning.trial",
 }
 

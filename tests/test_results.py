@@ -27,13 +27,17 @@ SCRIPTS = {
     "data-parallel": "data_parallel",
     "recovery": "recovery",
     "scaling": "scaling/report",
+    "killed-search": "killed_search",
+    "search-curves": "search_curves",
+    "search-simulation": "search_simulation/report",
 }
-"""Which benchmark made which record; a ledger writes its own."""
-LEDGERS = {"ledger-digits"}
+"""Which benchmark made which record."""
+OWN_RECORDS = {"ledger-digits", "search-digits"}
+"""Of a ledger, of a search."""
 RECORDS = [
     path
     for path in sorted((ROOT / "docs" / "results").glob("*/results.json"))
-    if path.parent.name not in LEDGERS
+    if path.parent.name not in OWN_RECORDS
 ]
 
 

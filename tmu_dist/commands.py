@@ -19,6 +19,8 @@ def command_errors() -> Iterator[None]:
     """
     try:
         yield
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
     except (ValueError, OSError, RuntimeError) as error:
         if not (_is_ours(type(error).__module__) or _is_ours(_raised_in(error))):
             raise

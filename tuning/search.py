@@ -51,6 +51,7 @@ from tuning.space_files import (
 )
 
 if TYPE_CHECKING:
+    from tmu_dist.training.run_lock import RunLock
     from tuning.findings import Findings
 
 log = logging.getLogger(__name__)
@@ -155,7 +156,6 @@ def run_search(wanted: Wanted) -> None:
     """
     # What follows loads torch and Ray, which --help and mistakes in a space do not need.
     from tmu_dist.training.launch import absolute, with_absolute_paths
-    from tmu_dist.training.run_lock import lock_run
     from tmu_dist.training.stopping import RunStoppedError
 
     base = wanted.recipe.config
@@ -168,7 +168,7 @@ def run_search(wanted: Wanted) -> None:
         options=wanted.options,
     )
     log.info("%s: %s", search.folder, _extent(search))
-    with closing(lock_run(search.folder)):
+    with closing(_lock(search.folder)):
         save_search(search)
         _make_inputs(wanted.recipe, search)
         try:
@@ -177,6 +177,24 @@ def run_search(wanted: Wanted) -> None:
             write_again(search.folder)
             raise
         _conclude(search)
+
+
+def _lock(folder: str) -> RunLock:
+    """Keep other drivers out of the search.
+
+    Raises:
+        ConfigError: another one is at work.
+    """
+    from tmu_dist.training.checkpoint import ResumeError
+    from tmu_dist.training.run_lock import holder, lock_run
+
+    try:
+        return lock_run(folder)
+    except ResumeError:
+        raise ConfigError(
+            f"{holder(folder) or 'Another process'} runs this search: wait for it, look at it with "
+            f"`{_PROG} status {folder}`, or choose another --out."
+        ) from None
 
 
 def _extent(search: Search) -> str:
@@ -234,7 +252,7 @@ def _try_points(search: Search) -> None:
         search.options.scheduler != "none",
         lambda trial: outcome_of(search, trial, operations),
     )
-    ended = [trial for trial in journal.trials if trial.state != "open"]
+    ended = [trial for trial in journal.trials if trial.state in ("finished", "stopped")]
     run_trials(search, agenda, read_records(search, ended))
 
 

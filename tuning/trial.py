@@ -19,10 +19,7 @@ from typing import Any
 # Before ray: it sets the variables that Ray reads when it is imported.
 from tmu_dist.training.ray_worker import PERMANENT_ERRORS, train_on_ray
 
-import ray  # isort: skip
-from ray import PlacementGroupID, tune  # isort: skip
-from ray.exceptions import RayError  # isort: skip
-from ray.util.placement_group import PlacementGroup, remove_placement_group  # isort: skip
+from ray import tune  # isort: skip
 
 import torch
 
@@ -172,22 +169,3 @@ def _train(config: RunConfig) -> None:
     # So that numbers do not depend on how many trials run beside it.
     torch.set_num_threads(1)
     train(config, Collectives(), pick_device(config.launch.device, local_rank=0))
-
-
-def free_places_of_the_lost() -> None:
-    """Give back, from the driver, what Ray Train workers of trials that died have held.
-
-    Ray Train leaves that to an actor that asks the dashboard, which need not run, and does not
-    answer where several Rays share a machine. Ray has no public way to ask who made a placement
-    group, and a Ray that lacks this one frees nothing here.
-    """
-    with suppress(ImportError, AttributeError, RayError):
-        from ray._private.state import state
-        from ray.core.generated.gcs_pb2 import PlacementGroupTableData
-
-        job = ray.get_runtime_context().get_job_id()
-        for row in state._connect_and_get_accessor().get_placement_group_table():
-            group = PlacementGroupTableData.FromString(row)
-            is_here = group.state != PlacementGroupTableData.REMOVED
-            if group.creator_actor_dead and is_here and group.creator_job_id.hex() == job:
-                remove_placement_group(PlacementGroup(PlacementGroupID(group.placement_group_id)))

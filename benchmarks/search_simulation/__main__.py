@@ -3,8 +3,8 @@ which cost?
 
     python -m benchmarks.search_simulation [--quick] [--processes 2]
 
-The search's own samplers, agenda and schedulers (Ray Tune's, as `tuning.engine` makes them) run a
-search in virtual time (events.py), on assumed clusters whose trials crash and whose nodes are
+The search's own samplers, agenda and schedulers (Ray Tune's, as `tuning.scheduling` makes them)
+run a search in virtual time (events.py), on assumed clusters whose trials crash and whose nodes are
 unequal. What a trial reports comes from recorded curves of real runs (`benchmarks.search_curves`),
 between which is interpolated, with the recorded spread between seeds as noise (landscape.py).
 

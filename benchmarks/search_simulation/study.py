@@ -172,7 +172,7 @@ def simulate(
         contender: what stops trials.
         seed: of points, noise, speeds and crashes; contenders with the same one see the same.
     """
-    from tuning.engine import make_scheduler  # loads Ray, which reading a record does not need
+    from tuning.scheduling import make_scheduler  # loads Ray, which reading a record does not need
 
     options = _options(landscape, scenario, contender, seed)
     checkpoint_every = CHECKPOINT_EVERY * int(landscape.steps_K[0])

@@ -27,8 +27,10 @@ os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
 os.environ.setdefault("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "2")
 
 import ray
+from ray import ActorID, PlacementGroupID
 from ray.exceptions import RayError
 from ray.train import ScalingConfig
+from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 from tmu_dist.config import ConfigError, FaultConfig, LaunchConfig, RunConfig, ScaleConfig
 from tmu_dist.data.manifest import MANIFEST_PATH
@@ -165,6 +167,29 @@ def _renew_places() -> None:
     with suppress(ValueError, AttributeError, TypeError):
         counter = ray.get_actor("AutoscalingCoordinator", namespace="AutoscalingCoordinator")
         ray.get(counter.get_reserved_resources.remote("", recompute=True), timeout=10)
+
+
+def free_places_of_the_lost() -> None:
+    """Give back what Ray Train workers still hold whose driver, an actor of this job, died.
+
+    Ray Train leaves that to an actor that asks the dashboard, which need not run, and does not
+    answer where several Rays share a machine. Ray has no public way to ask who made a placement
+    group, and a Ray that lacks this one frees nothing here.
+    """
+    with suppress(ImportError, AttributeError, RayError):
+        from ray._private.state import state
+        from ray.core.generated.gcs_pb2 import PlacementGroupTableData
+
+        job = ray.get_runtime_context().get_job_id()
+        for row in state._connect_and_get_accessor().get_placement_group_table():
+            group = PlacementGroupTableData.FromString(row)
+            if (
+                group.creator_actor_dead
+                and not ActorID(group.creator_actor_id).is_nil()  # else it is Tune's, made here
+                and group.creator_job_id.hex() == job
+                and group.state != PlacementGroupTableData.REMOVED
+            ):
+                remove_placement_group(PlacementGroup(PlacementGroupID(group.placement_group_id)))
 
 
 def wants_gpu(settings: LaunchConfig) -> bool:
