@@ -49,7 +49,7 @@ class Size:
 
 WHOLE = Size(
     axes=(
-        Axis(name=SOURCES, values=(("1",), ("2",), ("1", "2"))),
+        Axis(name=SOURCES, values=(("1",), ("2",))),
         Axis(name=FRACTION, values=(0.5, 1.0)),
         Axis(name=LEARNING_RATE, values=(5e-4, 2e-3), is_log=True),
         Axis(name=BETA, values=(0.003, 0.1, 3.0), is_log=True),

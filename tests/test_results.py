@@ -32,12 +32,12 @@ SCRIPTS = {
     "search-simulation": "search_simulation/report",
 }
 """Which benchmark made which record."""
-OWN_RECORDS = {"ledger-digits", "search-digits"}
-"""Of a ledger, of a search."""
+LEDGERS, SEARCHES = {"ledger-digits"}, {"search-digits"}
+"""Who write their own."""
 RECORDS = [
     path
     for path in sorted((ROOT / "docs" / "results").glob("*/results.json"))
-    if path.parent.name not in OWN_RECORDS
+    if path.parent.name not in LEDGERS | SEARCHES
 ]
 
 
