@@ -233,7 +233,8 @@ def _make_inputs(recipe: Recipe, search: Search) -> None:
         full=manifest.full_train_samples,
     )
     frame = FrameShape(channels=manifest.channels, height=manifest.height, width=manifest.width)
-    planned_teachers(search.base, frame, DataFacts.of(manifest))
+    run = with_overrides(search.base, search.space.settings)
+    planned_teachers(run, frame, DataFacts.of(manifest))
 
 
 def _try_points(search: Search) -> None:
@@ -257,15 +258,15 @@ def _try_points(search: Search) -> None:
 
 
 def _conclude(search: Search) -> None:
-    """Choose by the validation split, score on the test split, tell."""
+    """Choose by the validation split, score on the test split, tell; no choice is exit code 1."""
     from tuning.best import SETTINGS_FILE, choose, export, score
     from tuning.report import PAGE_FILE
 
     findings = write_again(search.folder)
     point = choose(findings)
     if point is None or point.error is None:
-        log.warning("No point has all its trials whole, so there is no best one: %s", search.folder)
-        return
+        log.error("No point has all its trials whole, so there is no best one: %s", search.folder)
+        raise SystemExit(1)
     write_text(search.folder, SETTINGS_FILE, export(search, point))
     best = score(search, point)
     write_again(search.folder)
