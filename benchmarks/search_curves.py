@@ -29,9 +29,10 @@ from tmu_dist.ledger.runs import train_teachers
 from tmu_dist.ledger.words import spread
 from tmu_dist.recipes import get_recipe
 from tmu_dist.recipes.base import in_workspace
-from tmu_dist.run_folder import RESULT_FILE, read_json, read_log
+from tmu_dist.run_folder import read_log
 from tmu_dist.training.launch import with_absolute_paths
 from tmu_dist.training.many import Job, run_many
+from tuning.records import Operations
 from tuning.space import FRACTION, SOURCES, Axis, Point, Space, run_of
 
 RECIPE = "digits-tmu"
@@ -49,7 +50,7 @@ class Size:
 
 WHOLE = Size(
     axes=(
-        Axis(name=SOURCES, values=(("1",), ("2",))),
+        Axis(name=SOURCES, values=(("1",),)),
         Axis(name=FRACTION, values=(0.5, 1.0)),
         Axis(name=LEARNING_RATE, values=(5e-4, 2e-3), is_log=True),
         Axis(name=BETA, values=(0.003, 0.1, 3.0), is_log=True),
@@ -102,7 +103,7 @@ def record_curves(
     """Train every point with every seed, and read what their logs say.
 
     Returns:
-        Of each run its point and seed, the validation errors by step, and seconds a step.
+        Of each run its point and seed, the validation errors by step, and operations a step.
 
     Raises:
         SystemExit: a run failed; the same command tries it again.
@@ -123,7 +124,8 @@ def record_curves(
     outcomes = run_many(jobs, launch, processes)
     if failed := [outcome.error for outcome in outcomes if outcome.error is not None]:
         raise SystemExit(f"{len(failed)} of {len(jobs)} runs failed. The first: {failed[0]}")
-    return [_curve(point, config) for point, config in runs.values()]
+    operations = Operations()
+    return [_curve(point, config, operations) for point, config in runs.values()]
 
 
 def _shortened(config: RunConfig, size: Size) -> RunConfig:
@@ -134,15 +136,14 @@ def _shortened(config: RunConfig, size: Size) -> RunConfig:
     )
 
 
-def _curve(point: Point, config: RunConfig) -> dict[str, Any]:
+def _curve(point: Point, config: RunConfig, operations: Operations) -> dict[str, Any]:
     events = [e for e in read_log(config.output) if e["event"] == "validation"]
-    result = read_json(config.output, RESULT_FILE)
     return {
         "point": dict(point),
         "seed": config.training.seed,
         "steps": [event["step"] for event in events],
         "errors": [event["mse_per_frame"] for event in events],
-        "seconds_per_step": result["seconds_per_batch"],
+        "operations_per_step": operations(config, 1),
     }
 
 
@@ -155,14 +156,14 @@ def table(record: Mapping[str, Any]) -> str:
         by_point.setdefault(cells, []).append(curve)
     names = " | ".join(name.rpartition(".")[2] for name in axes)
     lines = [
-        f"| {names} | at 1/8 | at 1/2 | at the end | s/step |",
+        f"| {names} | at 1/8 | at 1/2 | at the end | G operations/step |",
         "|---" * (len(axes) + 4) + "|",
     ]
     for cells, curves in by_point.items():
         lowest = [[_lowest(c, record["num_steps"] / part) for c in curves] for part in (8, 2, 1)]
         errors = [spread(values, 1) for values in lowest]
-        seconds = statistics.fmean(c["seconds_per_step"] for c in curves)
-        lines.append(f"| {cells} | {' | '.join(errors)} | {seconds:.3f} |")
+        giga = statistics.fmean(c["operations_per_step"] for c in curves) / 1e9
+        lines.append(f"| {cells} | {' | '.join(errors)} | {giga:.1f} |")
     lines += [
         "",
         f"Lowest validation MSE/frame so far, mean ± standard deviation over seeds "

@@ -43,18 +43,18 @@ class Landscape:
         self.steps_K: NDArray[np.int64] = np.array(curves[0]["steps"])
         shape = (*(len(axis.values) for axis in self._axes), len(seeds))
         logs = np.full((*shape, len(self.steps_K)), np.nan)
-        seconds = np.full(shape, np.nan)
+        operations = np.full(shape, np.nan)
         for curve in curves:
             where = (*self._cell(curve["point"]), seeds.index(curve["seed"]))
             logs[where] = np.log(curve["errors"])
-            seconds[where] = curve["seconds_per_step"]
-        if len(curves) != seconds.size or np.isnan(seconds).any():
+            operations[where] = curve["operations_per_step"]
+        if len(curves) != operations.size or np.isnan(operations).any():
             raise ValueError(
-                f"{len(curves)} curves were recorded for {seconds.size} combinations of point and "
+                f"{len(curves)} curves were recorded for {operations.size} pairs of point and "
                 "seed; each must be there once: record them again with benchmarks.search_curves."
             )
         self._mean_log = logs.mean(axis=-2)
-        self._seconds = seconds.mean(axis=-1)
+        self._operations = operations.mean(axis=-1)
         scale = noise * math.sqrt(len(seeds) / (len(seeds) - 1))
         deviations = scale * (logs - self._mean_log[..., None, :])
         self._deviations_RK = deviations.reshape(-1, len(self.steps_K))
@@ -92,7 +92,7 @@ class Landscape:
 
     def relative_cost(self, point: Point) -> float:
         """Seconds a step over those of the recorded points' mean."""
-        return float(self._between(point, self._seconds) / self._seconds.mean())
+        return float(self._between(point, self._operations) / self._operations.mean())
 
     def _cell(self, point: Mapping[str, Any]) -> tuple[int, ...]:
         return tuple(axis.values.index(_hashable(point[axis.name])) for axis in self._axes)

@@ -93,7 +93,7 @@ def recorded(noise: float = 0.0) -> dict[str, Any]:
                 "seed": seed,
                 "steps": steps,
                 "errors": [noisy * (1 + 8 / step - 8 / 128) for step in steps],
-                "seconds_per_step": 0.1 * len(sources),
+                "operations_per_step": 0.1 * len(sources),
             }
         )
     return {
