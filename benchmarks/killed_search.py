@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -27,7 +26,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.provenance import provenance, publish, say
+from tmu_dist.recipes.base import in_workspace
 from tmu_dist.run_folder import PROVENANCE_FILE, RESULT_FILE, read_json, read_log
+from tmu_dist.verify_resume.comparing import newest_checkpoint
 from tuning.journal import Trial, read_trials
 from tuning.plan import load_search
 
@@ -52,8 +53,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     }
     pages = known.out / "search-digits"
     pages.mkdir(parents=True, exist_ok=True)
+    workspace = Path(in_workspace("archives")).absolute().parent
     for name in COPIED:
-        shutil.copy(work / "search" / name, pages / name)
+        text = (work / "search" / name).read_text()
+        for folder, shown in ((work, "WORK"), (workspace, "WORKSPACE")):
+            text = text.replace(str(folder), shown)
+        (pages / name).write_text(text)
     publish(record, table(record), known.out / "killed-search")
 
 
@@ -98,7 +103,8 @@ def kill_and_continue(folder: Path, words: Sequence[str], kills: int) -> dict[st
 
 
 def _wait(driver: subprocess.Popen[bytes], folder: Path, share: float | None) -> None:
-    """Until a share of the points has an ended trial while others run; None: to its end."""
+    """Until a share of the points has an ended trial while others have a checkpoint; None: to its
+    end."""
     points = None
     while driver.poll() is None:
         time.sleep(_LOOK_SECONDS)
@@ -109,10 +115,12 @@ def _wait(driver: subprocess.Popen[bytes], folder: Path, share: float | None) ->
             search = load_search(str(folder))
             points = search.options.num_samples or sum(1 for _ in search.space.grid())
         over = {trial.point_number for trial in trials if trial.state != "open"}
-        begun = [
-            trial for trial in trials if trial.state == "open" and read_log(_folder(folder, trial))
+        are_far = [
+            newest_checkpoint(_folder(folder, trial)) is not None
+            for trial in trials
+            if trial.state == "open"
         ]
-        if len(over) >= share * points and begun:
+        if len(over) >= share * points and any(are_far):
             return
     if share is not None:
         raise RuntimeError(f"the driver ended by itself, with {driver.returncode}: see {folder}")

@@ -113,7 +113,8 @@ def _git_revision() -> str:
 
 def _without_folder(arguments: Sequence[str]) -> list[str]:
     """The arguments as they would be on another machine."""
-    return ["FOLDER" if b == "--out" else a for b, a in itertools.pairwise(["", *arguments])]
+    folders = ("--out", "--work")
+    return ["FOLDER" if b in folders else a for b, a in itertools.pairwise(["", *arguments])]
 
 
 def median_and_range(values: Sequence[float], decimals: int) -> str:
