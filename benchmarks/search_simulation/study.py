@@ -93,9 +93,9 @@ SCENARIOS = {
         cluster=Cluster(places=2, slow_nodes=0),
     ),
     "tpe": Scenario(
-        about="300 points that TPE asks for, on 16 places",
+        about="100 points that TPE asks for, on 16 places",
         sampler="tpe",
-        num_points=300,
+        num_points=100,
         cluster=Cluster(places=16),
     ),
 }
