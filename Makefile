@@ -11,7 +11,7 @@ demo: install
 	$(RUN) tmu_dist.demo
 
 test: install
-	$(RUN) pytest -m ""
+	$(RUN) pytest -m "" --numprocesses 2
 
 lint: install
 	$(RUN) ruff check .

@@ -13,7 +13,6 @@ show to docs/results/search-digits.
 
 from __future__ import annotations
 
-import argparse
 import os
 import signal
 import subprocess
@@ -25,7 +24,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.provenance import provenance, publish, say
+from benchmarks.provenance import command_line, provenance, publish, say
 from tmu_dist.recipes.base import in_workspace
 from tmu_dist.run_folder import PROVENANCE_FILE, RESULT_FILE, read_json, read_log
 from tmu_dist.verify_resume.comparing import newest_checkpoint
@@ -40,15 +39,15 @@ _GONE_SECONDS = 120.0
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of `python -m benchmarks.killed_search`."""
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser = command_line(__doc__, out=str(ROOT / "docs/results"))
+    parser.allow_abbrev = False  # what it does not know is the search's
     parser.add_argument("--work", type=Path)
     parser.add_argument("--kills", type=int, default=2)
-    parser.add_argument("--out", type=Path, default=ROOT / "docs/results")
     known, words = parser.parse_known_args(arguments)
     work = known.work or Path(tempfile.mkdtemp())
     words = words or ["--sampler", "grid", "--seeds", "0", "1"]
     record = {
-        **provenance("benchmarks.killed_search", "cpu", None),
+        **provenance("benchmarks.killed_search", "cpu", known.revision),
         **kill_and_continue(work / "search", words, known.kills),
     }
     pages = known.out / "search-digits"

@@ -38,11 +38,11 @@ import torch
 from benchmarks.provenance import publish
 from tmu_dist.collectives import Collectives
 from tmu_dist.config import RunConfig, with_overrides
+from tmu_dist.provenance import git_revision
 from tmu_dist.recipes import get_recipe
 from tmu_dist.run_folder import RESULT_FILE, read_log
 from tmu_dist.train import make_archive
 from tmu_dist.training.loop import NonFiniteLossError, train
-from tmu_dist.training.run_log import git_revision
 from tmu_dist.transfer.base import DeadDistillationError
 
 COUNTS = (1, 2, 4, 8, 16, 41)

@@ -12,11 +12,12 @@ import statistics
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from tmu_dist.provenance import git_revision, versions
 
 
 def command_line(
@@ -64,10 +65,10 @@ def provenance(module: str, device: str, revision: str | None) -> dict[str, Any]
     """
     return {
         "command": f"python -m {module} {shlex.join(_without_folder(sys.argv[1:]))}",
-        "git_revision": revision or _git_revision(),
+        "git_revision": revision or git_revision(),
         "device": device,
         "machine": _machine(device),
-        "versions": {name: _version_of(name) for name in ("tmu-dist", "torch", "numpy")},
+        "versions": versions(("tmu-dist", "torch", "numpy")),
     }
 
 
@@ -92,23 +93,6 @@ def _machine(device: str) -> dict[str, Any]:
             "tf32_convolutions": torch.backends.cudnn.allow_tf32,
         }
     return facts
-
-
-def _version_of(package: str) -> str:
-    """Of an installed package."""
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
-
-
-def _git_revision() -> str:
-    """Of this checkout, where what runs need is installed."""
-    try:
-        from tmu_dist.training.run_log import git_revision as found
-    except ModuleNotFoundError:  # stores and TensorBoard
-        return "unknown"
-    return found()
 
 
 def _without_folder(arguments: Sequence[str]) -> list[str]:

@@ -14,15 +14,13 @@ recipes): the same command continues. --quick is 4 runs of 32 iterations, to see
 
 from __future__ import annotations
 
-import argparse
 import logging
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
-from benchmarks.provenance import provenance, publish
+from benchmarks.provenance import command_line, provenance, publish
 from tmu_dist.config import LaunchConfig, RunConfig, with_overrides
 from tmu_dist.ledger.arms import stretched
 from tmu_dist.ledger.runs import train_teachers
@@ -70,14 +68,11 @@ QUICK = Size(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Record, or continue to."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = command_line(__doc__, out="docs/results/search-curves")
     parser.add_argument("--quick", action="store_true", help="4 short runs")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="two at least")
     parser.add_argument("--processes", type=int, help="runs at once; default: one a CPU")
-    parser.add_argument("--revision", help="of this code, where git cannot tell")
     parser.add_argument("--work", default=in_workspace("runs/search-curves"))
-    parser.add_argument("--out", type=Path, default=Path("docs/results/search-curves"))
     chosen = parser.parse_args(arguments)
     if len(chosen.seeds) < 2:
         parser.error("--seeds: two at least, or nothing is known of the spread between them.")

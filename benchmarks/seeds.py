@@ -24,9 +24,9 @@ from tmu_dist.demo import EXPERIMENTS
 from tmu_dist.evaluate import evaluate_model
 from tmu_dist.evaluation.result import MODEL, EvaluationResult
 from tmu_dist.ledger.words import spread
+from tmu_dist.provenance import git_revision
 from tmu_dist.recipes import get_recipe
 from tmu_dist.train import run_recipe
-from tmu_dist.training.run_log import git_revision
 
 COLUMNS = {
     "mse_per_frame": ("MSE/frame", 1),

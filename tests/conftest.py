@@ -7,13 +7,17 @@ import os
 # Tests run side by side with others on few cores; one thread each also makes sums reproducible.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
+from uuid import uuid4
 
 import pytest
 import torch
 
 from data_prep.moving_mnist import MovingMNISTConfig, write_moving_mnist
+from tests.s3_servers import moto
 from tmu_dist.config import (
     DataConfig,
     LaunchConfig,
@@ -27,7 +31,22 @@ from tmu_dist.data import storage
 
 torch.set_num_threads(1)
 
+_CLUSTERS = ("tests/hosts/", "tests/ray/")
+"""They find processes by name, and machines of namespaces are seen from outside."""
 TINY_MODEL = ModelConfig(num_layers=2, hidden_channels=4, kernel_size=3, patch_size=4)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With several processes of pytest, a file is one's alone; and all that start clusters are."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ClustersInTurn(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return "clusters" if file.startswith(_CLUSTERS) else file
+
+    return ClustersInTurn(config, log)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -48,6 +67,16 @@ def requests(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, int]]:
 
     monkeypatch.setattr(storage, "read_range", recorded)
     return asked
+
+
+@pytest.fixture
+def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """An empty bucket of an S3 server on this machine."""
+    with moto() as server:
+        server.use(monkeypatch)
+        name = f"bucket-{uuid4().hex}"
+        server.make_bucket(name)
+        yield f"s3://{name}"
 
 
 @pytest.fixture(scope="session")

@@ -30,6 +30,8 @@ ROWS = {
     "tmu_dist.files": 0,
     "tmu_dist.recipes": 0,
     "tmu_dist.data.manifest": 0,
+    "tmu_dist.provenance": 0,
+    "tmu_dist.workspace": 0,
     # 1: islands
     "tmu_dist.colours": 1,
     "tmu_dist.html_page": 1,
@@ -48,12 +50,16 @@ ROWS = {
     "tmu_dist.training.ray_cluster": 4,
     "tmu_dist.training.ray_failures": 4,
     "tmu_dist.training.ray_many": 4,
+    "tmu_dist.training.ray_metrics": 4,
+    "tmu_dist.training.ray_places": 4,
     "tmu_dist.training.ray_worker": 4,
     # 5: the commands, and what they share
     "tmu_dist.__main__": 5,
     "tmu_dist.commands": 5,
     "tmu_dist.data.__main__": 5,
+    "tmu_dist.bundle": 5,
     "tmu_dist.demo": 5,
+    "tmu_dist.doctor": 5,
     "tmu_dist.evaluate": 5,
     "tmu_dist.ledger": 5,
     "tmu_dist.memories": 5,
@@ -68,6 +74,7 @@ ROWS = {
 SIDEWAYS = {
     ("tmu_dist.config", "tmu_dist.backbones"),
     ("tmu_dist.recipes", "tmu_dist.config"),
+    ("tmu_dist.recipes", "tmu_dist.workspace"),
     ("tmu_dist.teachers", "tmu_dist.folders"),
     ("tmu_dist.teachers", "tmu_dist.run_folder"),
     ("tmu_dist.transfer", "tmu_dist.teachers"),
@@ -77,8 +84,12 @@ SIDEWAYS = {
     ("tmu_dist.training.many", "tmu_dist.training.ray_many"),  # when Ray is asked for
     ("tmu_dist.training.ray_many", "tmu_dist.training.many"),
     ("tmu_dist.training.ray_many", "tmu_dist.training.ray_cluster"),
+    ("tmu_dist.training.ray_many", "tmu_dist.training.ray_places"),
+    ("tmu_dist.training.ray_places", "tmu_dist.training.ray_cluster"),
     ("tmu_dist.training.ray_worker", "tmu_dist.training.ray_cluster"),
     ("tmu_dist.training.ray_worker", "tmu_dist.training.ray_failures"),
+    ("tmu_dist.training.ray_worker", "tmu_dist.training.ray_metrics"),
+    ("tmu_dist.training.ray_worker", "tmu_dist.training.ray_places"),
 }
 """Rooms that import from a room of the same row. Commands (row 5) may import each other."""
 
@@ -107,10 +118,17 @@ WITHOUT_TORCH = (
 )
 """Modules above row 0 that promise it all the same; row 0 and data_prep do, too."""
 
+ON_BARE_MACHINES = ("tmu_dist.evaluation.operations", "tmu_dist.training.step")
+"""What benchmarks of one GPU run, where nothing is installed that reads stores or archives."""
+
 RAY_ROOMS = {
+    "tmu_dist.doctor.ray_nodes",
+    "tmu_dist.doctor.ray_ranks",
     "tmu_dist.training.ray_cluster",
     "tmu_dist.training.ray_failures",
     "tmu_dist.training.ray_many",
+    "tmu_dist.training.ray_metrics",
+    "tmu_dist.training.ray_places",
     "tmu_dist.training.ray_worker",
     "tuning.engine",
     "tuning.scheduling",
@@ -249,6 +267,11 @@ def test_light_modules_reach_neither_torch_nor_ray() -> None:
     row_0 = [m for m in modules("tmu_dist") if ROWS[str(room_of(m))] == 0]
     for module in (*row_0, *modules("data_prep"), *WITHOUT_TORCH):
         assert not loaded_by(module) & {"torch", "ray"}, module
+
+
+def test_steps_and_their_counts_need_no_stores() -> None:
+    for module in ON_BARE_MACHINES:
+        assert not loaded_by(module) & {"ray", "obstore", "webdataset", "zarr"}, module
 
 
 def test_light_modules_load_neither_torch_nor_ray() -> None:

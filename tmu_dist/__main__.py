@@ -12,11 +12,13 @@ COMMANDS = {
     "zoo": "list, show and add teachers",
     "data": "who reads what when; the loader beside the bare storage",
     "memories": "price, make and verify files of what teachers tell (placement.kind=cached)",
+    "doctor": "is everything in order on every node, before GPUs are paid for?",
     "verify_resume": "the drill: does a killed run continue as if nothing had happened?",
     "ledger": "every method and control from one recipe: is it the teachers that help?",
+    "bundle": "what a bug report about a run needs, in one file",
     "demo": "from raw digits to a transferred student, with a report",
 }
-PACKAGES = ("data", "ledger", "verify_resume")
+PACKAGES = ("data", "doctor", "ledger", "verify_resume")
 """Commands that are more than one file."""
 
 

@@ -236,7 +236,7 @@ def torchrun_here(size: int) -> list[dict[str, str]]:
     ]
 
 
-def _own_address_towards(host: str) -> str:
+def own_address_towards(host: str) -> str:
     """This machine's own address on the way to another; nothing is sent."""
     with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as way:
         way.connect((host, 1))
@@ -272,7 +272,7 @@ def joined_ranks(launcher: str, *, timeout_seconds: float = 600.0) -> Iterator[C
         local_rank=int(os.environ["LOCAL_RANK"]),
         local_world_size=int(os.environ["LOCAL_WORLD_SIZE"]),
     )
-    talk_over(_own_address_towards(os.environ["MASTER_ADDR"]))
+    talk_over(own_address_towards(os.environ["MASTER_ADDR"]))
     dist.init_process_group(
         process_group_backend(torch.cuda.is_available()), timeout=timedelta(seconds=timeout_seconds)
     )

@@ -21,11 +21,18 @@ def command_errors() -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         raise SystemExit(130) from None
-    except (ValueError, OSError, RuntimeError) as error:
-        if not (_is_ours(type(error).__module__) or _is_ours(_raised_in(error))):
+    except Exception as error:
+        if not is_explained(error):
             raise
         sys.stderr.write(f"error: {error}\n")
         raise SystemExit(getattr(error, "exit_code", 2)) from None
+
+
+def is_explained(error: BaseException) -> bool:
+    """Whether an error's message tells the user all: no trace is needed."""
+    return isinstance(error, (ValueError, OSError, RuntimeError)) and (
+        _is_ours(type(error).__module__) or _is_ours(_raised_in(error))
+    )
 
 
 def _is_ours(module: str) -> bool:

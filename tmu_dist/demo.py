@@ -31,12 +31,12 @@ from tmu_dist.evaluation.examples import predict_example
 from tmu_dist.evaluation.report import PageSettings, write_comparison_page
 from tmu_dist.evaluation.terminal import comparison_table
 from tmu_dist.folders import local_folder
+from tmu_dist.provenance import git_revision
 from tmu_dist.recipes import get_recipe
-from tmu_dist.recipes.base import in_workspace
 from tmu_dist.run_folder import CONFIG_FILE, RESULT_FILE, read_json
 from tmu_dist.teachers.store import load_model
 from tmu_dist.train import run_recipe
-from tmu_dist.training.run_log import git_revision
+from tmu_dist.workspace import in_workspace
 
 log = logging.getLogger(__name__)
 

@@ -47,9 +47,9 @@ from tmu_dist.evaluation.result import FLOW, EvaluatedData, EvaluationResult
 from tmu_dist.evaluation.runner import check_archive_fits, evaluate
 from tmu_dist.evaluation.terminal import terminal_summary
 from tmu_dist.folders import local_folder
+from tmu_dist.provenance import git_revision
 from tmu_dist.teachers.store import load_model
 from tmu_dist.training.launch import pick_device
-from tmu_dist.training.run_log import git_revision
 
 _NUM_EXAMPLES = 3
 """Sequences drawn, evenly spread over the split: not chosen by how good they look."""

@@ -7,6 +7,8 @@ RUN/tensorboard/      the same numbers
 RUN/checkpoints/      model folders with the training state beside them
 RUN/models/           model folders that the run offers; selected.json points to one
 RUN/result.json       written when the run is finished
+RUN/logs/rank-0003/   what each rank's process said, a file for each of its last starts
+RUN/crash/            what a run that failed left for a bug report
 RUN/owner.json        which start of the run may write; .lock or lease.json: which process trains
 RUN/stop              put there by anybody, ends the run after a checkpoint
 
@@ -19,13 +21,18 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tmu_dist.data.storage import MissingObjectError, join_url, read_bytes
+from tmu_dist.data.storage import MissingObjectError, join_url, list_paths, read_bytes
 
 CONFIG_FILE = "config.json"
 PROVENANCE_FILE = "run.json"
 LOG_FILE = "log.jsonl"
 RESULT_FILE = "result.json"
 SELECTED_FILE = "selected.json"
+LOGS_FOLDER = "logs"
+CRASH_FOLDER = "crash"
+
+FILE_TIME = "%Y%m%dT%H%M%SZ"
+"""How the moment (UTC) stands in a file's name, so that names sort as moments do."""
 
 Event = dict[str, Any]
 """A line of the log: at least `event` and `step`."""
@@ -54,6 +61,16 @@ def read_log_lines(run: str | Path) -> list[str]:
         return read_bytes(str(run), LOG_FILE).decode().split("\n")[:-1]
     except MissingObjectError:
         return []
+
+
+def newest_logs(run: str | Path) -> list[str]:
+    """Paths of what every rank said since its last start, by rank.
+
+    Raises:
+        StorageError: the store cannot be reached.
+    """
+    newest = {path.rpartition("/")[0]: path for path in list_paths(str(run), LOGS_FOLDER)}
+    return list(newest.values())
 
 
 def read_json(run: str | Path, file: str) -> Any:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import tyro
 
+from tmu_dist.bundle import bundle_on_crash
 from tmu_dist.commands import command_errors
 from tmu_dist.config import (
     ConfigError,
@@ -29,7 +30,7 @@ from tmu_dist.config import (
     with_overrides,
 )
 from tmu_dist.data.manifest import MANIFEST_PATH
-from tmu_dist.data.storage import exists, local_path, read_text
+from tmu_dist.data.storage import exists, read_text
 from tmu_dist.recipes import DEFAULT_RECIPE, get_recipe, overview
 from tmu_dist.recipes.base import Recipe
 from tmu_dist.run_folder import RESULT_FILE
@@ -91,8 +92,8 @@ def parse_command(
 
 
 def _overrides_in(file: str) -> dict[str, Any]:
-    """The settings of a file on a disk or in a store."""
-    if local_path(file) is not None:
+    """The settings of a file in a store, or on a disk: a job's come with its working directory."""
+    if "://" not in file:
         return load_overrides(file)
     folder, _, name = file.rpartition("/")
     return parse_overrides(read_text(folder, name), where=file)
@@ -101,8 +102,13 @@ def _overrides_in(file: str) -> dict[str, Any]:
 def run_recipe(recipe: Recipe, collectives: Collectives) -> str:
     """Make what is missing, train, and say where the results are; returns the run folder.
 
-    Every rank calls this; files are made by rank 0 alone.
+    Every rank calls this; files are made by rank 0 alone. A crash leaves a bundle.
     """
+    with bundle_on_crash(recipe.config, is_main=collectives.ranks.is_main):
+        return _run_recipe(recipe, collectives)
+
+
+def _run_recipe(recipe: Recipe, collectives: Collectives) -> str:
     from tmu_dist.training.launch import launch
 
     config = recipe.config

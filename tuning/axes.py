@@ -17,9 +17,9 @@ from typing import Any, get_type_hints
 import numpy as np
 
 from tmu_dist.config import ConfigError, RunConfig, flatten, identity
-from tmu_dist.config.checks import require
+from tmu_dist.config.checks import nearest, require
 from tmu_dist.ledger.arms import short_names
-from tuning.refusals import as_type, naming, nearest, refuse_unknown
+from tuning.refusals import as_type, naming, refuse_unknown
 from tuning.space import ARM, SEED, SOURCES, Axis, Value, arms_of, rounded, show
 
 MOST_SOURCES = 12

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 # Before ray: it sets the variables that Ray reads when it is imported.
-from tmu_dist.training.ray_cluster import connect, reach_stores, wants_gpu, worker_places
+from tmu_dist.training.ray_cluster import connect, reach_stores
 
 # Signals are heard here, a trial that failed before any validation has nothing to report, and the
 # tables of the new output do not show a trial's point.
@@ -36,6 +36,7 @@ from ray.tune.search import Searcher  # isort: skip
 
 from tmu_dist.config import ConfigError
 from tmu_dist.data.storage import join_url
+from tmu_dist.training.ray_places import wait_for_places, wants_gpu, worker_places
 from tmu_dist.training.stopping import RunStoppedError, Signals
 from tuning.agenda import Agenda
 from tuning.plan import Search
@@ -49,8 +50,13 @@ log = logging.getLogger(__name__)
 _DRIVER_BYTES = 500 * 2**20
 """Memory of the process that drives a trial's workers; it takes no CPU that they could have."""
 _SHOWN_SECONDS = 30
-_TRACES = ("ray.tune.tune", "ray.tune.execution.tune_controller")
-"""Who logs pages about a trial that failed, of which one line is told here."""
+_TRACES = (
+    "ray.tune.tune",
+    "ray.tune.execution.tune_controller",
+    "ray.tune.execution.experiment_state",
+)
+"""Who logs pages about a trial that failed, of which one line is told here, and about a snapshot of
+Tune's that was not copied in time, which nobody reads."""
 
 
 def run_trials(search: Search, agenda: Agenda, past: Iterable[TrialRecord]) -> None:
@@ -112,7 +118,7 @@ def run_trials(search: Search, agenda: Agenda, past: Iterable[TrialRecord]) -> N
 
 
 def trials_at_once(search: Search) -> int:
-    """How many trials the cluster has room for, as it is.
+    """How many trials the cluster has room for; for one, an autoscaler may start nodes.
 
     Raises:
         ConfigError: for none.
@@ -124,6 +130,7 @@ def trials_at_once(search: Search) -> int:
             f"scale.num_workers={scale.num_workers}: the trials of a search have a fixed number of "
             "workers, or they would take each other's places."
         )
+    wait_for_places(scale, use_gpu=wants_gpu(launch))
     share = _share(search)
     _, places = worker_places(wants_gpu(launch), share)
     room = sum(places) // workers

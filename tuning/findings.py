@@ -23,9 +23,9 @@ import numpy as np
 
 from tmu_dist.ledger.findings import CONTROLS
 from tuning.journal import State
-from tuning.plan import Search
+from tuning.plan import COSTS, Search
 from tuning.records import TrialRecord, source_names
-from tuning.space import ARM, FRACTION, Point, Space, Value
+from tuning.space import ARM, FRACTION, Point, Space, Value, key_of
 from tuning.worth import is_complete, marginal_gains, shapley_values
 
 MAX_LINES = 8
@@ -68,6 +68,10 @@ class PointFinding:
     gates: tuple[float, ...]
     """Mean transfer gate by source, over seeds; none without TMU layers that are taught."""
     trials: tuple[TrialRecord, ...]
+
+    def cost(self, name: str) -> float | None:
+        """What it takes, by one of `plan.COSTS`; None if that is not known."""
+        return self.operations if name == "operations" else float(len(self.sources))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,10 +160,7 @@ def find(search: Search, records: Sequence[TrialRecord]) -> Findings:
         sensitivities=_sensitivities(search, points),
         subsets=subsets,
         worth=_worth(subsets, sources, search.options.seeds),
-        fronts={
-            "operations": _front(ranked, lambda point: point.operations),
-            "teachers": _front(ranked, lambda point: len(point.sources)),
-        },
+        fronts={cost: _front(ranked, cost) for cost in COSTS},
     )
 
 
@@ -201,7 +202,7 @@ def _points(search: Search, records: Sequence[TrialRecord]) -> tuple[PointFindin
     """Trials by point; points that are thought of twice are one."""
     groups: dict[Any, list[TrialRecord]] = {}
     for record in sorted(records, key=lambda record: record.trial.number):
-        groups.setdefault(_key(record.trial.point), []).append(record)
+        groups.setdefault(key_of(record.trial.point), []).append(record)
     return tuple(_point(search, trials) for trials in groups.values())
 
 
@@ -287,7 +288,7 @@ def _sensitivity(
         return None
     groups: dict[Any, list[_Mark]] = {}
     for mark in marks:
-        groups.setdefault(_key(mark.others), []).append(mark)
+        groups.setdefault(key_of(mark.others), []).append(mark)
     along = [group for group in groups.values() if len(group) > 1]
     # Among points at random a few differ in one axis alone by chance.
     is_scatter = not along or (at_random and 2 * sum(map(len, along)) < len(marks))
@@ -359,11 +360,9 @@ def _worth(
     return tuple(found)
 
 
-def _front(
-    ranked: Sequence[PointFinding], cost_of: Callable[[PointFinding], float | None]
-) -> tuple[int, ...]:
+def _front(ranked: Sequence[PointFinding], cost: str) -> tuple[int, ...]:
     """Each point's error is below that of everything that costs less, or as much."""
-    costs = [(cost, point) for point in ranked if (cost := cost_of(point)) is not None]
+    costs = [(paid, point) for point in ranked if (paid := point.cost(cost)) is not None]
     lowest, front = math.inf, []
     for _, point in sorted(costs, key=lambda each: each[0]):  # of equal cost, the best first
         if _error(point).mean < lowest:
@@ -380,10 +379,6 @@ def _error(point: PointFinding) -> Spread:
 def _error_at(record: TrialRecord, *, level: float) -> float | None:
     errors = [report.error for report in record.reports if report.level == level]
     return errors[0] if errors and math.isfinite(errors[0]) else None
-
-
-def _key(point: Point) -> frozenset[tuple[str, Value]]:
-    return frozenset(point.items())
 
 
 def _without(point: Point, axis: str) -> Point:

@@ -24,7 +24,7 @@ from pydantic import TypeAdapter
 
 from tmu_dist.config import ConfigError, RunConfig, from_dict, identity, with_overrides
 from tmu_dist.config.checks import require
-from tmu_dist.data.storage import MissingObjectError, join_url, read_text
+from tmu_dist.data.storage import MissingObjectError, exists, join_url, read_text
 from tmu_dist.folders import write_text
 from tmu_dist.ledger.arms import stretched
 from tuning.space import FRACTION, Axis, Point, Space, run_of
@@ -240,11 +240,8 @@ def save_search(search: Search) -> None:
         WriteError, StorageError: it cannot be written.
     """
     wanted = _as_json(search)
-    try:
+    if exists(search.folder, SEARCH_FILE):
         saved = json.loads(read_text(search.folder, SEARCH_FILE))
-    except MissingObjectError:
-        pass
-    else:
         before, now = _shape(saved), _shape(wanted)
         changes = [
             f"{path}: there {before.get(path)!r}, here {now.get(path)!r}"

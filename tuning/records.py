@@ -17,7 +17,7 @@ from tmu_dist.config import ModelConfig, RunConfig, TransferConfig, WindowConfig
 from tmu_dist.data.archive import open_archive
 from tmu_dist.data.manifest import ManifestError
 from tmu_dist.data.storage import StorageError, exists
-from tmu_dist.evaluation.operations import TrainingOperations, training_operations
+from tmu_dist.evaluation.training_operations import TrainingOperations, training_operations
 from tmu_dist.ledger.arms import short_names
 from tmu_dist.models.shapes import FrameShape
 from tmu_dist.run_folder import RESULT_FILE, Event, read_log

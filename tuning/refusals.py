@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from tmu_dist.config import ConfigError
-from tmu_dist.config.checks import require
+from tmu_dist.config.checks import nearest, require
 
 
 @contextmanager
@@ -30,12 +29,6 @@ def refuse_unknown(what: str, written: Mapping[Any, Any], known: Iterable[str]) 
             name in names,
             f"Unknown {what} {name!r}.{nearest(str(name), names)} Known here: {', '.join(names)}.",
         )
-
-
-def nearest(name: str, names: Iterable[str]) -> str:
-    """A hint at a name that was probably meant; empty if there is none."""
-    near = difflib.get_close_matches(name, list(names), n=1)
-    return f" Did you mean {near[0]!r}?" if near else ""
 
 
 def as_type(hint: Any, value: Any, what: str) -> Any:

@@ -22,7 +22,6 @@ from tuning.report_words import (
     counted,
     format_operations,
     listed,
-    sources_label,
     state_in_words,
 )
 from tuning.space import FRACTION, show
@@ -141,12 +140,11 @@ def _sources(findings: Findings, words: ErrorWords) -> Part:
     if len(subsets) > 1:
         best = subsets[0]
         texts.append(
-            f"The best set of sources is {sources_label(best.sources)}: "
-            f"{words.spread(best.point.error)}."
+            f"The best set of sources is {show(best.sources)}: {words.spread(best.point.error)}."
         )
         rows = [
             Row(
-                sources_label(each.sources),
+                show(each.sources),
                 [
                     _error_cell(each.point, words, is_best=each is best),
                     Cell(str(len(each.sources))),
@@ -210,8 +208,8 @@ def _fronts(findings: Findings, words: ErrorWords) -> Part:
     charts, texts = [], []
     fronts_of: dict[int, list[str]] = {}
     for cost, front in findings.fronts.items():
-        points = [point for point in findings.ranked if _cost(point, cost) is not None]
-        if len({_cost(point, cost) for point in points}) < 2:
+        points = [point for point in findings.ranked if point.cost(cost) is not None]
+        if len({point.cost(cost) for point in points}) < 2:
             continue
         shown = [point for number in front for point in points if point.number == number]
         texts.append(_front_in_words(shown, len(points), cost, words))
@@ -270,7 +268,7 @@ def _front_chart(
     priced = [
         Priced(
             label=str(point.number),
-            cost=_cost(point, cost) or 0.0,
+            cost=point.cost(cost) or 0.0,
             error=_mean(point),
             is_on_front=point.number in front,
         )
@@ -374,10 +372,6 @@ def _by_seed(error: Spread | None, words: ErrorWords) -> str:
 
 def _mean(point: PointFinding) -> float:
     return float("inf") if point.error is None else point.error.mean
-
-
-def _cost(point: PointFinding, cost: str) -> float | None:
-    return float(len(point.sources)) if cost == "teachers" else point.operations
 
 
 def _write_cost(point: PointFinding, cost: str) -> str:

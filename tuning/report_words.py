@@ -108,11 +108,6 @@ def format_seconds(seconds: float) -> str:
     return f"{seconds:.0f} s"
 
 
-def sources_label(sources: Sequence[str]) -> str:
-    """A set of sources, as points write it."""
-    return "+".join(sources) or "none"
-
-
 def state_in_words(search: Search, record: TrialRecord) -> str:
     """What became of a trial, where, and how often it had to be started again."""
     trial, level = record.trial, level_in_words(search, record)

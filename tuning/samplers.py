@@ -18,7 +18,7 @@ import numpy as np
 
 from tmu_dist.draws import keyed_hash
 from tuning.plan import SearchConfig
-from tuning.space import SOURCES, Axis, Point, Space, Value
+from tuning.space import SOURCES, Axis, Point, Space, Value, key_of
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
@@ -89,7 +89,7 @@ class ListSampler:
 
     def recall(self, point: Point) -> None:
         """Count a point that an earlier start asked for as the next one."""
-        self._known.add(_key(point))
+        self._known.add(key_of(point))
 
     def ask(self) -> Point | None:
         """The next point; None: there is none left."""
@@ -103,7 +103,7 @@ class ListSampler:
 
     def knows(self, point: Point) -> bool:
         """Whether it was given or recalled."""
-        return _key(point) in self._known
+        return key_of(point) in self._known
 
     def tell(self, number: int, values: Sequence[float] | None) -> None:
         """Changes nothing."""
@@ -308,10 +308,6 @@ def _first_values(axis: Axis, at_most: int) -> tuple[Value, ...]:
     if axis.low is None or axis.high is None:
         return axis.values
     return tuple(range(int(axis.low), int(axis.high) + 1)[:at_most])
-
-
-def _key(point: Point) -> frozenset[tuple[str, Value]]:
-    return frozenset(point.items())
 
 
 def _load_optuna() -> ModuleType:

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 # Before ray: it sets the variables that Ray reads when it is imported.
-from tmu_dist.training.ray_cluster import free_places_of_the_lost
+from tmu_dist.training.ray_places import free_places_of_the_lost
 
 from ray.tune.experiment import Trial as TuneTrial  # isort: skip
 from ray.tune.schedulers import (  # isort: skip

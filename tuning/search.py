@@ -38,8 +38,9 @@ from tmu_dist.config import ConfigError, with_overrides
 from tmu_dist.data.storage import join_url
 from tmu_dist.folders import write_text
 from tmu_dist.recipes import get_recipe
-from tmu_dist.recipes.base import Recipe, in_workspace
+from tmu_dist.recipes.base import Recipe
 from tmu_dist.train import parse_command
+from tmu_dist.workspace import in_workspace
 from tuning.plan import Search, SearchConfig, load_search, save_search
 from tuning.refusals import naming
 from tuning.space_files import (
@@ -174,7 +175,7 @@ def run_search(wanted: Wanted) -> None:
         try:
             _try_points(search)
         except RunStoppedError:
-            write_again(search.folder)
+            _report(search)
             raise
         _conclude(search)
 
@@ -260,16 +261,16 @@ def _try_points(search: Search) -> None:
 def _conclude(search: Search) -> None:
     """Choose by the validation split, score on the test split, tell; no choice is exit code 1."""
     from tuning.best import SETTINGS_FILE, choose, export, score
-    from tuning.report import PAGE_FILE
+    from tuning.report import PAGE_FILE, write_report
 
-    findings = write_again(search.folder)
+    findings = _report(search)  # now, in case that scoring fails
     point = choose(findings)
     if point is None or point.error is None:
         log.error("No point has all its trials whole, so there is no best one: %s", search.folder)
         raise SystemExit(1)
     write_text(search.folder, SETTINGS_FILE, export(search, point))
     best = score(search, point)
-    write_again(search.folder)
+    write_report(search, findings, best)
     test = fmean(best.test[search.options.error].values())
     log.info(
         "Best: %s; validation %s %.2f, test %.2f. Train it: %s",
@@ -278,20 +279,25 @@ def _conclude(search: Search) -> None:
     log.info("Report: %s", join_url(search.folder, PAGE_FILE))
 
 
-def write_again(folder: str) -> Findings:
-    """Write the page and tables of a search from what is there; returns what they say.
+def write_again(folder: str) -> None:
+    """Write the page and tables of a search from what is there.
 
     Raises:
         ConfigError: there is no search.
     """
     from tmu_dist.training.launch import absolute
+
+    _report(load_search(absolute(folder)))
+
+
+def _report(search: Search) -> Findings:
+    """Write the page and tables of all trials so far; returns what they say."""
     from tuning.best import read_best
     from tuning.findings import find
     from tuning.journal import read_trials
     from tuning.records import read_records
     from tuning.report import write_report
 
-    search = load_search(absolute(folder))
     findings = find(search, read_records(search, read_trials(search.folder)))
     write_report(search, findings, read_best(search.folder))
     return findings

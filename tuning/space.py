@@ -123,14 +123,14 @@ class Space:
 
     def short(self, name: str) -> str:
         """The last part of an axis' name, or all of it where two end alike."""
-        short = short_axis(name)
-        alike = sum(short_axis(axis.name) == short for axis in self.axes)
+        short = name.rpartition(".")[2]
+        alike = sum(axis.name.rpartition(".")[2] == short for axis in self.axes)
         return short if alike < 2 else name
 
 
-def short_axis(name: str) -> str:
-    """The last part of an axis' name."""
-    return name.rpartition(".")[2]
+def key_of(point: Point) -> frozenset[tuple[str, Value]]:
+    """What equal points have in common, to be looked up by."""
+    return frozenset(point.items())
 
 
 def show(value: Value) -> str:

@@ -25,12 +25,12 @@ from typing import Any, get_type_hints
 import yaml
 
 from tmu_dist.config import ConfigError, RunConfig, flatten, identity, with_overrides
-from tmu_dist.config.checks import require
+from tmu_dist.config.checks import nearest, require
 from tmu_dist.data.order import count_of_fraction
 from tmu_dist.recipes import DEFAULT_RECIPE, get_recipe
 from tuning.axes import read_axes
 from tuning.plan import SearchConfig
-from tuning.refusals import as_type, naming, nearest, refuse_unknown
+from tuning.refusals import as_type, naming, refuse_unknown
 from tuning.space import FRACTION, SEED, Point, Space, run_of
 
 BUILT_IN = Path(__file__).parent / "spaces"

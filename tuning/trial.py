@@ -17,17 +17,16 @@ from contextlib import suppress
 from typing import Any
 
 # Before ray: it sets the variables that Ray reads when it is imported.
-from tmu_dist.training.ray_worker import PERMANENT_ERRORS, train_on_ray
+from tmu_dist.training.ray_worker import train_on_ray, would_only_repeat
 
 from ray import tune  # isort: skip
 
 import torch
 
+from tmu_dist.bundle import bundle_on_crash
 from tmu_dist.collectives import Collectives
 from tmu_dist.config import RunConfig
-from tmu_dist.data.loader import ShardError
 from tmu_dist.data.storage import (
-    MissingObjectError,
     StorageError,
     delete,
     exists,
@@ -36,14 +35,10 @@ from tmu_dist.data.storage import (
 )
 from tmu_dist.run_folder import RESULT_FILE, read_log
 from tmu_dist.training.checkpoint import ResumeError
-from tmu_dist.training.launch import pick_device
-from tmu_dist.training.loop import train
+from tmu_dist.training.launch import train_here
 from tmu_dist.training.stopping import STOP_FILE, RunStoppedError, ask_to_stop
 from tuning.plan import Search
 from tuning.records import Report, progress_of
-
-TRANSIENT_ERRORS = (ShardError, StorageError, ResumeError)
-"""A store that was out of reach, a damaged copy, a lock that a lost process has left."""
 
 _LOOK_SECONDS = 0.5
 _LOOK_STORE_SECONDS = 3.0
@@ -97,8 +92,9 @@ def results(
                     yield known
     except RunStoppedError as error:
         yield {**known, "state": "stopped", "reason": str(error)}
-    except PERMANENT_ERRORS as error:
-        if isinstance(error, TRANSIENT_ERRORS) and not isinstance(error, MissingObjectError):
+    except Exception as error:
+        # A lock may be one that a lost process has left.
+        if isinstance(error, ResumeError) or not would_only_repeat(error):
             raise
         yield {**known, "state": "failed", "reason": f"{type(error).__name__}: {error}"}
 
@@ -163,9 +159,10 @@ def _train(config: RunConfig) -> None:
     """Train a run to its end, unless an earlier start has."""
     if exists(config.output, RESULT_FILE):
         return
-    if config.launch.launcher == "ray":
-        train_on_ray(config)
-        return
-    # So that numbers do not depend on how many trials run beside it.
-    torch.set_num_threads(1)
-    train(config, Collectives(), pick_device(config.launch.device, local_rank=0))
+    with bundle_on_crash(config):
+        if config.launch.launcher == "ray":
+            train_on_ray(config)
+            return
+        # So that numbers do not depend on how many trials run beside it.
+        torch.set_num_threads(1)
+        train_here(config, Collectives())

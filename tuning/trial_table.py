@@ -16,7 +16,6 @@ from tmu_dist.files import atomic_file
 from tuning.findings import Findings
 from tuning.plan import Search
 from tuning.records import TrialRecord
-from tuning.report_words import sources_label
 from tuning.space import SOURCES, Value, show
 
 Plain: TypeAlias = str | int | float | bool | None
@@ -36,7 +35,7 @@ def trial_columns(search: Search, findings: Findings) -> dict[str, list[Plain]]:
         "reason": [record.trial.reason for record in records],
         "restarts": [record.trial.failures for record in records],
         "method": [record.method for record in records],
-        "sources": [sources_label(record.sources) for record in records],
+        "sources": [show(record.sources) for record in records],
         "fraction": [record.fraction for record in records],
         "error": [record.error for record in records],
         "level": [r.reports[-1].level if r.reports else None for r in records],

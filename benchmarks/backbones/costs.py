@@ -96,7 +96,7 @@ def serve(connection: Connection, case: Case) -> None:
 
 def prepare_training(case: Case) -> tuple[Callable[[], object], Cell]:
     """One update of a freshly built student; its peak memory in bytes, and its operations."""
-    before = _peak_memory(case.device)
+    before = peak_memory(case.device)
     size, device = SIZES[case.size], torch.device(case.device)
     torch.manual_seed(0)
     method = make_method(size, case.backbone, case.variant, device)
@@ -104,7 +104,7 @@ def prepare_training(case: Case) -> tuple[Callable[[], object], Cell]:
     step = training_step(method, student, device)
     batch = training_batch(size, student, device)
     step(batch)
-    peak = _peak_memory(case.device) - before
+    peak = peak_memory(case.device) - before
     return lambda: step(batch), {"peak_bytes": peak, "flops": count_operations(lambda: step(batch))}
 
 
@@ -211,7 +211,7 @@ def timed(run: Callable[[], object], device: str, seconds: float) -> float:
     return elapsed / count
 
 
-def _peak_memory(device: str) -> int:
+def peak_memory(device: str) -> int:
     """Bytes: of a GPU what tensors held at most, of a CPU the most that this process had."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated()

@@ -26,10 +26,10 @@ from tmu_dist.data.loader import SequenceLoader, open_archive
 from tmu_dist.evaluation.result import MODEL, PERSISTENCE
 from tmu_dist.evaluation.runner import score_predictor
 from tmu_dist.ledger.words import spread
+from tmu_dist.provenance import git_revision
 from tmu_dist.recipes import get_recipe
 from tmu_dist.teachers.store import load_model
 from tmu_dist.train import run_recipe
-from tmu_dist.training.run_log import git_revision
 
 PREFIXES = {
     "convlstm": "digits",

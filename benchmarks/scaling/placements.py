@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.scaling.collectives import on_ranks
@@ -31,7 +30,7 @@ from benchmarks.scaling.networks import (
 )
 from tmu_dist.collectives import RankGroup
 from tmu_dist.models.build import count_parameters, skeleton
-from tmu_dist.teachers.bank import FrozenTeacher, ReplicatedBank, TeacherBank
+from tmu_dist.teachers.bank import FrozenTeacher, ReplicatedBank, TeacherBank, held_bytes
 from tmu_dist.teachers.placed import FrameCodec, PlacedBank
 from tmu_dist.teachers.placement import TeacherCost, plan_placement
 from tmu_dist.teachers.sharded import ShardedBank
@@ -122,21 +121,10 @@ def _hold(
             gc.collect()
             before = _resident_bytes()
             bank = make_bank(kind, SIZES[name], count, group)
-            found[kind, count] = Held(weight_bytes(bank), _resident_bytes() - before)
+            found[kind, count] = Held(held_bytes(bank), _resident_bytes() - before)
             del bank
             dist.barrier()
     return found
-
-
-def weight_bytes(bank: TeacherBank) -> int:
-    """Of the teachers that lie on this rank: of sharded ones, its shards."""
-    teachers = bank._own.values() if isinstance(bank, PlacedBank) else bank._teachers  # type: ignore[attr-defined]
-    parts = (
-        parameter.to_local() if isinstance(parameter, DTensor) else parameter
-        for teacher in teachers
-        for parameter in teacher.parameters()
-    )
-    return sum(part.nbytes for part in parts)
 
 
 def _resident_bytes() -> int:

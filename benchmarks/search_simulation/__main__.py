@@ -17,14 +17,13 @@ core. --quick is two repetitions of small searches, to see that it works.
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.provenance import provenance, publish
+from benchmarks.provenance import command_line, provenance, publish
 from benchmarks.search_simulation.landscape import Landscape
 from benchmarks.search_simulation.report import table
 from benchmarks.search_simulation.study import HOURS_OF_TRIAL, SCENARIOS, Scenario, compare
@@ -32,16 +31,13 @@ from benchmarks.search_simulation.study import HOURS_OF_TRIAL, SCENARIOS, Scenar
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Simulate, and write what came out."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = command_line(__doc__, out="docs/results/search-simulation")
     parser.add_argument("--quick", action="store_true", help="a smoke test")
     parser.add_argument(
         "--curves", type=Path, default=Path("docs/results/search-curves/results.json")
     )
     parser.add_argument("--repetitions", type=int, default=20)
     parser.add_argument("--processes", type=int, default=1)
-    parser.add_argument("--revision", help="of this code, where git cannot tell")
-    parser.add_argument("--out", type=Path, default=Path("docs/results/search-simulation"))
     chosen = parser.parse_args(arguments)
     recorded = json.loads(chosen.curves.read_text())
     scenarios, repetitions = SCENARIOS, chosen.repetitions

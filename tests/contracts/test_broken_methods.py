@@ -84,7 +84,7 @@ class TrainsItsTeachers(MemoryDistillation):
     """The teachers are trained beside the student."""
 
     def trainee(self, student: Predictor) -> nn.Module:
-        teachers = nn.ModuleList(self.bank._teachers)  # type: ignore[attr-defined]
+        teachers = nn.ModuleList(self.bank.own)
         return Beside(student, teachers.requires_grad_(True))
 
 
@@ -92,7 +92,7 @@ class TrainsCopiesOfItsTeachers(MemoryDistillation):
     """The same with copies, which identity does not show."""
 
     def trainee(self, student: Predictor) -> nn.Module:
-        teachers = nn.ModuleList(self.bank._teachers)  # type: ignore[attr-defined]
+        teachers = nn.ModuleList(self.bank.own)
         return Beside(student, copy.deepcopy(teachers).requires_grad_(True))
 
 
@@ -100,7 +100,7 @@ class ChangesItsTeachers(MemoryDistillation):
     """A teacher forgets a little whenever it teaches."""
 
     def teach(self, batch: TrainingBatch, rollout: Rollout | None = None) -> tuple[Teaching, ...]:
-        first = next(self.bank._teachers[0].parameters())  # type: ignore[attr-defined]
+        first = next(self.bank.own[0].parameters())
         first.mul_(0.999)
         return super().teach(batch, rollout)
 
@@ -110,7 +110,7 @@ class KeepsItsTeachers(MemoryDistillation):
 
     def build_student(self) -> Predictor:
         student = super().build_student()
-        student.kept = self.bank._teachers[0]  # type: ignore[attr-defined]
+        student.kept = self.bank.own[0]
         return student
 
 
@@ -119,7 +119,7 @@ class FlowKeepsItsTeachers(KnowledgeFlow):
 
     def build_student(self) -> Predictor:
         student = super().build_student()
-        student.kept = self.bank._teachers[0]  # type: ignore[attr-defined]
+        student.kept = self.bank.own[0]
         return student
 
 

@@ -168,7 +168,7 @@ def same_tensors(one: Sequence[Tensor], other: Sequence[Tensor]) -> bool:
 
 def own_bytes(bank: Any) -> int:
     """Of the weights that this rank holds of frozen teachers."""
-    teachers = bank._own.values() if hasattr(bank, "_own") else bank._teachers
+    teachers = bank.own
     weights = [value for teacher in teachers for value in teacher.parameters()]
     return sum(
         (value.to_local() if isinstance(value, DTensor) else value).nbytes for value in weights

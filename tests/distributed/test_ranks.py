@@ -76,7 +76,7 @@ def _one_update(
     rows: slice, scale: float, padding: int, masked: bool, *, wrap: bool
 ) -> dict[str, torch.Tensor]:
     method = tmu_method(1, 2)
-    for teacher in method.bank._teachers:  # type: ignore[attr-defined]
+    for teacher in method.bank.own:
         teacher.double()
     student = student_of(method).double()
     step = TrainingStep(

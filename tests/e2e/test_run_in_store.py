@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from uuid import uuid4
 
 import pytest
 
 from tests.e2e.test_kill import command, finish, start
 from tests.e2e.test_recipes import MINIATURE
-from tests.s3_servers import moto
 from tests.unit.test_training import assert_same
 from tmu_dist import evaluate, recipes, zoo
 from tmu_dist.config import RunConfig
@@ -25,15 +22,6 @@ from tmu_dist.recipes.base import by_whole_name
 from tmu_dist.run_folder import read_log
 from tmu_dist.teachers.store import load_card, load_weights
 from tmu_dist.training.launch import launch
-
-
-@pytest.fixture
-def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    with moto() as server:
-        server.use(monkeypatch)
-        name = f"bucket-{uuid4().hex}"
-        server.make_bucket(name)
-        yield f"s3://{name}"
 
 
 def newest_step(run: str) -> int:

@@ -36,7 +36,19 @@ QUICK_HEALTH_CHECKS = {
 """For `ray start` of head and nodes: a node that is silent for about five seconds is lost."""
 
 _ROOT = Path(__file__).parents[2]
-_TOOLS = ("ip", "mount", "nsenter", "unshare")
+_TOOLS = {
+    "ip": "iproute2",
+    "mount": "mount",
+    "nsenter": "util-linux",
+    "unshare": "util-linux",
+}
+"""Programs, and the packages that have them."""
+_SSH_TOOLS = {
+    "ssh": "openssh-client",
+    "sshd": "openssh-server",
+    "rsync": "rsync",
+    "uptime": "procps",  # what `ray up` asks of a machine first
+}
 _NAMESPACES = ("--net", "--mount", "--uts", "--pid", "--fork", "--mount-proc", "--kill-child")
 _LOOK_SECONDS = 0.1
 _OBJECT_STORE_BYTES = 100_000_000
@@ -44,6 +56,8 @@ _HOLD = """
 hostname "$1"
 mount --bind "$2/ray" /tmp/ray
 mount --bind "$2/hosts" /etc/hosts
+mount --bind "$2/passwd" /etc/passwd
+mount -t tmpfs run /run
 mount -t tmpfs -o size=300m shm /dev/shm
 ip link set lo up
 echo ready
@@ -53,12 +67,14 @@ exit
 """What a machine's first process does: it makes the machine, and lives until its input ends."""
 
 
-def why_not() -> str | None:
-    """Why this system cannot have machines; None if it can."""
+def why_not(with_ssh: bool = False) -> str | None:
+    """Why this system cannot have machines, such that take commands over SSH; None if it can."""
     if not sys.platform.startswith("linux"):
         return f"network namespaces need Linux, this is {sys.platform}"
-    if missing := [tool for tool in _TOOLS if shutil.which(tool) is None]:
-        return f"{', '.join(missing)} not found (packages iproute2 and util-linux)"
+    tools = _TOOLS | (_SSH_TOOLS if with_ssh else {})
+    if missing := [tool for tool in tools if shutil.which(tool) is None]:
+        packages = sorted({tools[tool] for tool in missing})
+        return f"{', '.join(missing)} not found (packages {', '.join(packages)})"
     if os.geteuid() != 0:
         return "namespaces and network links need root"
     tried = subprocess.run(
@@ -119,6 +135,7 @@ class Machine:
         self.name = f"machine-{number}"
         self.address = f"10.77.0.{number}"
         self.folder = folder
+        self.home = folder / "home"
         self._switch = switch
         self._port = f"port{number}"
         self._holder: subprocess.Popen[str] | None = None
@@ -126,6 +143,10 @@ class Machine:
             (folder / part).mkdir(parents=True, exist_ok=True)
         # As Debian and Ubuntu write it: by its name, a machine finds only itself.
         (folder / "hosts").write_text(f"127.0.0.1 localhost\n127.0.1.1 {self.name}\n")
+        users = Path("/etc/passwd").read_text().splitlines()
+        users = [user for user in users if not user.startswith("root:")]
+        users.append(f"root:x:0:0:root:{self.home}:/bin/bash")
+        (folder / "passwd").write_text("\n".join(users) + "\n")
 
     @property
     def pid(self) -> int:
@@ -158,15 +179,15 @@ class Machine:
         self._switch.restore(self._port)
 
     def command(self, words: Sequence[str], **variables: str) -> tuple[list[str], dict[str, str]]:
-        """What starts a command in this machine, from outside, and its environment.
+        """What starts a command in this machine, at the project's root, and its environment.
 
         Nothing of the test's own environment goes along: a machine has its own.
         """
         enter = ["nsenter", "--target", str(self.pid), "--mount", "--uts", "--net"]
-        enter += [f"--pid=/proc/{self.pid}/ns/pid_for_children", *words]
+        enter += [f"--pid=/proc/{self.pid}/ns/pid_for_children", f"--wd={_ROOT}", *words]
         environment = {
             "PATH": os.environ["PATH"],
-            "HOME": str(self.folder / "home"),
+            "HOME": str(self.home),
             "PYTHONPATH": str(_ROOT),
             "OMP_NUM_THREADS": "1",
             "RAY_AUTH_MODE": "disabled",
@@ -187,6 +208,22 @@ class Machine:
     def begin(self, words: Sequence[str], output: Path, **variables: str) -> Command:
         """Start a command whose output goes to a file."""
         return Command(*self.command(words, **variables), output)
+
+    def serve_ssh(self, key: Path) -> None:
+        """Let in over SSH, as root, who has the private key of a pair; not after `kill`."""
+        (self.folder / "authorized_keys").write_bytes(key.with_suffix(".pub").read_bytes())
+        (self.folder / "sshd_config").write_text(
+            f"ListenAddress {self.address}\n"
+            f"HostKey {key}\n"
+            f"AuthorizedKeysFile {self.folder}/authorized_keys\n"
+            "PasswordAuthentication no\n"
+            "StrictModes no\n"  # /tmp, where all of it lies, is everybody's
+            "PidFile none\n"
+        )
+        self.run(["mkdir", "-p", "/run/sshd"])
+        sshd = shutil.which("sshd")  # it wants to know its whole name
+        assert sshd is not None
+        self.run([sshd, "-f", str(self.folder / "sshd_config")])
 
     def processes(self, title: str) -> list[int]:
         """Ids, outside, of its processes with a word in their command lines."""
@@ -245,6 +282,13 @@ class Command:
             time.sleep(_LOOK_SECONDS)
 
 
+def make_key(folder: Path) -> Path:
+    """Make a pair of SSH keys; returns the private one's path, the other's ends in .pub."""
+    key = folder / "key"
+    _run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(key)])
+    return key
+
+
 @contextmanager
 def machines(count: int, folder: Path) -> Iterator[list[Machine]]:
     """So many machines on one switch, for the time of a `with` block.
@@ -283,22 +327,28 @@ class Cluster:
         with ThreadPoolExecutor() as pool:
             list(pool.map(self.join, self.nodes))
 
-    def join(self, node: Machine) -> None:
-        """Start Ray on a machine that was started again."""
-        self._start_ray(node, 1, f"--address={self.address}")
+    def join(self, node: Machine, *words: str, **variables: str) -> None:
+        """Start Ray on a machine where it does not run.
 
-    def _start_ray(self, machine: Machine, cpus: int, *where: str) -> None:
+        Args:
+            node: the machine.
+            words: for `ray start`.
+            variables: of its environment, beside those of all.
+        """
+        self._start_ray(node, 1, f"--address={self.address}", *words, **variables)
+
+    def _start_ray(self, machine: Machine, cpus: int, *words: str, **variables: str) -> None:
         machine.run(
             [
                 RAY,
                 "start",
-                *where,
+                *words,
                 f"--node-ip-address={machine.address}",
                 f"--num-cpus={cpus}",
                 f"--object-store-memory={_OBJECT_STORE_BYTES}",
                 "--disable-usage-stats",
             ],
-            **self.variables,
+            **{**self.variables, **variables},
         )
 
 

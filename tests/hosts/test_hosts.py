@@ -235,7 +235,8 @@ def test_lost_head_ends_the_command_and_the_same_command_goes_on(
 ) -> None:
     config = on_machines(tmu_config, 2, steps=150)
     run = config.output
-    training = begin(cluster, config, tmp_path)
+    # How long it waits for the head to come back, as in cluster/node_env.sh.
+    training = begin(cluster, config, tmp_path, RAY_gcs_rpc_server_reconnect_timeout_s="15")
     training.wait_for(lambda: newest_step(run) >= 50, _SECONDS)
     before = newest_checkpoint(run)
     cluster.head.kill()

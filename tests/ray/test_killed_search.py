@@ -7,22 +7,19 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from uuid import uuid4
 
 import pytest
 import yaml
 
 import tuning.search
 from tests.conftest import TINY_MODEL
+from tests.e2e.test_run_in_store import newest_step
 from tests.ray.conftest import until
-from tests.s3_servers import moto
 from tmu_dist import train
 from tmu_dist.data.storage import exists
-from tmu_dist.folders import list_folders
 from tmu_dist.run_folder import RESULT_FILE, read_log
 from tmu_dist.training.run_lock import lock_run
 from tuning.best import SETTINGS_FILE
@@ -33,7 +30,7 @@ from tuning.samplers import make_sampler
 
 pytestmark = pytest.mark.ray
 
-NUM_POINTS, STEPS = 5, 160
+NUM_POINTS, STEPS = 5, 600
 
 
 @pytest.fixture
@@ -85,20 +82,16 @@ def shown_by(process: subprocess.Popen[str], code: int) -> str:
     return shown
 
 
-def newest_step(run: str) -> int:
-    found = list_folders(run, "checkpoints", "training.json")
-    return int(found[-1].rpartition("-")[2]) if found else 0
-
-
 def in_the_middle(folder: str, finished: int, process: subprocess.Popen[str]) -> None:
-    """Wait until so many trials have finished and another one has a checkpoint."""
+    """Wait until so many trials have finished and another one has a checkpoint, and far to go."""
 
     def is_there() -> bool:
         assert process.poll() is None, process.communicate()
         trials = read_trials(folder)
         open_ones = [t for t in trials if t.state == "open"]
         return len(trials) - len(open_ones) >= finished and any(
-            newest_step(f"{folder}/trials/{trial.number:04d}") >= 8 for trial in open_ones
+            8 <= newest_step(f"{folder}/trials/{trial.number:04d}") <= STEPS // 2
+            for trial in open_ones
         )
 
     until(is_there)
@@ -143,7 +136,7 @@ class Left:
     finished: dict[str, int]
     """Runs, and when their results were written."""
     begun: dict[str, int]
-    """Runs of open trials, and their newest checkpoints."""
+    """Runs of open trials that have checkpoints and are not at their end, and the newest ones."""
 
     @classmethod
     def of(cls, folder: str) -> Left:
@@ -152,7 +145,7 @@ class Left:
         begun = {run: newest_step(run) for run, state in runs.items() if state == "open"}
         return cls(
             finished={run: Path(run, RESULT_FILE).stat().st_mtime_ns for run in finished},
-            begun={run: step for run, step in begun.items() if step},
+            begun={run: step for run, step in begun.items() if 0 < step < STEPS},
         )
 
     def assert_kept(self, later: Left) -> None:
@@ -213,15 +206,6 @@ def test_killed_twice_and_the_same_command_again(words: list[str], tmp_path: Pat
     kept = Left.of(folder)
     assert "Best: " in shown_by(start([*words, "--seeds", "0"]), code=0), "nothing is left to do"
     assert Left.of(folder) == kept
-
-
-@pytest.fixture
-def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    with moto() as server:
-        server.use(monkeypatch)
-        name = f"bucket-{uuid4().hex}"
-        server.make_bucket(name)
-        yield f"s3://{name}"
 
 
 def test_a_search_in_a_bucket(words: list[str], bucket: str) -> None:

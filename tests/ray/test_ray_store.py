@@ -75,7 +75,7 @@ def test_workers_are_started_again_for_what_may_heal(
     monkeypatch.setattr(ray_worker, "train", fail)
     monkeypatch.setattr(ray_worker, "_check_folders", lambda *given: None)
     monkeypatch.setattr(ray_worker, "_PreemptionNotice", lambda rank: None)
-    settings = {"config": asdict(tiny_config), "token": "", "folders": {}}
+    settings = {"config": asdict(tiny_config), "token": "", "folders": {}, "command": "tmu"}
     if repeats:
         assert ray_worker.train_worker(settings) is error
     else:

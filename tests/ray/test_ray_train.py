@@ -48,13 +48,13 @@ def test_errors_that_would_only_repeat_are_raised_at_once(tmu_config: RunConfig)
 def test_cpus_of_a_worker_fit_on_the_nodes(
     cpus: list[int], places: list[int], fewest: int, most: int, expected: int
 ) -> None:
-    from tmu_dist.training.ray_cluster import cpus_per_worker
+    from tmu_dist.training.ray_places import cpus_per_worker
 
     assert cpus_per_worker(cpus, places, fewest, most) == expected
 
 
 def test_a_range_of_workers_is_one_for_ray() -> None:
-    from tmu_dist.training.ray_cluster import scaling
+    from tmu_dist.training.ray_places import scaling
 
     on_cpus = LaunchConfig(launcher="ray", device="cpu")
     elastic = scaling(ScaleConfig(num_workers="1..8", resize_seconds=9.0), on_cpus)

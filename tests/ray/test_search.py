@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from tests.e2e.test_run_in_store import newest_step
 from tests.ray.conftest import until
 from tmu_dist.config import ConfigError, LaunchConfig, RunConfig, ScaleConfig, with_overrides
 from tmu_dist.folders import list_folders
@@ -106,17 +107,12 @@ def states(trials: tuple[Trial, ...]) -> list[str]:
     return [trial.state for trial in trials]
 
 
-def last_checkpoint(run: str) -> int:
-    """The iteration of the newest whole checkpoint."""
-    return int(list_folders(run, "checkpoints", "training.json")[-1].rpartition("-")[2])
-
-
 def assert_stopped_whole(search: Search, trial: Trial, reason: str) -> None:
     """It said why, ended with a checkpoint of its last iteration, and went no further."""
     assert (trial.state, trial.reason) == ("stopped", reason)
     folder = search.trial_folder(trial.number)
     last = read_log(folder)[-1]
-    assert last["event"] == "stop" and last["step"] == last_checkpoint(folder)
+    assert last["event"] == "stop" and last["step"] == newest_step(folder)
     assert not Path(folder, RESULT_FILE).exists()
 
 
@@ -136,7 +132,7 @@ def kill_in(folder: str, step: int) -> None:
 
     def is_there() -> bool:
         return bool(list_folders(folder, "checkpoints", "training.json")) and (
-            last_checkpoint(folder) >= step and bool(holders(folder))
+            newest_step(folder) >= step and bool(holders(folder))
         )
 
     until(is_there)
@@ -183,7 +179,7 @@ def test_lost_processes_and_points_that_cannot_be_trained(tiny_config: RunConfig
     rates = (1e-3, 1e30, 2e-3, 3e-3, 4e-3)
     lost, ruined, blocked, always_lost = range(4)
     search = make_search(
-        tiny_config, rates, whole={rate: 60 for rate in rates if rate != 3e-3}, retries=1
+        tiny_config, rates, whole={rate: 200 for rate in rates if rate != 3e-3}, retries=1
     )
     Path(search.folder, "trials").mkdir(parents=True)
     Path(search.trial_folder(blocked)).write_text("in the way")

@@ -203,7 +203,7 @@ def test_every_difference_is_refused_by_the_name_of_its_setting(kind: str) -> No
 def test_a_bridged_teacher_teaches_and_stays_as_it_was(kind: str) -> None:
     card, bridges = DIFFERENCES[kind]
     method = classroom([card, card_of(FRAME, TINY_MODEL)], settings_of(bridges))
-    frozen = method.bank._teachers[0]  # type: ignore[attr-defined]
+    frozen = method.bank.own[0]
     before = {name: value.clone() for name, value in frozen.state_dict().items()}
     terms = method.loss(trainee_of(method), batch())
     assert terms.total().isfinite() and terms.terms["distillation"].value > 0
@@ -449,7 +449,7 @@ def test_missing_pixels_leave_no_trace_through_adapters() -> None:
 @pytest.mark.parametrize("size", [3, 2, 0, None])
 def test_noise_goes_to_teachers_that_use_as_much(size: int | None) -> None:
     method = classroom([card_of(FRAME, TINY_MODEL)])
-    network = method.bank._teachers[0].network  # type: ignore[attr-defined]
+    network = method.bank.own[0].network
     network.noise_size = 3
     seen: list[Any] = []
     network.register_forward_pre_hook(

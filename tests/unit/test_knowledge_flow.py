@@ -107,7 +107,7 @@ def double(
     method: KnowledgeFlow, given: TrainingBatch | None = None
 ) -> tuple[FlowingStudent, TrainingBatch]:
     """Everything in float64, so that references agree to the last digits."""
-    for teacher in method.bank._teachers:  # type: ignore[attr-defined]
+    for teacher in method.bank.own:
         teacher.double()
     given = given or batch()
     return disturbed(trainee_of(method).double()), replace(
@@ -298,7 +298,7 @@ class _Counting(ReplicatedBank):
 
 def test_independence_rises_and_then_the_student_is_alone() -> None:
     method = flow_method(SAME, num_steps=100)
-    method.bank = bank = _Counting(method.bank._teachers)  # type: ignore[attr-defined]
+    method.bank = bank = _Counting(method.bank.own)
     trainee = disturbed(trainee_of(method))
     weights, asked = {}, {}
     for step in (1, 30, 60, 61, 90, 91, 100):
@@ -401,7 +401,7 @@ def test_other_teachers_teach_otherwise() -> None:
 
 def test_teachers_stay_as_they_are() -> None:
     method = flow_method(SAME, WIDER, consistency=0.1)
-    teachers = torch.nn.ModuleList(method.bank._teachers)  # type: ignore[attr-defined]
+    teachers = torch.nn.ModuleList(method.bank.own)
     before = copy.deepcopy(teachers.state_dict())
     trainee = trainee_of(method)
     step = step_of(method, trainee.student, trainee)
@@ -510,7 +510,7 @@ def test_liveness_measures_the_transforms_and_leaves_no_trace() -> None:
 @pytest.mark.parametrize("weight", [0.0, 1e-10])
 def test_silent_teachers_are_an_error(weight: float) -> None:
     method = flow_method(SAME)
-    for teacher in method.bank._teachers:  # type: ignore[attr-defined]
+    for teacher in method.bank.own:
         for parameter in teacher.parameters():
             parameter.fill_(weight)
     with pytest.raises(DeadDistillationError, match="nothing flows"):

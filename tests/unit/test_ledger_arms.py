@@ -29,7 +29,8 @@ from tmu_dist.config import (
     with_overrides,
 )
 from tmu_dist.data.archive import open_archive
-from tmu_dist.evaluation.operations import cost_of_transfer, count_operations
+from tmu_dist.evaluation.operations import count_operations
+from tmu_dist.evaluation.training_operations import cost_of_transfer
 from tmu_dist.ledger import runs
 from tmu_dist.ledger.__main__ import Wanted, parse, run_ledger
 from tmu_dist.ledger.arms import Arm, make_arms, run_configs, short_names
@@ -38,7 +39,7 @@ from tmu_dist.ledger.runs import train_teachers
 from tmu_dist.models.shapes import FrameShape
 from tmu_dist.recipes.base import Recipe
 from tmu_dist.run_folder import read_log
-from tmu_dist.teachers.store import load_model
+from tmu_dist.teachers.store import load_card
 from tmu_dist.training.many import Job, Outcome, run_job
 
 TEACHERS = ("runs/digits-teacher-1", "runs/digits-teacher-2")
@@ -192,7 +193,7 @@ def test_identity_has_every_setting_but_where_and_how() -> None:
 def test_cost_of_transfer_is_what_the_convolutions_take(
     tmu_config: RunConfig, teacher_runs: tuple[str, str]
 ) -> None:
-    teachers = [load_model(run) for run in teacher_runs]
+    teachers = [load_card(run) for run in teacher_runs]
     before = torch.get_rng_state()
     found = cost_of_transfer(tmu_config, FrameShape(channels=1, height=16, width=16), teachers)
     assert torch.equal(torch.get_rng_state(), before)

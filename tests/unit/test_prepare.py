@@ -136,7 +136,7 @@ def test_precision_halves_the_weights_of_convolutions(tmu_config: RunConfig) -> 
     )
     resident = []
     for prepared in (full, half):
-        teachers = bank_of(prepared)._teachers
+        teachers = bank_of(prepared).own
         values = [value for teacher in teachers for value in teacher.parameters()]
         resident.append(sum(value.nbytes for value in values))
         assert prepared.placement is not None

@@ -23,12 +23,8 @@ from tmu_dist.config import (
     with_overrides,
 )
 from tmu_dist.data.storage import join_url
-from tmu_dist.evaluation.operations import (
-    TrainingOperations,
-    count_operations,
-    forward_operations,
-    training_operations,
-)
+from tmu_dist.evaluation.operations import count_operations, forward_operations
+from tmu_dist.evaluation.training_operations import TrainingOperations, training_operations
 from tmu_dist.folders import write_text
 from tmu_dist.models.build import build_predictor
 from tmu_dist.run_folder import LOG_FILE, RESULT_FILE, Event, read_log

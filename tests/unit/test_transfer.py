@@ -116,7 +116,7 @@ def test_beta_zero_equals_the_same_network_without_teachers_bit_for_bit() -> Non
 
 def test_teachers_stay_frozen() -> None:
     method = tmu_method(1)
-    (frozen,) = method.bank._teachers  # type: ignore[attr-defined]
+    (frozen,) = method.bank.own
     before = {name: value.clone() for name, value in frozen.state_dict().items()}
     gradients(method)
     assert all(p.grad is None and not p.requires_grad for p in frozen.parameters())

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from tmu_dist.backbones import BACKBONES
-from tmu_dist.config.checks import ConfigError, require
+from tmu_dist.config.checks import ConfigError, nearest, require
 
 if TYPE_CHECKING:
     Backbone: TypeAlias = str
@@ -113,10 +112,9 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         if self.cell not in BACKBONES:
-            near = difflib.get_close_matches(self.cell, BACKBONES, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
             raise ConfigError(
-                f"Unknown model.cell={self.cell!r}.{hint} Backbones: {', '.join(BACKBONES)}."
+                f"Unknown model.cell={self.cell!r}.{nearest(self.cell, BACKBONES)} Backbones: "
+                f"{', '.join(BACKBONES)}."
             )
         for name in ("num_layers", "hidden_channels", "kernel_size", "patch_size"):
             value = getattr(self, name)

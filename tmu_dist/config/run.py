@@ -7,7 +7,6 @@ from the same dataclasses (`tmu_dist.train`).
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
@@ -17,7 +16,7 @@ from typing import Any, TypeVar, get_type_hints
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from tmu_dist.config.checks import ConfigError, require
+from tmu_dist.config.checks import ConfigError, nearest, require
 from tmu_dist.config.data import DataConfig, WindowConfig
 from tmu_dist.config.model import ModelConfig
 from tmu_dist.config.scale import FaultConfig, PlacementConfig, ScaleConfig
@@ -128,10 +127,9 @@ def _replace_tree(node: Any, changes: Mapping[str, Any], prefix: str) -> Any:
     for key, value in changes.items():
         path = prefix + key
         if key not in names:
-            near = difflib.get_close_matches(key, names, n=1)
-            hint = f" Did you mean {prefix + near[0]!r}?" if near else ""
             raise ConfigError(
-                f"Unknown config field {path!r}.{hint} Fields here: {', '.join(names)}."
+                f"Unknown config field {path!r}.{nearest(key, names, prefix=prefix)} Fields here: "
+                f"{', '.join(names)}."
             )
         current = getattr(node, key)
         if is_dataclass(current):

@@ -25,6 +25,9 @@ class ScaleConfig:
     sequences_at_once: int | None = None
     """Most sequences of one forward pass of a rank; gradients of more are accumulated, so that few
     ranks need no more memory than many. None: all of a rank's at once."""
+    patience_seconds: float = 0.0
+    """Ray only, where an autoscaler starts nodes when they are asked for: how long to wait for the
+    nodes that the fewest workers need. Starting a machine in a cloud takes minutes: 1200."""
     resize_seconds: float = 60.0
     """Ray only, with a range of workers: how often it looks for nodes to grow onto. A resize
     starts again from the newest checkpoint, so this should be many times `checkpoint_every`."""
@@ -49,6 +52,10 @@ class ScaleConfig:
             )
         require(
             self.resize_seconds > 0, f"scale.resize_seconds must be > 0, got {self.resize_seconds}."
+        )
+        require(
+            self.patience_seconds >= 0,
+            f"scale.patience_seconds must be >= 0, got {self.patience_seconds}.",
         )
 
     @property

@@ -42,6 +42,7 @@ from tmu_dist.data.object_store import (
     open_object_store,
     reason,
 )
+from tmu_dist.workspace import located
 
 if TYPE_CHECKING:
     from obstore import GetResult
@@ -57,6 +58,7 @@ _MEMORY_STORES: dict[str, MemoryStore] = {}
 
 def local_path(url: str) -> Path | None:
     """Return the folder that a plain path or file:// URL means; None for any other URL."""
+    url = located(url)
     if "://" not in url:
         return Path(url).expanduser().absolute()
     if url.startswith("file://"):
@@ -71,7 +73,7 @@ def is_process_local(url: str) -> bool:
 
 def join_url(url: str, path: str) -> str:
     """Return the full URL of a path inside a folder, as error messages name it."""
-    return f"{url.rstrip('/')}/{path}"
+    return f"{located(url).rstrip('/')}/{path}"
 
 
 def open_store(url: str, *, create: bool = False) -> ObjectStore:
@@ -85,6 +87,7 @@ def open_store(url: str, *, create: bool = False) -> ObjectStore:
     Raises:
         StorageError: unknown scheme, a local folder that does not exist, or bad settings.
     """
+    url = located(url)
     folder = local_path(url)
     if folder is not None:
         if not create and not folder.is_dir():

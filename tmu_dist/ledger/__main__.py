@@ -27,9 +27,11 @@ from tmu_dist.commands import command_errors
 from tmu_dist.config import ConfigError
 from tmu_dist.data.storage import local_path
 from tmu_dist.files import atomic_write_text
+from tmu_dist.provenance import git_revision
 from tmu_dist.recipes import DEFAULT_RECIPE, get_recipe
-from tmu_dist.recipes.base import Recipe, in_workspace
+from tmu_dist.recipes.base import Recipe
 from tmu_dist.train import parse_command
+from tmu_dist.workspace import in_workspace
 
 if TYPE_CHECKING:
     from tmu_dist.training.many import Outcome
@@ -117,7 +119,6 @@ def run_ledger(wanted: Wanted) -> int:
     """
     from tmu_dist.ledger.records import Ledger, save
     from tmu_dist.ledger.runs import arm_records, make_plan, run_missing, train_teachers
-    from tmu_dist.training.run_log import git_revision
 
     names = _chosen_arms(wanted)
     outcomes = train_teachers(wanted.recipe, wanted.parallel)

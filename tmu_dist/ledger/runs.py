@@ -16,9 +16,9 @@ from tmu_dist.config import RunConfig
 from tmu_dist.data.loader import Archive, open_archives
 from tmu_dist.data.storage import exists, join_url
 from tmu_dist.evaluate import evaluate_model
-from tmu_dist.evaluation.operations import cost_of_transfer
 from tmu_dist.evaluation.predictions import PREDICTIONS_NAME
 from tmu_dist.evaluation.result import JSON_NAME
+from tmu_dist.evaluation.training_operations import cost_of_transfer
 from tmu_dist.folders import local_folder
 from tmu_dist.ledger.arms import Arm, make_arms, run_configs
 from tmu_dist.ledger.records import EVALUATION_FOLDER, ArmRecord, SeedRecord, read_seed
@@ -75,7 +75,7 @@ def make_plan(recipe: Recipe, seeds: Sequence[int], out: Path) -> Plan:
     manifest = archives[0].manifest
     teachers = [load_model(address) for address in config.transfer.teachers]
     frame = FrameShape(channels=manifest.channels, height=manifest.height, width=manifest.width)
-    cost = cost_of_transfer(config, frame, teachers)
+    cost = cost_of_transfer(config, frame, [teacher.card for teacher in teachers])
     arms = make_arms(config, cost)
     contents = {url: archive.manifest.content_hash for url, archive in zip(urls, archives)}
     for address, teacher in zip(config.transfer.teachers, teachers):

@@ -5,9 +5,8 @@ Deliberately not here: doing anything. `tmu_dist.train` prepares and runs a reci
 
 from __future__ import annotations
 
-import difflib
-
 from tmu_dist.config import ConfigError
+from tmu_dist.config.checks import nearest
 from tmu_dist.recipes import digits, radar
 from tmu_dist.recipes.base import Recipe, Recipes, by_whole_name
 
@@ -23,8 +22,7 @@ def get_recipe(name: str) -> Recipe:
         ConfigError: no such recipe; suggests the nearest and tells what there is.
     """
     if name not in RECIPES:
-        near = difflib.get_close_matches(name, RECIPES, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
+        hint = nearest(name, RECIPES)
         raise ConfigError(f"Unknown recipe {name!r}.{hint} Recipes: {overview()}.")
     return RECIPES[name]()
 

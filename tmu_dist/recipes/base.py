@@ -1,12 +1,10 @@
-"""What a recipe is, where recipes put things, and the runs that every transfer experiment has."""
+"""What a recipe is, and the runs that every transfer experiment has."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
 from typing import Any, TypeAlias
 
 from tmu_dist.config import (
@@ -19,9 +17,7 @@ from tmu_dist.config import (
     TransferConfig,
     WindowConfig,
 )
-
-WORKSPACE = "TMU_DIST_HOME"
-"""Variable that says where recipes put archives and runs."""
+from tmu_dist.workspace import in_workspace
 
 Archives: TypeAlias = Mapping[str, tuple[str, ...]]
 """By archive URL: arguments of `python -m data_prep` that write it."""
@@ -38,19 +34,6 @@ class Recipe:
 
 
 Recipes: TypeAlias = dict[str, Callable[[], Recipe]]
-
-
-def in_workspace(path: str) -> str:
-    """Where recipes put archives and runs: below $TMU_DIST_HOME, a path or URL, or this folder.
-
-    A Ray job starts in a temporary copy of its working directory that the cluster deletes, so
-    there it is ~/tmu_dist.
-    """
-    if home := os.environ.get(WORKSPACE):
-        return f"{home.rstrip('/')}/{path}"
-    if "runtime_resources" in Path.cwd().parts:
-        return str(Path.home() / "tmu_dist" / path)
-    return path
 
 
 _OF_ONE_SOURCE: dict[str, Method] = {"finetune": "finetune", "l2sp": "l2_sp", "tmu": "tmu"}

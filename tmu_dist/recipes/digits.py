@@ -21,7 +21,8 @@ from tmu_dist.config import (
     VPNConfig,
     WindowConfig,
 )
-from tmu_dist.recipes.base import Archives, ExperimentSize, Recipes, in_workspace, transfer_recipes
+from tmu_dist.recipes.base import Archives, ExperimentSize, Recipes, transfer_recipes
+from tmu_dist.workspace import in_workspace
 
 SOURCES = ("1", "2")
 TARGET = "3"

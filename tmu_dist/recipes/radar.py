@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from functools import partial
 
 from tmu_dist.config import ModelConfig, ScheduleConfig, TrainingConfig, WindowConfig
-from tmu_dist.recipes.base import Archives, ExperimentSize, Recipes, in_workspace, transfer_recipes
+from tmu_dist.recipes.base import Archives, ExperimentSize, Recipes, transfer_recipes
+from tmu_dist.workspace import in_workspace
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,6 +14,7 @@ from typing import Literal, NamedTuple, Protocol, Self, cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.modules.conv import _ConvNd
 
 from tmu_dist.models.build import count_parameters
@@ -103,6 +104,10 @@ class TeacherBank(Protocol):
     @property
     def plans(self) -> tuple[TeacherPlan, ...]:
         """How each teacher is used."""
+
+    @property
+    def own(self) -> tuple[FrozenTeacher, ...]:
+        """Those whose weights, or a part of each, lie on this rank."""
 
     def teach(self, shown: Shown) -> tuple[Teaching, ...]:
         """What every teacher makes of the student's frames, in their precision.
@@ -209,15 +214,15 @@ class ReplicatedBank:
     """All teachers on this rank, one after the other."""
 
     def __init__(self, teachers: Iterable[FrozenTeacher]) -> None:
-        self._teachers = tuple(teachers)
+        self.own = tuple(teachers)
 
     @property
     def parameters_per_teacher(self) -> tuple[int, ...]:
-        return tuple(count_parameters(teacher) for teacher in self._teachers)
+        return tuple(count_parameters(teacher) for teacher in self.own)
 
     @property
     def plans(self) -> tuple[TeacherPlan, ...]:
-        return tuple(teacher.plan for teacher in self._teachers)
+        return tuple(teacher.plan for teacher in self.own)
 
     def teach(self, shown: Shown) -> tuple[Teaching, ...]:
         return tuple(
@@ -228,8 +233,14 @@ class ReplicatedBank:
                 sampling_mask_BT=shown.sampling_mask_BT,
                 noise_BTZ=shown.noise_BTZ,
             ).to(shown.frames_BTCHW.dtype)
-            for teacher in self._teachers
+            for teacher in self.own
         )
+
+
+def held_bytes(bank: TeacherBank) -> int:
+    """Of the teachers' weights that lie on this rank: of sharded ones, its shards."""
+    weights = (each for own in bank.own for each in (*own.parameters(), *own.buffers()))
+    return sum((each.to_local() if isinstance(each, DTensor) else each).nbytes for each in weights)
 
 
 def convolutions(network: nn.Module) -> list[nn.Module]:

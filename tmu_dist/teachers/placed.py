@@ -83,7 +83,8 @@ class PlacedBank:
     ) -> None:
         self.plans = tuple(plans)
         self.parameters_per_teacher = tuple(parameters_per_teacher)
-        self._own = dict(sorted(own.items()))
+        self.own = tuple(teacher for _, teacher in sorted(own.items()))
+        self._by_number = dict(own)
         self._holders = tuple(holders)
         self._group = group
         self._wanted = tuple(wanted)
@@ -113,7 +114,7 @@ class PlacedBank:
             told = [frames_BTCHW.new_empty(0, dtype=told_as)]
             if (own := turn[self._group.place]) is not None:
                 for frames, mask, noise in gathered:
-                    taught = self._own[own](
+                    taught = self._by_number[own](
                         frames,
                         num_input_frames=shown.num_input_frames,
                         num_frames=shown.num_frames,

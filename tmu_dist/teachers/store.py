@@ -125,14 +125,7 @@ def load_weights(
     """
     where = locate(source)
     card = TeacherCard.from_json(_read(where, CARD_FILE), where=where)
-    content = _copied_weights(where, card, cache) or _read(where, WEIGHTS_FILE)
-    digest = hashlib.sha256(content).hexdigest()
-    if digest != card.weights_sha256:
-        raise TeacherError(
-            f"{where}/{WEIGHTS_FILE} is damaged or was replaced: sha256 {digest[:12]}..., its "
-            f"card says {card.weights_sha256[:12]}... ({len(content):,} bytes read). Copy the "
-            "folder again from where it came."
-        )
+    content = _copied_weights(where, card, cache) or _checked_weights(where, card)
     try:
         return card, load_safetensors(content)
     except SafetensorError as error:
@@ -203,8 +196,25 @@ def _read(where: str, file: str) -> bytes:
         raise TeacherError(f"{where} holds no {file}: it is not a complete model folder.") from None
 
 
+def _checked_weights(where: str, card: TeacherCard) -> bytes:
+    """The weights from where they lie.
+
+    Raises:
+        TeacherError: they are missing, or not the ones that the card describes.
+    """
+    content = _read(where, WEIGHTS_FILE)
+    digest = hashlib.sha256(content).hexdigest()
+    if digest != card.weights_sha256:
+        raise TeacherError(
+            f"{where}/{WEIGHTS_FILE} is damaged or was replaced: sha256 {digest[:12]}..., its "
+            f"card says {card.weights_sha256[:12]}... ({len(content):,} bytes read). Copy the "
+            "folder again from where it came."
+        )
+    return content
+
+
 def _copied_weights(where: str, card: TeacherCard, cache: NodeCache | None) -> bytes | None:
-    """The weights from the node's copy of them, fetched if need be; None: there can be no copy.
+    """The weights from the node's whole copy, fetched if need be; None: there can be no such copy.
 
     What is wrong with the weights themselves is left to be found where they lie.
     """

@@ -5,6 +5,7 @@ All three end in the same `loop.train`, with the same numbers.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,8 +14,11 @@ import torch
 from tmu_dist.collectives import Collectives
 from tmu_dist.config import ConfigError, RunConfig
 from tmu_dist.data.storage import local_path
+from tmu_dist.run_folder import Event
 from tmu_dist.training.loop import RunResult, train
 from tmu_dist.training.progress import ProgressDisplay
+from tmu_dist.training.rank_log import rank_log
+from tmu_dist.workspace import located
 
 
 def launch(config: RunConfig, collectives: Collectives | None = None) -> RunResult:
@@ -34,13 +38,31 @@ def launch(config: RunConfig, collectives: Collectives | None = None) -> RunResu
         return train_on_ray(config)
     if collectives is None and config.launch.launcher == "torchrun":
         raise ConfigError("launch.launcher=torchrun needs the ranks from `joined_ranks`.")
-    collectives = collectives or Collectives()
-    device = pick_device(config.launch.device, local_rank=collectives.ranks.local_rank)
     display = ProgressDisplay(Path(config.output).name, config.training.num_steps)
     try:
-        return train(config, collectives, device, listener=display)
+        return train_here(config, collectives or Collectives(), listener=display)
     finally:
         display.close()
+
+
+def train_here(
+    config: RunConfig,
+    collectives: Collectives,
+    listener: Callable[[Event], None] | None = None,
+) -> RunResult:
+    """This process's part of a run, on its own device; what it says is kept in the run folder.
+
+    Args:
+        config: the run, with whole paths.
+        collectives: the ranks.
+        listener: sees rank 0's log events.
+
+    Raises:
+        Everything that `loop.train` raises.
+    """
+    device = pick_device(config.launch.device, local_rank=collectives.ranks.local_rank)
+    with rank_log(config.output, collectives.ranks):
+        return train(config, collectives, device, listener=listener)
 
 
 def pick_device(wanted: str, *, local_rank: int) -> torch.device:
@@ -87,4 +109,4 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
 def absolute(address: str) -> str:
     """A path from the root of the disk; a URL as it is, without a slash at its end."""
     folder = local_path(address)
-    return address.rstrip("/") if folder is None else str(folder)
+    return located(address).rstrip("/") if folder is None else str(folder)

@@ -27,6 +27,7 @@ from tmu_dist.evaluation.runner import score_predictor
 from tmu_dist.folders import write_text
 from tmu_dist.models.build import count_trained
 from tmu_dist.models.shapes import FrameShape
+from tmu_dist.provenance import command_line
 from tmu_dist.run_folder import CONFIG_FILE, RESULT_FILE, Event
 from tmu_dist.teachers.card import DataFacts
 from tmu_dist.training.build import build_step
@@ -68,6 +69,7 @@ def train(
     listener: Callable[[Event], None] | None = None,
     notice: Callable[[], str | None] | None = None,
     is_locked: bool = False,
+    command: str | None = None,
 ) -> RunResult:
     """Train until `training.num_steps`, starting from the newest checkpoint of the run folder.
 
@@ -80,6 +82,7 @@ def train(
         listener: sees rank 0's log events.
         notice: as in `Requests`.
         is_locked: the launcher keeps other commands out of the run folder; without, rank 0 does.
+        command: that started the run, if it is not this process's own.
 
     Raises:
         RunStoppedError: the run was asked to stop; it can be continued.
@@ -91,7 +94,7 @@ def train(
     run = Run(config, collectives, device)
     schedule = config.schedule
     try:
-        run.start(listener, notice, is_locked=is_locked)
+        run.start(listener, notice, is_locked=is_locked, command=command)
         for batch, following in run.batches():
             run.advance(batch, following)
             request = run.heard()
@@ -212,8 +215,8 @@ class Run:
         started = time.perf_counter()
         waited = started - self._interval.ready
         step = self.progress.step + 1
-        training_batch = self._following or self._prepare(batch, step)
-        self._following = None if following is None else self._prepare(following, step + 1)
+        training_batch = self._following or self.prepare(batch, step)
+        self._following = None if following is None else self.prepare(following, step + 1)
         if self._probe is None:
             self._probe = training_batch
             self._check_liveness()
@@ -344,6 +347,7 @@ class Run:
         notice: Callable[[], str | None] | None = None,
         *,
         is_locked: bool = False,
+        command: str | None = None,
     ) -> None:
         """Keep others out of the run folder, restore its newest checkpoint, and open the log."""
 
@@ -362,6 +366,7 @@ class Run:
             write_text(self.folder, CONFIG_FILE, to_json(self.config))
             write_provenance(
                 self.folder,
+                command or command_line(),
                 from_step=self.progress.step,
                 world_size=self.collectives.ranks.world_size,
                 device=str(self.device),
@@ -414,7 +419,7 @@ class Run:
         for failure in self.writer.failures():
             self._log.write("checkpoint_failed", self.progress.step, reason=failure)
 
-    def _prepare(self, batch: Batch, step: int) -> TrainingBatch:
+    def prepare(self, batch: Batch, step: int) -> TrainingBatch:
         """Frames to the device and to [0, 1], masks, and weights that average globally."""
         window = self.config.window
         codes_BTCHW = batch.frames_BTCHW.to(self.device, non_blocking=True)

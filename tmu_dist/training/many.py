@@ -28,8 +28,8 @@ from tmu_dist.collectives import Collectives
 from tmu_dist.config import ConfigError, LaunchConfig, RunConfig
 from tmu_dist.data.storage import exists
 from tmu_dist.run_folder import RESULT_FILE, read_json
-from tmu_dist.training.launch import launch, pick_device
-from tmu_dist.training.loop import RunResult, train
+from tmu_dist.training.launch import launch, train_here
+from tmu_dist.training.loop import RunResult
 
 log = logging.getLogger(__name__)
 
@@ -132,7 +132,7 @@ def _attempt(job: Job, run: Callable[[RunConfig], RunResult]) -> Outcome:
 
 
 def _train_alone(config: RunConfig) -> RunResult:
-    return train(config, Collectives(), pick_device(config.launch.device, local_rank=0))
+    return train_here(config, Collectives())
 
 
 def _one_by_one(jobs: Sequence[Job]) -> Numbered:

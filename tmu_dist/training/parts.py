@@ -10,8 +10,8 @@ from tmu_dist.collectives import Ranks
 from tmu_dist.config import DataConfig, RunConfig, TrainingConfig
 from tmu_dist.data.loader import Archive, SequenceLoader
 from tmu_dist.models.shapes import FrameShape
+from tmu_dist.provenance import git_revision
 from tmu_dist.teachers.card import DataFacts, TeacherCard, TeacherError
-from tmu_dist.training.run_log import git_revision
 from tmu_dist.transfer.prepare import PreparedTransfer
 
 

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TextIO
+from typing import Any, Protocol, TextIO
 
 from tqdm import tqdm
 
@@ -35,6 +35,18 @@ _IN_LIVENESS = {
     "merge_means": "merge gates",
 }
 """Fields of a liveness that are shown, and what they are called."""
+
+
+class Listener(Protocol):
+    """What is told every event of a run's log."""
+
+    def __call__(self, event: Event) -> None:
+        """Take one event."""
+        ...
+
+    def close(self) -> None:
+        """There are no more."""
+        ...
 
 
 class ProgressDisplay:
@@ -102,23 +114,23 @@ class ProgressDisplay:
 
 
 class LogFollower:
-    """Shows a run's log while other processes write it. Use as a context manager.
+    """Tells listeners a run's log while other processes write it. Use as a context manager.
 
     A restarted run puts a shorter log in the old one's place, cut back to its checkpoint; what the
-    two have in common is not shown again.
+    two have in common is not told again.
     """
 
-    def __init__(self, run: str | Path, display: ProgressDisplay) -> None:
+    def __init__(self, run: str | Path, *listeners: Listener) -> None:
         self._run = str(run)
         self._pause = _POLL_SECONDS if local_path(self._run) is not None else _POLL_STORE_SECONDS
-        self._display = display
+        self._listeners = listeners
         self._seen: list[str] = []
         self._size = -1
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._follow, daemon=True)
 
     def __enter__(self) -> LogFollower:
-        self._seen = read_log_lines(self._run)  # what an earlier start logged was shown then
+        self._seen = read_log_lines(self._run)  # what an earlier start logged was told then
         self._thread.start()
         return self
 
@@ -131,14 +143,15 @@ class LogFollower:
         self._stop.set()
         self._thread.join()
         self._show_new()
-        self._display.close()
+        for listener in self._listeners:
+            listener.close()
 
     def _follow(self) -> None:
         while not self._stop.wait(self._pause):
             self._show_new()
 
     def _show_new(self) -> None:
-        """Show the lines that were not there before; one still being written waits."""
+        """Tell the lines that were not there before; one still being written waits."""
         try:
             size = object_size(self._run, LOG_FILE)
             lines = read_log_lines(self._run) if size != self._size else self._seen
@@ -152,7 +165,8 @@ class LogFollower:
             common += 1
         self._seen = lines
         for line in lines[common:]:
-            self._display(json.loads(line))
+            for listener in self._listeners:
+                listener(json.loads(line))
 
 
 def _validation(event: Event) -> str:

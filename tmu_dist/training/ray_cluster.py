@@ -1,4 +1,4 @@
-"""A Ray cluster, as training sees it: joining it, what of it workers take, who comes and goes.
+"""A Ray cluster, as training sees it: joining it, who comes and goes.
 
 Importing this sets the variables that Ray reads when it is imported, so it comes before ray.
 """
@@ -9,8 +9,9 @@ import logging
 import os
 import socket
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from typing import Any
 
 # No usage statistics, no second copy of every printed line, no pages about a loss of which one line
 # is told here, and a look at the workers twice a second, which is also how soon a lost one is
@@ -27,12 +28,9 @@ os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
 os.environ.setdefault("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "2")
 
 import ray
-from ray import ActorID, PlacementGroupID
 from ray.exceptions import RayError
-from ray.train import ScalingConfig
-from ray.util.placement_group import PlacementGroup, remove_placement_group
 
-from tmu_dist.config import ConfigError, FaultConfig, LaunchConfig, RunConfig, ScaleConfig
+from tmu_dist.config import ConfigError, FaultConfig, RunConfig
 from tmu_dist.data.manifest import MANIFEST_PATH
 from tmu_dist.data.storage import MissingObjectError, exists, local_path, read_bytes
 from tmu_dist.run_folder import CONFIG_FILE, SELECTED_FILE
@@ -42,6 +40,9 @@ log = logging.getLogger(__name__)
 
 _STORE_VARIABLES = ("AWS_", "AZURE_", "GOOGLE_")
 """First parts of the names of variables that say how to reach a store, and who asks."""
+NODES_KNOW_STORES = "TMU_DIST_NODES_KNOW_STORES"
+"""Set to 1 in the environment of `ray start` where every node has these variables, or rights of its
+own (a role, a service account)."""
 _CONTROLLER_VARIABLES = {"TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "2"}
 """Of what restarts lost workers: those left over get so many seconds to part before they are
 ended. They hang in an exchange with the lost one, so longer is time lost."""
@@ -104,7 +105,18 @@ def reach_stores(config: RunConfig) -> dict[str, str]:
         if not exists(url, file):
             with suppress(MissingObjectError):  # the workers know better what that means
                 read_bytes(url, file)  # says whether there is a bucket at all
-    return {k: v for k, v in os.environ.items() if remote and k.startswith(_STORE_VARIABLES)}
+    return store_variables(remote)
+
+
+def store_variables(urls: Iterable[str]) -> dict[str, str]:
+    """Variables of this process that say how to reach stores; none if all the URLs are disks'.
+
+    None either where the nodes have their own (`NODES_KNOW_STORES`): what is passed on can be read
+    in Ray's dashboard, keys too.
+    """
+    if os.environ.get(NODES_KNOW_STORES) == "1" or all(local_path(url) for url in urls):
+        return {}
+    return {k: v for k, v in os.environ.items() if k.startswith(_STORE_VARIABLES)}
 
 
 @contextmanager
@@ -136,6 +148,11 @@ def watched_nodes() -> Iterator[None]:
         thread.join(timeout=10)  # a question to a head that is gone may stay without an answer
 
 
+def alive_nodes() -> list[dict[str, Any]]:
+    """What Ray says of each node that is there."""
+    return [node for node in ray.nodes() if node["Alive"]]
+
+
 def _watch_nodes(ended: threading.Event) -> None:
     known = _addresses()
     while not ended.wait(_WATCH_SECONDS):
@@ -155,7 +172,7 @@ def _watch_nodes(ended: threading.Event) -> None:
 
 def _addresses() -> dict[str, str]:
     """Addresses of the nodes that are alive, by their names in Ray."""
-    return {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
+    return {node["NodeID"]: node["NodeManagerAddress"] for node in alive_nodes()}
 
 
 def _renew_places() -> None:
@@ -169,109 +186,28 @@ def _renew_places() -> None:
         ray.get(counter.get_reserved_resources.remote("", recompute=True), timeout=10)
 
 
-def free_places_of_the_lost() -> None:
-    """Give back what Ray Train workers still hold whose driver, an actor of this job, died.
-
-    Ray Train leaves that to an actor that asks the dashboard, which need not run, and does not
-    answer where several Rays share a machine. Ray has no public way to ask who made a placement
-    group, and a Ray that lacks this one frees nothing here.
-    """
-    with suppress(ImportError, AttributeError, RayError):
-        from ray._private.state import state
-        from ray.core.generated.gcs_pb2 import PlacementGroupTableData
-
-        job = ray.get_runtime_context().get_job_id()
-        for row in state._connect_and_get_accessor().get_placement_group_table():
-            group = PlacementGroupTableData.FromString(row)
-            if (
-                group.creator_actor_dead
-                and not ActorID(group.creator_actor_id).is_nil()  # else it is Tune's, made here
-                and group.creator_job_id.hex() == job
-                and group.state != PlacementGroupTableData.REMOVED
-            ):
-                remove_placement_group(PlacementGroup(PlacementGroupID(group.placement_group_id)))
+def own_log() -> str:
+    """Where Ray keeps the output of this worker, on its node; Ray has no public way to ask."""
+    with suppress(AttributeError):
+        return str(ray._private.worker.global_worker.get_err_file_path()) or "unknown"
+    return "unknown"
 
 
-def wants_gpu(settings: LaunchConfig) -> bool:
-    """Whether workers take a GPU each, on the cluster as it is."""
-    if settings.device != "auto":
-        return settings.device == "cuda"
-    return any(node.get("GPU", 0) >= 1 for node in _resources())
+def cluster_state() -> dict[str, Any]:
+    """What Ray knows of the cluster: nodes, lost ones too, what is taken, by which groups.
 
-
-def _resources() -> list[dict[str, float]]:
-    """Of each node that is alive."""
-    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
-
-
-def scaling(scale: ScaleConfig, settings: LaunchConfig) -> ScalingConfig:
-    """How many workers, each on how many CPUs, so that they fit on the nodes as they are.
+    Asks the cluster of this process, or that of RAY_ADDRESS; starts none.
 
     Raises:
-        ConfigError: not even the fewest workers fit.
+        ConnectionError, ConfigError: there is none, or it does not answer.
     """
-    use_gpu = wants_gpu(settings)
-    cpus, places = worker_places(use_gpu, scale.cpus_per_worker)
-    have = sum(places)
-    default = have if use_gpu else min(2, have)
-    fewest, most = scale.worker_range or (default, default)
-    if not 1 <= fewest <= have:
-        need = "one GPU" if use_gpu else "one CPU"
-        if scale.cpus_per_worker is not None:
-            need = f"{scale.cpus_per_worker} CPUs" + (" and one GPU" if use_gpu else "")
-        raise ConfigError(
-            f"{fewest or 'The'} workers need {need} each, but this Ray cluster has room for "
-            f"{have}. Set scale.num_workers to at most {have}, or add nodes."
-        )
-    share = scale.cpus_per_worker or cpus_per_worker(cpus, places, fewest, most)
-    return ScalingConfig(
-        num_workers=fewest if fewest == most else (fewest, most),
-        elastic_resize_monitor_interval_s=scale.resize_seconds,
-        use_gpu=use_gpu,
-        resources_per_worker={"CPU": share, **({"GPU": 1} if use_gpu else {})},
-    )
-
-
-def worker_places(use_gpu: bool, share: int | None) -> tuple[list[int], list[int]]:
-    """CPUs of each node that can hold workers, and how many workers it can hold.
-
-    Args:
-        use_gpu: workers take a GPU each.
-        share: CPUs that each takes; None: they take what there is.
-    """
-    kind = "GPU" if use_gpu else "CPU"
-    nodes = [node for node in _resources() if node.get(kind, 0) >= 1]
-    cpus = [int(node.get("CPU", 0)) for node in nodes]
-    places = [
-        int(node[kind]) if share is None else min(int(node[kind]), cpu // share)
-        for node, cpu in zip(nodes, cpus)
-    ]
-    return cpus, places
-
-
-def cpus_per_worker(cpus: Sequence[int], places: Sequence[int], fewest: int, most: int) -> int:
-    """The most CPUs that each worker can have, on nodes with so many CPUs.
-
-    As many workers as there are places for must fit, up to `most`; and where their number may
-    change, `fewest` of them still when any one node is lost, if its loss leaves room for them.
-
-    Args:
-        cpus: CPUs of each node that can hold workers.
-        places: workers that each of these nodes can hold (its GPUs, or its CPUs).
-        fewest: workers; at most the sum of `places`.
-        most: workers; the same as `fewest` if their number is fixed.
-    """
-
-    def room(share: int, lost: int | None = None) -> int:
-        return sum(
-            min(place, cpu // share)
-            for node, (place, cpu) in enumerate(zip(places, cpus, strict=True))
-            if node != lost
-        )
-
-    wanted = min(most, sum(places))
-    left = [node for node in range(len(cpus)) if fewest < most and room(1, lost=node) >= fewest]
-    for share in range(max(cpus), 1, -1):
-        if room(share) >= wanted and all(room(share, lost=node) >= fewest for node in left):
-            return share
-    return 1
+    if not ray.is_initialized() and "RAY_ADDRESS" not in os.environ:
+        raise ConnectionError("This process is in no Ray cluster.")
+    connect({})
+    return {
+        "version": ray.__version__,
+        "resources": ray.cluster_resources(),
+        "free": ray.available_resources(),
+        "nodes": ray.nodes(),
+        "placement_groups": ray.util.placement_group_table(),
+    }

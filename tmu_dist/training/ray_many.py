@@ -14,7 +14,8 @@ from tmu_dist.config import LaunchConfig
 from tmu_dist.training.many import Job, Outcome, run_job
 
 # Before ray: it sets the variables that Ray reads when it is imported.
-from tmu_dist.training.ray_cluster import connect, reach_stores, wants_gpu
+from tmu_dist.training.ray_cluster import connect, reach_stores
+from tmu_dist.training.ray_places import wants_gpu
 
 import ray  # isort: skip
 from ray.exceptions import (  # isort: skip

@@ -23,8 +23,8 @@ from typing import Any
 from tmu_dist.training.ray_cluster import (
     connect,
     fault_settings,
+    own_log,
     reach_stores,
-    scaling,
     seen_folders,
     watched_nodes,
 )
@@ -49,9 +49,13 @@ from tmu_dist.data.storage import (
 )
 from tmu_dist.files import WriteError
 from tmu_dist.folders import write_text
+from tmu_dist.provenance import command_line
 from tmu_dist.training.loop import NonFiniteLossError, RunResult, train
 from tmu_dist.training.progress import LogFollower
+from tmu_dist.training.rank_log import rank_log
 from tmu_dist.training.ray_failures import LossRecord, RestartDisplay, explain
+from tmu_dist.training.ray_metrics import RunMetrics
+from tmu_dist.training.ray_places import scaling
 from tmu_dist.training.run_lock import lock_run
 from tmu_dist.training.stopping import (
     ASK_AGAIN_SECONDS,
@@ -64,14 +68,9 @@ from tmu_dist.transfer.base import DeadDistillationError
 
 log = logging.getLogger(__name__)
 
-PERMANENT_ERRORS = (
-    ValueError,
-    WriteError,
-    DeadDistillationError,
-    NonFiniteLossError,
-    RunStoppedError,
-)
-"""Errors that every rank raises and that starting again would only repeat."""
+_PERMANENT = (ValueError, WriteError, DeadDistillationError, NonFiniteLossError, RunStoppedError)
+_TRANSIENT = (ShardError, StorageError)
+"""Of these: a damaged copy of a shard is one rank's alone, a store may be back."""
 
 _TOKEN_FILE = "ray/start.txt"
 """By it workers see that they have the same run folder before them as who started them."""
@@ -114,9 +113,10 @@ def train_on_ray(config: RunConfig) -> RunResult:
                 "config": asdict(config),
                 "token": token,
                 "folders": seen_folders(config),
+                "command": command_line(),
             },
             scaling_config=workers,
-            torch_config=_TorchConfig(
+            torch_config=RankConfig(
                 backend=process_group_backend(bool(workers.use_gpu)),
                 timeout_s=max(1, round(config.faults.collective_timeout_seconds)),
             ),
@@ -132,7 +132,11 @@ def train_on_ray(config: RunConfig) -> RunResult:
         with (
             fault_settings(config.faults),
             watched_nodes(),
-            LogFollower(config.output, RestartDisplay(config)),
+            LogFollower(
+                config.output,
+                RestartDisplay(config),
+                RunMetrics(config.output, config.training.num_steps),
+            ),
         ):
             outcome = _fit(trainer, config)
     finally:
@@ -142,7 +146,7 @@ def train_on_ray(config: RunConfig) -> RunResult:
     return outcome
 
 
-class _Backend(TorchConfig().backend_cls):  # type: ignore[misc]
+class RankBackend(TorchConfig().backend_cls):  # type: ignore[misc]
     """Ray's process group, over the network interface by which Ray itself reaches each node."""
 
     def on_start(self, worker_group: Any, backend_config: Any) -> None:
@@ -151,10 +155,10 @@ class _Backend(TorchConfig().backend_cls):  # type: ignore[misc]
         super().on_start(worker_group, backend_config)
 
 
-class _TorchConfig(TorchConfig):
+class RankConfig(TorchConfig):
     @property
     def backend_cls(self) -> type:
-        return _Backend
+        return RankBackend
 
 
 def _talk_over_own_address() -> None:
@@ -208,6 +212,13 @@ def _fit(trainer: TorchTrainer, config: RunConfig) -> RunResult | Exception:
     return ends.get_nowait()
 
 
+def would_only_repeat(error: Exception) -> bool:
+    """Whether a run that is started again after an error ends with the same one, on every rank."""
+    if isinstance(error, MissingObjectError):
+        return True
+    return isinstance(error, _PERMANENT) and not isinstance(error, _TRANSIENT)
+
+
 # In the workers
 
 
@@ -218,9 +229,11 @@ def train_worker(settings: dict[str, Any]) -> RunResult | Exception:
     A store that was out of reach may be back, and a damaged copy of a shard is one rank's alone.
 
     Args:
-        settings: the run's `config` as plain values, the `token` in the run folder, and `folders`
-            on disks that a file shows to be there, as who started the run sees them.
+        settings: the run's `config` as plain values, the `token` in the run folder, `folders` on
+            disks that a file shows to be there, as who started the run sees them, and the `command`
+            that did.
     """
+    logging.getLogger("tmu_dist").setLevel(logging.INFO)
     context = ray.train.get_context()
     ranks = Ranks(
         rank=context.get_world_rank(),
@@ -235,21 +248,20 @@ def train_worker(settings: dict[str, Any]) -> RunResult | Exception:
         collectives.on_all(
             lambda: _check_folders(config.output, settings["token"], settings["folders"])
         )
-        return train(
-            config,
-            collectives,
-            ray.train.torch.get_device(),
-            notice=notice,
-            is_locked=True,
-        )
-    except MissingObjectError as error:
-        return error
-    except (ShardError, StorageError):
-        raise
-    except PERMANENT_ERRORS as error:
-        return error
-    except RuntimeError:
-        notice.wait_for_loss()
+        with rank_log(config.output, ranks, f"Ray's own log of it is {own_log()} there"):
+            return train(
+                config,
+                collectives,
+                ray.train.torch.get_device(),
+                notice=notice,
+                is_locked=True,
+                command=settings["command"],
+            )
+    except Exception as error:
+        if would_only_repeat(error):
+            return error
+        if isinstance(error, RuntimeError):
+            notice.wait_for_loss()
         raise
 
 

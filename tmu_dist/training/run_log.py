@@ -15,19 +15,16 @@ import json
 import logging
 import os
 import platform
-import shlex
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from tmu_dist.data.storage import MissingObjectError, local_path, read_bytes
 from tmu_dist.files import WriteError
 from tmu_dist.folders import PUBLISH_SECONDS, Mirror, write_text
+from tmu_dist.provenance import git_revision, source_hash, versions
 from tmu_dist.run_folder import LOG_FILE, PROVENANCE_FILE, Event, read_log
 
 log = logging.getLogger(__name__)
@@ -148,8 +145,8 @@ class _Board:
             log.warning("TensorBoard gets no more numbers until the next start: %s", error)
 
 
-def write_provenance(run: str, **facts: Any) -> None:
-    """Record who made this run: command, git revision, versions, hashes (run.json).
+def write_provenance(run: str, command: str, **facts: Any) -> None:
+    """Record who made this run: command, code, versions, hashes (run.json).
 
     Starting again adds an entry, so the file tells every command that worked on the run.
     """
@@ -160,42 +157,16 @@ def write_provenance(run: str, **facts: Any) -> None:
     history.append(
         {
             "started": datetime.now(UTC).isoformat(timespec="seconds"),
-            "command": shlex.join([Path(sys.executable).name, *sys.orig_argv[1:]]),
+            "command": command,
             "git_revision": git_revision(),
+            "source": source_hash(),
             "host": platform.node(),
             "python": platform.python_version(),
-            "versions": _versions("tmu-dist", "torch", "ray", "numpy"),
+            "versions": versions(("tmu-dist", "torch", "ray", "numpy")),
             **facts,
         }
     )
     write_text(run, PROVENANCE_FILE, json.dumps({"starts": history}, indent=2) + "\n")
-
-
-def git_revision() -> str:
-    """Commit of the code that runs, with "+changes" if files differ from it; or "unknown"."""
-    folder = Path(__file__).parent
-    try:
-        commit = _git(folder, "rev-parse", "HEAD")
-        return commit + ("+changes" if _git(folder, "status", "--porcelain", "-uno") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-
-
-def _git(folder: Path, *arguments: str) -> str:
-    done = subprocess.run(
-        ["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True
-    )
-    return done.stdout.strip()
-
-
-def _versions(*packages: str) -> dict[str, str]:
-    found = {}
-    for package in packages:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed"
-    return found
 
 
 def _numbers(values: Any, prefix: str = "") -> Iterator[tuple[str, float]]:

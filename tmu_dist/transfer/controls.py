@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tmu_dist.draws import keyed_hash
 from tmu_dist.teachers.adapter import TeacherPlan
-from tmu_dist.teachers.bank import Shown, TeacherBank, Teaching
+from tmu_dist.teachers.bank import FrozenTeacher, Shown, TeacherBank, Teaching
 from tmu_dist.teachers.card import TeacherCard
 from tmu_dist.teachers.store import WEIGHTS_FILE, LoadedModel, build_network, model_files
 
@@ -44,6 +44,10 @@ class ShuffledBank:
     @property
     def plans(self) -> tuple[TeacherPlan, ...]:
         return self._bank.plans
+
+    @property
+    def own(self) -> tuple[FrozenTeacher, ...]:
+        return self._bank.own
 
     def teach(self, shown: Shown) -> tuple[Teaching, ...]:
         """As `TeacherBank.teach`, with partners' places exchanged.

@@ -100,7 +100,8 @@ def prepare_transfer(
         TeacherError: a teacher is missing, damaged or does not fit.
     """
     transfer = config.transfer
-    _check_training(config, skeleton(frame, config.model))
+    network = skeleton(frame, config.model)
+    _check_training(config, network)
     sources = _sources(config)
     start = None
     if transfer.starting_teacher is not None:
@@ -117,7 +118,8 @@ def prepare_transfer(
     bank, placement = None, None
     if transfer.runs_teachers_beside:
         bank, placement = _bank(config, planned, data, device, group or RankGroup(range(1), 0))
-    method = _make_method(config, _task(config, frame), planned, bank, start, device)
+    task = _task(config, frame, network)
+    method = _make_method(config, task, planned, bank, start, device)
     if isinstance(method, TaughtMethod) and config.placement.ahead and device.type == "cuda":
         method.ahead = TeachingAhead(device)
     return PreparedTransfer(
@@ -157,7 +159,8 @@ def outline_method(
                 weights=build_network(first).state_dict(),
                 unmatched=transfer.start.unmatched,
             )
-        return _make_method(config, _task(config, frame), planned, bank, start, meta)
+        task = _task(config, frame, skeleton(frame, config.model))
+        return _make_method(config, task, planned, bank, start, meta)
 
 
 def planned_teachers(
@@ -171,11 +174,11 @@ def planned_teachers(
     return _planned(config, _sources(config), frame, data)
 
 
-def _task(config: RunConfig, frame: FrameShape) -> Task:
+def _task(config: RunConfig, frame: FrameShape, network: Predictor) -> Task:
     return Task(
         frame=frame,
         model=config.model,
-        objective=_objective(config.training, skeleton(frame, config.model)),
+        objective=_objective(config.training, network),
         num_input_frames=config.window.num_input_frames,
     )
 

@@ -38,10 +38,11 @@ from tmu_dist.config import ConfigError, RunConfig, with_overrides
 from tmu_dist.data.storage import exists, join_url, list_paths, local_path, read_bytes, write_bytes
 from tmu_dist.files import atomic_write_text
 from tmu_dist.recipes import DEFAULT_RECIPE
-from tmu_dist.recipes.base import WORKSPACE, Recipe, in_workspace
+from tmu_dist.recipes.base import Recipe
 from tmu_dist.run_folder import RESULT_FILE, read_json, read_log
 from tmu_dist.train import make_archive, missing_teachers, parse_command, run_recipe
 from tmu_dist.verify_resume.processes import DrillError, started_job
+from tmu_dist.workspace import WORKSPACE, in_workspace
 
 if TYPE_CHECKING:
     from tmu_dist.verify_resume.comparing import Check

@@ -30,7 +30,7 @@ from tmu_dist.data.manifest import Manifest
 from tmu_dist.data.order import ORDER_VERSION, DataSet, epoch_order
 from tmu_dist.data.storage import local_path
 from tmu_dist.teachers.adapter import TeacherPlan
-from tmu_dist.teachers.bank import Shown, Teaching
+from tmu_dist.teachers.bank import FrozenTeacher, Shown, Teaching
 from tmu_dist.teachers.card import TeacherError
 from tmu_dist.teachers.memories.files import MemoryReader
 from tmu_dist.teachers.planned import PlannedTeacher
@@ -168,6 +168,7 @@ class CachedBank:
         *,
         directions: Sequence[bool] = (False,),
     ) -> None:
+        self.own: tuple[FrozenTeacher, ...] = ()
         self._lessons = tuple(lessons)
         self._samples = tuple(samples)
         self._first_ids = [0, *itertools.accumulate(each.num_samples for each in samples)]
