@@ -1,12 +1,13 @@
 """The configuration of a run: frozen dataclasses that check themselves.
 
 `run` has the whole and the one way to change a field by name; `data`, `model`, `transfer`,
-`training` and `scale` have its sections.
+`training`, `compute` and `scale` have its sections.
 
 Deliberately not here: named runs (`tmu_dist.recipes`), and anything that needs torch or ray.
 """
 
 from tmu_dist.config.checks import ConfigError
+from tmu_dist.config.compute import ComputeConfig
 from tmu_dist.config.data import DataConfig, WindowConfig
 from tmu_dist.config.model import Backbone, ModelConfig, SAVPConfig, VPNConfig
 from tmu_dist.config.run import (
@@ -49,6 +50,7 @@ __all__ = [
     "AdversarialConfig",
     "Backbone",
     "BetaSchedule",
+    "ComputeConfig",
     "ConfigError",
     "Control",
     "DataConfig",

@@ -17,6 +17,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from tmu_dist.config.checks import ConfigError, nearest, require
+from tmu_dist.config.compute import ComputeConfig
 from tmu_dist.config.data import DataConfig, WindowConfig
 from tmu_dist.config.model import ModelConfig
 from tmu_dist.config.scale import FaultConfig, PlacementConfig, ScaleConfig
@@ -36,6 +37,7 @@ class RunConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     transfer: TransferConfig = field(default_factory=TransferConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
     scale: ScaleConfig = field(default_factory=ScaleConfig)
@@ -198,6 +200,7 @@ _WHERE_AND_HOW = (
     "data.reading",
     "data.cache_",
     "transfer.teachers",
+    "compute.",
     "scale.",
     "faults.",
     *(f"placement.{name}" for name in ("kind", "group", "memory_gib", "ahead", "cache")),

@@ -1,0 +1,27 @@
+"""How a network's numbers are computed: nothing here changes what they are, but for rounding."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Choice = Literal["auto", "on", "off"]
+"""auto: on where it was measured to be faster on this kind of device (docs/performance.md)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComputeConfig:
+    """What makes a step faster or smaller. Results agree within float32's rounding."""
+
+    convolution: Literal["auto", "direct", "winograd"] = "auto"
+    """Of a cell's filters: the library's direct convolution, or Winograd's minimal filtering with a
+    sixth of the multiplications (float32 on CPUs); auto: by kernel, map and channels, as measured."""
+    compile: Choice = "auto"
+    """Fuse the arithmetic of each layer around its convolutions by torch.compile."""
+    batch_teachers: Choice = "auto"
+    """Run teachers of one architecture as one network with stacked weights."""
+    cuda_graph: Choice = "auto"
+    """CUDA, one rank: record forward and backward pass once and launch them as one graph."""
+    recompute: bool = False
+    """Keep only each layer's inputs and compute the rest again in the backward pass: far less
+    memory for about a third more time."""
