@@ -34,9 +34,10 @@ from tmu_dist.ledger.statistics import Measurement, gain, measure_mean
 from tmu_dist.ledger.words import BETTER, spread
 from tmu_dist.provenance import git_revision
 from tmu_dist.recipes import get_recipe
-from tmu_dist.recipes.base import Recipe, in_workspace
+from tmu_dist.recipes.base import Recipe
 from tmu_dist.training.launch import with_absolute_paths
 from tmu_dist.training.many import Job, run_many
+from tmu_dist.workspace import in_workspace
 
 NUM_STEPS = 200
 

@@ -25,9 +25,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.provenance import command_line, provenance, publish, say
-from tmu_dist.recipes.base import in_workspace
 from tmu_dist.run_folder import PROVENANCE_FILE, RESULT_FILE, read_json, read_log
 from tmu_dist.verify_resume.comparing import newest_checkpoint
+from tmu_dist.workspace import in_workspace
 from tuning.journal import Trial, read_trials
 from tuning.plan import load_search
 

@@ -26,10 +26,10 @@ from tmu_dist.ledger.arms import stretched
 from tmu_dist.ledger.runs import train_teachers
 from tmu_dist.ledger.words import spread
 from tmu_dist.recipes import get_recipe
-from tmu_dist.recipes.base import in_workspace
 from tmu_dist.run_folder import read_log
 from tmu_dist.training.launch import with_absolute_paths
 from tmu_dist.training.many import Job, run_many
+from tmu_dist.workspace import in_workspace
 from tuning.records import Operations
 from tuning.space import FRACTION, SOURCES, Axis, Point, Space, run_of
 

@@ -31,6 +31,7 @@ ROWS = {
     "tmu_dist.recipes": 0,
     "tmu_dist.data.manifest": 0,
     "tmu_dist.provenance": 0,
+    "tmu_dist.side_by_side": 0,
     "tmu_dist.workspace": 0,
     # 1: islands
     "tmu_dist.colours": 1,

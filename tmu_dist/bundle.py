@@ -21,8 +21,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import threading
-import time
 import traceback
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -57,6 +55,7 @@ from tmu_dist.run_folder import (
     PROVENANCE_FILE,
     newest_logs,
 )
+from tmu_dist.side_by_side import side_by_side
 from tmu_dist.workspace import is_in_job, located
 
 log = logging.getLogger(__name__)
@@ -170,20 +169,11 @@ def _write_elsewhere(name: str, content: bytes) -> str:
 def _found_out(parts: Mapping[str, Part]) -> dict[str, str]:
     """What each part says, or why it does not."""
     found = dict.fromkeys(parts, f"not found out in {_PATIENCE_SECONDS:g} s\n")
-
-    def find(name: str, part: Part) -> None:
-        try:
-            found[name] = part()
-        except Exception as error:  # each part is better than none
-            found[name] = f"not found out: {type(error).__name__}: {error}\n"
-
-    threads = [threading.Thread(target=find, args=item, daemon=True) for item in parts.items()]
-    for thread in threads:
-        thread.start()
-    deadline = time.monotonic() + _PATIENCE_SECONDS
-    for thread in threads:
-        thread.join(max(0.0, deadline - time.monotonic()))
-    return dict(found)
+    for name, end in side_by_side(parts, seconds=_PATIENCE_SECONDS).items():
+        if isinstance(end, Exception):  # the other parts are better than none
+            end = f"not found out: {type(end).__name__}: {end}\n"
+        found[name] = end
+    return found
 
 
 # What is found out

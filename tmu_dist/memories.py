@@ -28,8 +28,7 @@ from tmu_dist.commands import command_errors
 from tmu_dist.config import ConfigError, RunConfig
 from tmu_dist.data.loader import open_archives
 from tmu_dist.data.transforms import check_long_enough
-from tmu_dist.models.shapes import FrameShape
-from tmu_dist.teachers.card import DataFacts
+from tmu_dist.teachers.card import DataFacts, frame_shape
 from tmu_dist.teachers.memories.bank import Lesson, TrainingSamples
 from tmu_dist.teachers.memories.files import RecordLayout
 from tmu_dist.teachers.memories.making import SHARD_MIB, Work, make, verify
@@ -105,7 +104,7 @@ def work_of(config: RunConfig) -> Work:
     )
     manifest = archives[0].manifest
     check_long_enough(manifest.num_frames, config.window)
-    frame = FrameShape(channels=manifest.channels, height=manifest.height, width=manifest.width)
+    frame = frame_shape(manifest)
     return Work(
         address,
         [

@@ -140,6 +140,15 @@ def missing_teachers(recipe: Recipe) -> list[Recipe]:
     ]
 
 
+def lacks_archive(recipe: Recipe, url: str) -> bool:
+    """Whether an archive is one that a recipe can have made, and not there yet.
+
+    Raises:
+        StorageError: a store cannot be reached.
+    """
+    return url in recipe.archives and not exists(url, MANIFEST_PATH)
+
+
 def make_archive(recipe: Recipe, url: str) -> None:
     """Write the archive that a recipe names, if it is the recipe's own and not there yet.
 
@@ -148,7 +157,7 @@ def make_archive(recipe: Recipe, url: str) -> None:
     Raises:
         ConfigError: it could not be written; data_prep has said why.
     """
-    if url not in recipe.archives or exists(url, MANIFEST_PATH):
+    if not lacks_archive(recipe, url):
         return
     from data_prep.__main__ import main as data_prep
 

@@ -24,7 +24,9 @@ def in_workspace(path: str) -> str:
 
 def located(address: str) -> str:
     """The path or URL that a user's address means: itself, but for relative paths in a Ray job."""
-    if "://" in address or not is_in_job() or Path(address).expanduser().is_absolute():
+    if address.startswith("/") or "://" in address:  # first: every storage operation asks
+        return address
+    if not is_in_job() or Path(address).expanduser().is_absolute():
         return address
     return in_workspace(address)
 

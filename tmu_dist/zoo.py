@@ -27,7 +27,7 @@ from tmu_dist.data.manifest import Units
 from tmu_dist.data.storage import join_url, list_objects
 from tmu_dist.folders import list_folders
 from tmu_dist.models.shapes import FrameShape
-from tmu_dist.teachers.card import DataFacts, TeacherCard, TeacherError
+from tmu_dist.teachers.card import DataFacts, TeacherCard, TeacherError, frame_shape
 from tmu_dist.teachers.foreign.importing import Imported, import_network
 from tmu_dist.teachers.store import CARD_FILE, load_card, load_model, write_model
 
@@ -118,15 +118,13 @@ def _add_import(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 
 def _import(chosen: argparse.Namespace) -> Imported:
     """Read what `import` asks for."""
-    frame = None if chosen.frame is None else _frame_shape(chosen.frame)
+    frame = None if chosen.frame is None else _parsed_frame(chosen.frame)
     if chosen.archive is not None:
         if chosen.interval_minutes is not None:
             raise TeacherError("--archive says the interval: leave --interval-minutes out.")
         manifest = open_archive(chosen.archive).manifest
         data = DataFacts.of(manifest)
-        frame = frame or FrameShape(
-            channels=manifest.channels, height=manifest.height, width=manifest.width
-        )
+        frame = frame or frame_shape(manifest)
     else:
         data = DataFacts(
             archive="unknown",
@@ -153,7 +151,7 @@ def _import(chosen: argparse.Namespace) -> Imported:
     )
 
 
-def _frame_shape(text: str) -> FrameShape:
+def _parsed_frame(text: str) -> FrameShape:
     if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*){2}", text):
         raise TeacherError(f"--frame is CHANNELSxHEIGHTxWIDTH, such as 1x64x64, got {text!r}.")
     channels, height, width = map(int, text.split("x"))

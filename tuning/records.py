@@ -21,7 +21,7 @@ from tmu_dist.evaluation.training_operations import TrainingOperations, training
 from tmu_dist.ledger.arms import short_names
 from tmu_dist.models.shapes import FrameShape
 from tmu_dist.run_folder import RESULT_FILE, Event, read_log
-from tmu_dist.teachers.card import TeacherCard, TeacherError
+from tmu_dist.teachers.card import TeacherCard, TeacherError, frame_shape
 from tmu_dist.teachers.store import load_card
 from tuning.journal import Trial
 from tuning.plan import Search, Stage
@@ -181,10 +181,7 @@ class Operations:
 
     def _frame(self, url: str) -> FrameShape:
         if url not in self._frames:
-            manifest = open_archive(url).manifest
-            self._frames[url] = FrameShape(
-                channels=manifest.channels, height=manifest.height, width=manifest.width
-            )
+            self._frames[url] = frame_shape(open_archive(url).manifest)
         return self._frames[url]
 
     def _teachers(self, config: RunConfig) -> list[TeacherCard]:

@@ -219,8 +219,7 @@ def _make_inputs(recipe: Recipe, search: Search) -> None:
     """
     from tmu_dist.data.archive import open_archive
     from tmu_dist.ledger.runs import train_teachers
-    from tmu_dist.models.shapes import FrameShape
-    from tmu_dist.teachers.card import DataFacts
+    from tmu_dist.teachers.card import DataFacts, frame_shape
     from tmu_dist.transfer.prepare import planned_teachers
 
     outcomes = train_teachers(recipe, parallel=None)
@@ -233,7 +232,7 @@ def _make_inputs(recipe: Recipe, search: Search) -> None:
         num_train_samples=manifest.num_samples("train"),
         full=manifest.full_train_samples,
     )
-    frame = FrameShape(channels=manifest.channels, height=manifest.height, width=manifest.width)
+    frame = frame_shape(manifest)
     run = with_overrides(search.base, search.space.settings)
     planned_teachers(run, frame, DataFacts.of(manifest))
 

@@ -20,9 +20,9 @@ from tmu_dist.config import LaunchConfig, RunConfig
 from tmu_dist.data.archive import open_archive
 from tmu_dist.data.storage import list_objects
 from tmu_dist.models.build import skeleton
-from tmu_dist.models.shapes import FrameShape
 from tmu_dist.recipes import EXPERIMENTS, get_recipe
 from tmu_dist.run_folder import Event, read_log_lines
+from tmu_dist.teachers.card import frame_shape
 from tmu_dist.training.loop import train
 from tuning.records import Operations
 
@@ -121,8 +121,7 @@ def _bytes_of_lines(run: str) -> dict[str, float]:
 def facts_of(config: RunConfig) -> Row:
     """What the config of a whole run says."""
     archive = open_archive(config.data.url).manifest
-    frame = FrameShape(channels=archive.channels, height=archive.height, width=archive.width)
-    network = skeleton(frame, config.model)
+    network = skeleton(frame_shape(archive), config.model)
     numbers = sum(s.channels * s.slices * s.height * s.width for s in network.memory_shapes)
     told = (config.window.num_frames - 1) * numbers * FLOAT_BYTES  # not cached if latents are drawn
     training, schedule = config.training, config.schedule

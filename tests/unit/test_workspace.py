@@ -60,3 +60,11 @@ def test_in_a_job_with_a_bucket_for_workspace(
 @pytest.mark.parametrize("address", ["/data/a", "~/a", "s3://bucket/a", "file:///data/a"])
 def test_whole_addresses_mean_themselves_everywhere(home: Path, job: Path, address: str) -> None:
     assert located(address) == address
+
+
+def test_a_whole_path_does_not_ask_where_this_process_is(job: Path) -> None:
+    job.rmdir()
+    with pytest.raises(FileNotFoundError):
+        Path.cwd()
+    assert located("/data/a") == "/data/a"
+    assert local_path("/data/a") == Path("/data/a")

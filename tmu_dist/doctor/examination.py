@@ -14,14 +14,12 @@ from typing import Any, Literal, TypeVar
 
 from tmu_dist.collectives import Collectives
 from tmu_dist.config import RunConfig
-from tmu_dist.data.manifest import MANIFEST_PATH
-from tmu_dist.data.storage import exists
 from tmu_dist.doctor.findings import CHECKS, Finding, as_record
 from tmu_dist.doctor.node_judgements import judge_nodes, judge_token
 from tmu_dist.doctor.nodes import code_versions, look_at_node
 from tmu_dist.doctor.places import marked, wanted_of
 from tmu_dist.recipes.base import Recipe
-from tmu_dist.train import missing_teachers
+from tmu_dist.train import lacks_archive, missing_teachers
 from tmu_dist.training.launch import absolute, pick_device, with_absolute_paths
 
 log = logging.getLogger(__name__)
@@ -169,7 +167,7 @@ def _archives_to_make(recipe: Recipe) -> list[tuple[str, Finding]]:
         StorageError: a store cannot be reached.
     """
     url = recipe.config.data.url
-    if url not in recipe.archives or exists(url, MANIFEST_PATH):
+    if not lacks_archive(recipe, url):
         return []
     arguments = shlex.join(recipe.archives[url])
     warning = Finding(

@@ -10,11 +10,11 @@ from __future__ import annotations
 import hashlib
 import os
 import secrets
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -33,6 +33,7 @@ from tmu_dist.data.storage import (
     stream_bytes,
     write_bytes,
 )
+from tmu_dist.side_by_side import side_by_side
 
 _PLACE_SECONDS = 25.0
 """Longer than a store that fails is asked again."""
@@ -165,28 +166,21 @@ def marked(wanted: Wanted) -> Iterator[Wanted]:
 
 def look_at_places(wanted: Wanted) -> list[PlaceFacts]:
     """Look at all places at once; none takes longer than 25 seconds."""
-    found: dict[Place, PlaceFacts] = {}
+    looks = {place: partial(_look_at, place, wanted) for place in wanted.places}
+    ends = side_by_side(looks, seconds=_PLACE_SECONDS)
+    return [_facts_of(place, ends.get(place)) for place in wanted.places]
 
-    def look(place: Place) -> None:
-        try:
-            found[place] = _look_at(place, wanted)
-        except MissingObjectError as error:
-            found[place] = PlaceFacts(place=place, is_there=False, error=str(error))
-        except Exception as error:  # nothing is hidden: it is the finding
-            found[place] = PlaceFacts(place=place, error=str(error) or repr(error))
 
-    threads = [threading.Thread(target=look, args=(place,), daemon=True) for place in wanted.places]
-    for thread in threads:
-        thread.start()
-    deadline = time.monotonic() + _PLACE_SECONDS
-    for thread in threads:
-        thread.join(max(0.0, deadline - time.monotonic()))
-    late = f"no answer within {_PLACE_SECONDS:.0f} s"
-    answers = dict(found)
-    return [
-        answers.get(place, PlaceFacts(place=place, error=f"{place.url}: {late}"))
-        for place in wanted.places
-    ]
+def _facts_of(place: Place, end: PlaceFacts | Exception | None) -> PlaceFacts:
+    """What looking at a place came to: facts, an error, or no end in time."""
+    match end:
+        case PlaceFacts():
+            return end
+        case MissingObjectError():
+            return PlaceFacts(place=place, is_there=False, error=str(end))
+        case Exception():
+            return PlaceFacts(place=place, error=str(end) or repr(end))
+    return PlaceFacts(place=place, error=f"{place.url}: no answer within {_PLACE_SECONDS:.0f} s")
 
 
 def _look_at(place: Place, wanted: Wanted) -> PlaceFacts:

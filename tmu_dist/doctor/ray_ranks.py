@@ -30,14 +30,14 @@ from ray.train.torch import TorchTrainer  # isort: skip
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError  # isort: skip
 from ray.util.queue import Queue  # isort: skip
 
-from tmu_dist.collectives import Collectives, Ranks, process_group_backend
+from tmu_dist.collectives import Collectives, process_group_backend
 from tmu_dist.config import FaultConfig, RunConfig, from_dict
 from tmu_dist.data.storage import StorageError, delete_many, list_paths, local_path
 from tmu_dist.doctor.rank_facts import RankFacts, RanksSeen
 from tmu_dist.doctor.ranks import introduce, look_at_rank
 from tmu_dist.training.ray_failures import told_failure
 from tmu_dist.training.ray_places import scaling
-from tmu_dist.training.ray_worker import RankBackend, RankConfig
+from tmu_dist.training.ray_worker import RankBackend, RankConfig, own_ranks
 
 _PATIENCE_SECONDS = 60
 """That ranks wait for each other. Longer than the slowest of them may take to load teachers or to
@@ -153,19 +153,9 @@ def _folder(output: str) -> Iterator[str]:
 # In the workers
 
 
-def _ranks() -> Ranks:
-    context = ray.train.get_context()
-    return Ranks(
-        rank=context.get_world_rank(),
-        world_size=context.get_world_size(),
-        local_rank=context.get_local_rank(),
-        local_world_size=context.get_local_world_size(),
-    )
-
-
 def _introduce(told: Queue) -> None:
     """Say who this rank is, while nothing has been tried yet."""
-    told.put(introduce(_ranks(), ray.train.torch.get_device(), ray.util.get_node_ip_address()))
+    told.put(introduce(own_ranks(), ray.train.torch.get_device(), ray.util.get_node_ip_address()))
 
 
 def _look(settings: dict[str, Any]) -> None:
@@ -176,7 +166,7 @@ def _look(settings: dict[str, Any]) -> None:
     """
     facts = look_at_rank(
         from_dict(settings["config"]),
-        Collectives(_ranks()),
+        Collectives(own_ranks()),
         ray.train.torch.get_device(),
         settings["inputs_ready"],
         node=ray.util.get_node_ip_address(),

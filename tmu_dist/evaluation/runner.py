@@ -60,7 +60,7 @@ from tmu_dist.evaluation.timing import FlowTime, describe_device, latency_ms, pr
 from tmu_dist.models.build import count_parameters, weight_shapes
 from tmu_dist.models.rollout import Predictor
 from tmu_dist.models.shapes import FrameShape
-from tmu_dist.teachers.card import TeacherCard, same_scale
+from tmu_dist.teachers.card import TeacherCard, frame_shape, same_scale
 from tmu_dist.teachers.store import LoadedModel
 
 
@@ -379,7 +379,7 @@ def check_archive_fits(card: TeacherCard, manifest: Manifest) -> None:
         ValueError: other channels, frame size (where the network is tied to one), frame interval,
             or another meaning of the numbers; names what the model has and what the archive has.
     """
-    archive = FrameShape(channels=manifest.channels, height=manifest.height, width=manifest.width)
+    archive = frame_shape(manifest)
 
     def weights(frame: FrameShape) -> dict[str, torch.Size]:
         return weight_shapes(frame, card.model, tmu=card.tmu, num_slots=card.num_slots)

@@ -23,9 +23,9 @@ from tmu_dist.folders import local_folder
 from tmu_dist.ledger.arms import Arm, make_arms, run_configs
 from tmu_dist.ledger.records import EVALUATION_FOLDER, ArmRecord, SeedRecord, read_seed
 from tmu_dist.models.build import skeleton
-from tmu_dist.models.shapes import FrameShape
 from tmu_dist.recipes.base import Recipe
 from tmu_dist.run_folder import RESULT_FILE
+from tmu_dist.teachers.card import frame_shape
 from tmu_dist.teachers.store import load_card, load_model
 from tmu_dist.train import make_archive, missing_teachers
 from tmu_dist.training.launch import pick_device, with_absolute_paths
@@ -74,7 +74,7 @@ def make_plan(recipe: Recipe, seeds: Sequence[int], out: Path) -> Plan:
     archives = open_archives(urls)
     manifest = archives[0].manifest
     teachers = [load_model(address) for address in config.transfer.teachers]
-    frame = FrameShape(channels=manifest.channels, height=manifest.height, width=manifest.width)
+    frame = frame_shape(manifest)
     cost = cost_of_transfer(config, frame, [teacher.card for teacher in teachers])
     arms = make_arms(config, cost)
     contents = {url: archive.manifest.content_hash for url, archive in zip(urls, archives)}

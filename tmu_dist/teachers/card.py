@@ -46,6 +46,11 @@ class DataFacts:
         )
 
 
+def frame_shape(manifest: Manifest) -> FrameShape:
+    """The frames of one archive, as networks are built for them."""
+    return FrameShape(channels=manifest.channels, height=manifest.height, width=manifest.width)
+
+
 @dataclass(frozen=True, kw_only=True)
 class TeacherCard:
     """Everything needed to rebuild a network and to judge whether it may teach."""

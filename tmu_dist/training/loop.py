@@ -26,10 +26,9 @@ from tmu_dist.evaluation.metrics import ERROR_METRIC_NAMES
 from tmu_dist.evaluation.runner import score_predictor
 from tmu_dist.folders import write_text
 from tmu_dist.models.build import count_trained
-from tmu_dist.models.shapes import FrameShape
 from tmu_dist.provenance import command_line
 from tmu_dist.run_folder import CONFIG_FILE, RESULT_FILE, Event
-from tmu_dist.teachers.card import DataFacts
+from tmu_dist.teachers.card import DataFacts, frame_shape
 from tmu_dist.training.build import build_step
 from tmu_dist.training.checkpoint import CheckpointStore, Progress, rng_state, set_rng_state
 from tmu_dist.training.checkpoint_writer import CheckpointWriter
@@ -174,7 +173,7 @@ class Run:
             pin_memory=self.device.type == "cuda",
         )
         data = DataFacts.of(manifest)
-        frame = FrameShape(channels=manifest.channels, height=manifest.height, width=manifest.width)
+        frame = frame_shape(manifest)
         self.transfer = prepare_transfer(config, frame, data, self.device, self.group)
         torch.manual_seed(config.training.seed)
         student, self.start_report = self.transfer.build_student()

@@ -67,7 +67,6 @@ def rank_log(run: str, ranks: Ranks, place: str = "") -> Iterator[None]:
         f"rank {ranks.rank} of {ranks.world_size} on {platform.node()} ({address}), process "
         f"{os.getpid()}, started {started.isoformat(timespec='seconds')}" + (place and f"; {place}")
     )
-    is_refused = False
     try:
         with _listening(file):
             try:
@@ -76,14 +75,13 @@ def rank_log(run: str, ranks: Ranks, place: str = "") -> Iterator[None]:
             except RunStoppedError as error:
                 file.say(str(error))
                 raise
-            except BaseException as error:
+            except BaseException:
                 file.say(f"ended by an error\n{traceback.format_exc()}")
-                is_refused = isinstance(error, ValueError)
                 raise
-    finally:
-        if is_refused:
-            with suppress(OSError, StorageError):
-                _forget_refused(run, folder, file.name_in_folder)
+    except ValueError:
+        with suppress(OSError, StorageError):
+            _forget_refused(run, folder, file.name_in_folder)
+        raise
 
 
 @contextmanager

@@ -222,6 +222,17 @@ def would_only_repeat(error: Exception) -> bool:
 # In the workers
 
 
+def own_ranks() -> Ranks:
+    """This worker's place among those of its group."""
+    context = ray.train.get_context()
+    return Ranks(
+        rank=context.get_world_rank(),
+        world_size=context.get_world_size(),
+        local_rank=context.get_local_rank(),
+        local_world_size=context.get_local_world_size(),
+    )
+
+
 def train_worker(settings: dict[str, Any]) -> RunResult | Exception:
     """What one Ray Train worker runs.
 
@@ -234,13 +245,7 @@ def train_worker(settings: dict[str, Any]) -> RunResult | Exception:
             that did.
     """
     logging.getLogger("tmu_dist").setLevel(logging.INFO)
-    context = ray.train.get_context()
-    ranks = Ranks(
-        rank=context.get_world_rank(),
-        world_size=context.get_world_size(),
-        local_rank=context.get_local_rank(),
-        local_world_size=context.get_local_world_size(),
-    )
+    ranks = own_ranks()
     config = from_dict(settings["config"])
     collectives = Collectives(ranks)
     notice = _PreemptionNotice(ranks.rank)
