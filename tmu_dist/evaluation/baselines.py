@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.ndimage import distance_transform_edt  # type: ignore[import-untyped]
 from torch import Tensor
 
 from tmu_dist.data.manifest import Units
@@ -110,6 +109,8 @@ class OpticalFlow:
 
     def _continue(self, frames_THW: NDArray[np.float64], num_frames: int) -> NDArray[np.float64]:
         """One sequence in physical units, NaN where not observed; the forecast has no NaN."""
+        from scipy.ndimage import distance_transform_edt  # type: ignore[import-untyped]
+
         observed_HW = np.isfinite(frames_THW[-1])
         if not observed_HW.any():
             return np.full((num_frames, *observed_HW.shape), self._units.offset)

@@ -14,7 +14,6 @@ from typing import Literal, NamedTuple, Protocol, Self, cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.nn.modules.conv import _ConvNd
 
 from tmu_dist.models.build import count_parameters
@@ -239,6 +238,9 @@ class ReplicatedBank:
 
 def held_bytes(bank: TeacherBank) -> int:
     """Of the teachers' weights that lie on this rank: of sharded ones, its shards."""
+    # Imported here: it takes as long as half of torch, and training does not ask for this.
+    from torch.distributed.tensor import DTensor
+
     weights = (each for own in bank.own for each in (*own.parameters(), *own.buffers()))
     return sum((each.to_local() if isinstance(each, DTensor) else each).nbytes for each in weights)
 

@@ -6,7 +6,6 @@ from collections.abc import Iterable
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard
 
 from tmu_dist.collectives import RankGroup
 from tmu_dist.teachers.bank import FrozenTeacher, ReplicatedBank
@@ -34,6 +33,9 @@ class ShardedBank(ReplicatedBank):
 
 
 def _sharded(teacher: FrozenTeacher, mesh: DeviceMesh) -> FrozenTeacher:
+    # Imported here: it takes as long as half of torch, and other placements do not need it.
+    from torch.distributed.fsdp import fully_shard
+
     # Nothing runs backwards through a teacher, so its weights must not wait for that.
     fully_shard(teacher.network, mesh=mesh, reshard_after_forward=True)
     return teacher

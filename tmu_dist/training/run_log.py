@@ -16,16 +16,21 @@ import logging
 import os
 import platform
 import threading
+import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tmu_dist.data.storage import MissingObjectError, local_path, read_bytes
 from tmu_dist.files import WriteError
 from tmu_dist.folders import PUBLISH_SECONDS, Mirror, write_text
 from tmu_dist.provenance import git_revision, source_hash, versions
 from tmu_dist.run_folder import LOG_FILE, PROVENANCE_FILE, Event, read_log
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard.writer import SummaryWriter
 
 log = logging.getLogger(__name__)
 
@@ -115,34 +120,58 @@ class RunLog:
 
 
 class _Board:
-    """TensorBoard's copy of the numbers, which a full disk ends until the next start."""
+    """TensorBoard's copy of the numbers, which a full disk ends until the next start.
+
+    Its library takes longer to load than first steps of small runs, so the first numbers wait for
+    it until they are due in the file.
+    """
 
     def __init__(self, folder: Path, *, first_step: int) -> None:
-        # Imported here: it takes a second, and of all ranks only the first one logs.
-        from torch.utils.tensorboard.writer import SummaryWriter
-
-        self._writer = SummaryWriter(
-            str(folder), purge_step=first_step, flush_secs=int(PUBLISH_SECONDS)
-        )
+        self._folder, self._first_step = folder, first_step
+        self._waiting: list[tuple[str, float, int, float]] = []
+        """Arguments of `SummaryWriter.add_scalar`."""
+        self._due = time.monotonic() + PUBLISH_SECONDS
+        self._one_at_a_time = threading.Lock()
         self._is_broken = False
 
     def draw(self, name: str, number: float, step: int) -> None:
-        self._unless_broken(lambda: self._writer.add_scalar(name, number, step))
+        self._unless_broken(lambda: self._draw(name, number, step))
 
     def flush(self) -> None:
-        self._unless_broken(self._writer.flush)
+        self._unless_broken(lambda: self._whole_writer().flush())
 
     def close(self) -> None:
-        self._unless_broken(self._writer.close)
+        self._unless_broken(lambda: self._whole_writer().close())
+
+    def _draw(self, *number: Any) -> None:
+        self._waiting.append((*number, time.time()))
+        if time.monotonic() >= self._due:
+            self._whole_writer()
+
+    def _whole_writer(self) -> SummaryWriter:
+        """The writer, which has been told all numbers."""
+        for number in self._waiting:
+            self._writer.add_scalar(*number)
+        self._waiting.clear()
+        return self._writer
+
+    @cached_property
+    def _writer(self) -> SummaryWriter:
+        from torch.utils.tensorboard.writer import SummaryWriter
+
+        return SummaryWriter(
+            str(self._folder), purge_step=self._first_step, flush_secs=int(PUBLISH_SECONDS)
+        )
 
     def _unless_broken(self, action: Callable[[], None]) -> None:
-        if self._is_broken:
-            return
-        try:
-            action()
-        except OSError as error:
-            self._is_broken = True
-            log.warning("TensorBoard gets no more numbers until the next start: %s", error)
+        with self._one_at_a_time:
+            if self._is_broken:
+                return
+            try:
+                action()
+            except OSError as error:
+                self._is_broken = True
+                log.warning("TensorBoard gets no more numbers until the next start: %s", error)
 
 
 def write_provenance(run: str, command: str, **facts: Any) -> None:
