@@ -41,6 +41,7 @@ from tmu_dist.data.transforms import window_frames
 from tmu_dist.evaluation.comparison import RunEntry
 from tmu_dist.evaluation.ensemble import (
     Ensemble,
+    _sorted_draws,
     best_by_ssim,
     choose_ensemble,
     ensemble_scores,
@@ -276,11 +277,20 @@ def test_what_lies_under_missing_pixels_does_not_matter() -> None:
     assert np.isfinite(before[:, 0]).all() and np.isnan(before[:, 1]).all()
 
 
+@pytest.mark.parametrize("count", range(2, 20))
+def test_draws_are_sorted(count: int) -> None:
+    """A network of comparisons sorts everything if it sorts all rows of 0 and 1 (Knuth)."""
+    every = np.arange(2 ** min(count, 12))
+    rows_DP = (every >> np.arange(count)[:, None] & 1).astype(float)
+    for draws_DP in (rows_DP, np.random.default_rng(count).random((count, 300))):
+        np.testing.assert_array_equal(_sorted_draws(draws_DP), np.sort(draws_DP, axis=0))
+
+
 def test_the_crps_of_equal_forecasts_is_their_absolute_error() -> None:
     forecast_TCHW, true_TCHW = torch.rand(3, 1, 8, 8), torch.rand(3, 1, 8, 8)
     pair = FramePair(forecast_TCHW, true_TCHW)
     crps_T, diversity_T = ensemble_scores(forecast_TCHW.expand(4, -1, -1, -1, -1), pair)
-    np.testing.assert_allclose(crps_T, np.abs(pair.error_TX).sum(axis=1), rtol=1e-12)
+    np.testing.assert_allclose(crps_T, pair.absolute_error_T, rtol=1e-12)
     np.testing.assert_allclose(diversity_T, 0, atol=1e-25)
 
 

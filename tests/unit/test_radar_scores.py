@@ -119,7 +119,7 @@ def test_fss_agrees_with_pysteps_where_all_is_observed(verification: Any, thresh
 def test_masked_fss_agrees_with_a_plain_loop() -> None:
     """Fractions over the observed pixels; beyond the edge is no rain, and counts as observed."""
     predicted, true, mask = fields(1) >= 20, fields(2) >= 20, masks(3)
-    sums = fraction_sums(predicted, true, mask, SCALES)
+    sums_TSX = fraction_sums(predicted[None], true[None], mask, SCALES)[:, 0]
     f, o, seen = (a[0, 0] for a in (predicted & mask, true & mask, mask))
     for s, n in enumerate(SCALES):
         totals = np.zeros(3)
@@ -129,7 +129,7 @@ def test_masked_fss_agrees_with_a_plain_loop() -> None:
             size = n * n - (~seen[window]).sum()
             fraction_f, fraction_o = f[window].sum() / size, o[window].sum() / size
             totals += fraction_f**2, fraction_f * fraction_o, fraction_o**2
-        np.testing.assert_allclose(sums[0, s], totals, rtol=1e-12)
+        np.testing.assert_allclose(sums_TSX[0, s], totals, rtol=1e-12)
 
 
 def test_fss_at_one_pixel_follows_from_the_counts() -> None:

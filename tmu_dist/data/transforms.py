@@ -7,6 +7,7 @@ what these numbers mean physically is in the manifest (`Units`). Where nothing w
 
 from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -46,17 +47,19 @@ def to_unit_interval(frames: Tensor, units: Units) -> tuple[Tensor, Tensor | Non
     return (numbers / units.max_code).masked_fill_(~observed, 0.0), observed
 
 
-def to_uint8(frames: Tensor) -> Tensor:
+def to_uint8(frames: NDArray[Any]) -> NDArray[np.uint8]:
     """Clip to [0, 1], scale to 255 and truncate: the form in which SSIM and PSNR compare images.
 
     Exact inverse of division by 255 on every one of the 256 values. NaN is an error, because its
     conversion to an integer is undefined.
     """
-    if not frames.is_floating_point():
+    if not np.issubdtype(frames.dtype, np.floating):
         raise ValueError(f"to_uint8 takes floating-point frames, got {frames.dtype}.")
-    if frames.isnan().any():
+    if np.isnan(frames).any():
         raise ValueError("to_uint8 got NaN: mask missing pixels first.")
-    return (frames.to(torch.float32).clamp(0, 1) * 255).to(torch.uint8)
+    scaled = frames.astype(np.float32, copy=False).clip(0, 1)
+    scaled *= 255
+    return scaled.astype(np.uint8)
 
 
 def to_physical(numbers: Numbers, units: Units) -> Numbers:

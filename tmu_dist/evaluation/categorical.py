@@ -15,6 +15,7 @@ Shape letters: the leading axes are anything; K thresholds, X = 4 counts.
 
 from __future__ import annotations
 
+import math
 from typing import TypeAlias
 
 import numpy as np
@@ -41,19 +42,26 @@ def contingency(
     Args:
         predicted: the forecast reaches the threshold, [..., C, H, W].
         observed: the truth does, same shape.
-        valid: pixels that count; None means all.
+        valid: pixels that count, of the same shape or without its first axes; None means all.
 
     Returns:
         Counts [..., 4] in the order of `COUNT_NAMES`.
     """
-    pixels = (-3, -2, -1)
     if valid is not None:
         predicted, observed = predicted & valid, observed & valid
-    hits = (predicted & observed).sum(axis=pixels)
-    forecast, happened = predicted.sum(axis=pixels), observed.sum(axis=pixels)
-    total = np.prod(observed.shape[-3:]) if valid is None else valid.sum(axis=pixels)
+    hits = count_pixels(predicted & observed)
+    forecast, happened = count_pixels(predicted), count_pixels(observed)
+    total = np.prod(observed.shape[-3:]) if valid is None else count_pixels(valid)
     counts = (hits, happened - hits, forecast - hits, total - forecast - happened + hits)
-    return np.stack(counts, axis=-1).astype(np.int64)
+    return np.stack(counts, axis=-1)
+
+
+def count_pixels(events: NDArray[np.bool_]) -> Counts:
+    """Number of true values over the last three axes (channels and pixels)."""
+    # One call a frame: without an axis NumPy counts ten times as fast as it sums along one.
+    frames = events.reshape(-1, math.prod(events.shape[-3:]))
+    counts = np.array([np.count_nonzero(frame) for frame in frames], np.int64)
+    return counts.reshape(events.shape[:-3])
 
 
 def categorical_score(name: str, counts: Counts) -> NDArray[np.float64]:

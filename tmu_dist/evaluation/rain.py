@@ -202,15 +202,15 @@ class RadarTable:
 
     def add(self, sample_id: int, pair: FramePair) -> None:
         """Count one sample."""
-        counts, sums = [], []
-        for number in self.settings.numbers:
-            # Frames are float32: a code that means exactly the threshold has to reach it.
-            at_least = number - 2.0**-23
-            events = pair.predicted_TCHW >= at_least, pair.true_TCHW >= at_least
-            counts.append(contingency(*events, pair.observed_TCHW))
-            sums.append(fraction_sums(*events, pair.observed_TCHW, self.settings.scales))
-        self._counts.add(sample_id, np.stack(counts, axis=1))
-        self._sums.add(sample_id, np.stack(sums, axis=1))
+        # Frames are float32: a code that means exactly the threshold has to reach it.
+        at_least_K1111 = np.array(self.settings.numbers).reshape(-1, 1, 1, 1, 1) - 2.0**-23
+        predicted, observed = (
+            frames_TCHW >= at_least_K1111 for frames_TCHW in (pair.predicted_TCHW, pair.true_TCHW)
+        )
+        counts_KTX = contingency(predicted, observed, pair.observed_TCHW)
+        self._counts.add(sample_id, counts_KTX.swapaxes(0, 1))
+        scales = self.settings.scales
+        self._sums.add(sample_id, fraction_sums(predicted, observed, pair.observed_TCHW, scales))
 
     def merge(self, other: RadarTable) -> None:
         """Take over the rows of another rank's table of the same settings."""
