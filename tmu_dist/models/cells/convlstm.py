@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from tmu_dist.models.cells.base import Carry, CellState, Proposal, RecurrentCell
 from tmu_dist.models.cells.gates import GateLayers
+from tmu_dist.models.convolution import Convolution
 from tmu_dist.models.norm import Affine
 
 
@@ -56,7 +57,7 @@ class ConvLSTMCell(RecurrentCell):
             bias=is_joint,
         )
         width = 4 * hidden_channels
-        self.gates: nn.Conv2d | None = None
+        self.gates: Convolution | None = None
         if is_joint:
             self.gates = make.conv(in_channels + hidden_channels, width)
             self.gate_norm = make.norm(width)
@@ -88,7 +89,7 @@ class ConvLSTMCell(RecurrentCell):
     def propose(self, x_BCHW: Tensor, state: CellState, carry: Carry) -> Proposal:
         """Input, forget and modulation gates, and C-tilde = f . C + i . g (Eq. 2)."""
         if self.gates is not None:
-            gates = self.gate_norm(self.gates(torch.cat([x_BCHW, state.hidden_BPHW], dim=1)))
+            gates = self.gate_norm(self.gates(x_BCHW, state.hidden_BPHW))
         else:
             gates = self.norm_x(self.conv_x(x_BCHW)) + self.norm_h(self.conv_h(state.hidden_BPHW))
         i, f, o, g = gates.chunk(4, dim=1)

@@ -84,7 +84,7 @@ class OpenSTLE3DCell(RecurrentCell):
             candidate + torch.sigmoid(xi + hi) * torch.tanh(xg + hg),
             output_BPHW=xo + ho,
             forget_BPHW=None,
-            zigzag_BPHW=self._zigzag(x_of_zigzag),
+            zigzag_BPHW=self._zigzag(x_of_zigzag).to(state.memory_BPHW.dtype),
             extra=history,
         )
 

@@ -7,6 +7,7 @@ from typing import Literal
 
 from torch import nn
 
+from tmu_dist.models.convolution import Convolution
 from tmu_dist.models.norm import Affine, MapLayerNorm
 
 
@@ -20,15 +21,9 @@ class GateLayers:
     norm_affine: Affine
     bias: bool
 
-    def conv(self, in_channels: int, out_channels: int) -> nn.Conv2d:
+    def conv(self, in_channels: int, out_channels: int) -> Convolution:
         """A convolution that keeps the map's size."""
-        return nn.Conv2d(
-            in_channels,
-            out_channels,
-            self.kernel_size,
-            padding=self.kernel_size // 2,
-            bias=self.bias,
-        )
+        return Convolution(in_channels, out_channels, self.kernel_size, bias=self.bias)
 
     def norm(self, channels: int) -> nn.Module:
         """The layer normalisation of one convolution's pre-activations, if there is one."""

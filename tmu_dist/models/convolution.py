@@ -1,0 +1,104 @@
+"""The convolution of a cell's gates: one set of filters, used at every time step.
+
+Legend: B batch, C channels, H, W map height and width.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from tmu_dist.models.winograd.choice import is_faster
+from tmu_dist.models.winograd.filters import Filters
+from tmu_dist.models.winograd.kernels import KernelError, kernels
+
+log = logging.getLogger(__name__)
+
+Algorithm = Literal["auto", "direct", "winograd"]
+"""config.ComputeConfig.convolution."""
+
+
+class Convolution(nn.Conv2d):
+    """A convolution that keeps the map's size, by whichever algorithm is faster.
+
+    Its weights have the names and shapes of `nn.Conv2d`. Filters that are transformed are kept for
+    as long as the weights stay the same: once for all time steps, and for good if they are frozen.
+
+    Args:
+        in_channels: of all maps that it reads together.
+        out_channels: of its output.
+        kernel_size: taps along each axis, odd.
+        bias: whether it has one.
+    """
+
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel_size: int, *, bias: bool = True
+    ) -> None:
+        super().__init__(
+            in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=bias
+        )
+        self.algorithm: Algorithm = "auto"
+        self._transformed: tuple[tuple[Any, ...], Tensor, Filters] | None = None
+
+    def forward(self, *maps_BCHW: Tensor) -> Tensor:
+        """Convolve one or two maps, as if their channels lay one after the other.
+
+        Raises:
+            ValueError: Winograd's filtering was asked for where it cannot be.
+        """
+        if self._uses_winograd(maps_BCHW[0]):
+            return self._filters()(*maps_BCHW)
+        return super().forward(maps_BCHW[0] if len(maps_BCHW) == 1 else torch.cat(maps_BCHW, dim=1))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies transform their filters themselves."""
+        return super().__getstate__() | {"_transformed": None}
+
+    def _uses_winograd(self, map_BCHW: Tensor) -> bool:
+        if self.algorithm == "direct" or torch.compiler.is_compiling():
+            return False
+        can = self.weight.device.type == "cpu" and self.weight.dtype == torch.float32
+        if self.algorithm == "winograd":
+            if not can or self.kernel_size[0] not in (3, 5):
+                raise ValueError(
+                    "compute.convolution=winograd works with 3x3 and 5x5 filters in float32 on CPUs; "
+                    f"these are {self.kernel_size[0]}x{self.kernel_size[1]} in {self.weight.dtype} "
+                    f"on {self.weight.device}. Use auto or direct."
+                )
+            return True
+        height, width = map_BCHW.shape[2:]
+        return (
+            can
+            and is_faster(self.kernel_size[0], height, width, self.in_channels, self.out_channels)
+            and _has_kernels(self.kernel_size[0])
+        )
+
+    def _filters(self) -> Filters:
+        key = (self.weight._version, self.weight.data_ptr(), self.weight.requires_grad)
+        if self.bias is not None:
+            key += (self.bias._version, self.bias.data_ptr(), self.bias.requires_grad)
+        if self._transformed is None or self._transformed[0] != key:
+            # The weight is held, so that no other one can come to lie at its address.
+            self._transformed = key, self.weight.detach(), Filters(self.weight, self.bias)
+        return self._transformed[2]
+
+
+def _has_kernels(taps: int) -> bool:
+    try:
+        kernels(taps)
+    except KernelError as error:
+        _warn_once(str(error))
+        return False
+    return True
+
+
+_told: set[str] = set()
+
+
+def _warn_once(message: str) -> None:
+    if message not in _told:
+        _told.add(message)
+        log.warning("Convolutions are the library's, several times slower on CPUs: %s", message)
