@@ -34,6 +34,7 @@ ROWS = {
     "tmu_dist.side_by_side": 0,
     "tmu_dist.workspace": 0,
     # 1: islands
+    "tmu_dist.arithmetic": 1,
     "tmu_dist.colours": 1,
     "tmu_dist.html_page": 1,
     "tmu_dist.models": 1,

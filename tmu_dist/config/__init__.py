@@ -26,6 +26,7 @@ from tmu_dist.config.training import (
     AdversarialConfig,
     KLConfig,
     LaunchConfig,
+    Precision,
     ScheduleConfig,
     TrainingConfig,
 )
@@ -64,6 +65,7 @@ __all__ = [
     "Method",
     "ModelConfig",
     "PlacementConfig",
+    "Precision",
     "RunConfig",
     "SAVPConfig",
     "ScaleConfig",

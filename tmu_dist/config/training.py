@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
-from typing import Literal
+from typing import Literal, TypeAlias
 
 from tmu_dist.config.checks import require
+
+Precision: TypeAlias = Literal["fp32", "tf32", "bf16", "fp16"]
+"""Of convolutions and matrix products; memories, losses and weights stay float32 in all of them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,8 +105,10 @@ class TrainingConfig:
     adversarial: AdversarialConfig = field(default_factory=AdversarialConfig)
     loss_reduction: Literal["mean", "sum"] = "mean"
     """Element means of both terms of Eq. 6 (default), or the sums as printed over the batch."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """bf16: convolutions in bfloat16 by autocast; memories, losses and weights stay float32."""
+    precision: Precision = "fp32"
+    """bf16: convolutions in bfloat16 by autocast; memories, losses and weights stay float32. fp16:
+    the same in float16, whose small range takes loss scaling and memories that do not grow
+    (transfer.tmu.combine=mean). tf32: float32 rounded to 11 bits by CUDA cards as they multiply."""
     seed: int = 0
     select: Literal["best", "final"] = "best"
     """Which weights the run offers: the lowest validation error, or the last iterate."""

@@ -16,10 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tmu_dist.arithmetic import widened
 from tmu_dist.config import AdversarialConfig
 from tmu_dist.models.rollout import Rollout
 from tmu_dist.models.savp.discriminators import ImageDiscriminator, VideoDiscriminator
 from tmu_dist.models.shapes import FrameShape
+from tmu_dist.training.scaling import LossScaling
 from tmu_dist.training.schedules import random_index
 from tmu_dist.training.step import TrainingStep
 from tmu_dist.transfer.base import LossTerms, Term, TrainingBatch, weighted
@@ -65,7 +67,7 @@ class Discriminators(nn.Module):
             predicted = seen.predicted_BTCHW[look.kind]
             # In one pass, which is one power iteration.
             both = torch.cat([seen.true_BTCHW[:, look.place], predicted[:, look.place]])
-            true_B, predicted_B = look.network(both)[0].chunk(2)
+            true_B, predicted_B = widened(look.network(both)[0]).chunk(2)
             losses_B.append((true_B - 1).square() + predicted_B.square())
         return torch.stack(losses_B).sum(0)
 
@@ -113,6 +115,7 @@ class AdversarialStep(TrainingStep):
         self.adversarial = adversarial
         self.seed = seed
         self.discriminator_optimizer = self.adam(list(discriminators.parameters()))
+        self.discriminator_scaling = LossScaling(self.device, is_on=self.scaling.is_on)
 
     def loss(self, batch: TrainingBatch) -> LossTerms:
         """Update the discriminators on this batch's predictions, then add what they say of them."""
@@ -135,6 +138,7 @@ class AdversarialStep(TrainingStep):
         return super().state_dict() | {
             "discriminators": self.discriminators.state_dict(),
             "discriminator_optimizer": self.discriminator_optimizer.state_dict(),
+            "discriminator_scaling": self.discriminator_scaling.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -142,6 +146,12 @@ class AdversarialStep(TrainingStep):
         super().load_state_dict(state)
         self.discriminators.load_state_dict(state["discriminators"])
         self.discriminator_optimizer.load_state_dict(state["discriminator_optimizer"])
+        self.discriminator_scaling.load_state_dict(state.get("discriminator_scaling", {}))
+
+    def facts(self) -> dict[str, float]:
+        """Also those of the discriminators' updates."""
+        theirs = self.discriminator_scaling.facts(self.discriminator_optimizer)
+        return super().facts() | {f"discriminator_{name}": each for name, each in theirs.items()}
 
     def _update_discriminators(
         self, seen: _Seen, places: tuple[int, int], batch: TrainingBatch
@@ -151,8 +161,9 @@ class AdversarialStep(TrainingStep):
         detached = {kind: frames.detach() for kind, frames in seen.predicted_BTCHW.items()}
         loss_B = self.discriminate(seen._replace(predicted_BTCHW=detached), *places)
         loss = weighted(loss_B, batch)
-        loss.backward()
-        self.update(self.discriminator_optimizer, batch.step)
+        self.discriminator_scaling.backward(loss)
+        self.discriminator_scaling.unscale(self.discriminator_optimizer)
+        self.update(self.discriminator_optimizer, self.discriminator_scaling, batch.step)
         return loss.detach()
 
     def _student_terms(
@@ -167,7 +178,7 @@ class AdversarialStep(TrainingStep):
         matching_B: list[Tensor] = []
         for what, kind, network, place in self.discriminators.looks(*places):
             score_B, features = network(seen.predicted_BTCHW[kind][:, place])
-            fooling_B[what].append((score_B - 1).square())
+            fooling_B[what].append((widened(score_B) - 1).square())
             if kind == ROLLOUT and self.adversarial.feature_weight:
                 with torch.no_grad():
                     _, true_features = network(seen.true_BTCHW[:, place])
@@ -194,8 +205,8 @@ def _seen(rollout: Rollout, batch: TrainingBatch) -> _Seen:
 
 
 def _feature_distance(true: Tensor, predicted: Tensor) -> Tensor:
-    """1 - cosine over channels, averaged over places, [B]."""
-    difference = F.normalize(true, dim=1) - F.normalize(predicted, dim=1)
+    """1 - cosine over channels, averaged over places, [B]; its eps is nothing in half precision."""
+    difference = F.normalize(widened(true), dim=1) - F.normalize(widened(predicted), dim=1)
     return difference.square().sum(1).mul(0.5).flatten(1).mean(1)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from functools import partial
 from typing import Any, TypeVar
 
@@ -10,15 +11,18 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from tmu_dist.collectives import Collectives
-from tmu_dist.config import RunConfig
+from tmu_dist.config import ConfigError, RunConfig
 from tmu_dist.models.rollout import Predictor
 from tmu_dist.training.adversarial import PRIOR, ROLLOUT, AdversarialStep, Discriminators
+from tmu_dist.training.graphed import CUDARecorder
 from tmu_dist.training.rates import rate_groups
 from tmu_dist.training.schedules import learning_rate
 from tmu_dist.training.step import TrainingStep
 from tmu_dist.transfer.base import TransferMethod
 
 Module = TypeVar("Module", bound=nn.Module)
+
+log = logging.getLogger(__name__)
 
 
 def build_step(
@@ -40,9 +44,11 @@ def build_step(
         collectives: the ranks.
 
     Raises:
-        ConfigError: `training.rates` does not go with the trainee's parameters.
+        ConfigError: `training.rates` does not go with the trainee's parameters, the device has not
+            the precision, or nothing can be recorded that is to be.
     """
     training = config.training
+    is_recorded = uses_graph(config, method, device, collectives.ranks.world_size)
     groups = rate_groups(student, trainee, of_method=method.rates(), chosen=training.rates)
     wrap = partial(_data_parallel, device=device, collectives=collectives)
     step: dict[str, Any] = {
@@ -58,6 +64,7 @@ def build_step(
         "grad_clip_norm": training.grad_clip_norm,
         "sequences_at_once": config.scale.sequences_at_once,
         "precision": training.precision,
+        "recorder": CUDARecorder(device) if is_recorded else None,
     }
     if not training.adversarial.is_on:
         return TrainingStep(**step)
@@ -70,6 +77,45 @@ def build_step(
     return AdversarialStep(
         discriminators, wrap(discriminators), training.adversarial, seed=training.seed, **step
     )
+
+
+def uses_graph(
+    config: RunConfig, method: TransferMethod, device: torch.device, world_size: int
+) -> bool:
+    """Whether the step is recorded as a CUDA graph (`compute.cuda_graph`).
+
+    Raises:
+        ConfigError: it is to be, and cannot.
+    """
+    choice = config.compute.cuda_graph
+    if choice == "off":
+        return False
+    obstacle = _obstacle(config, method, device, world_size)
+    if obstacle is None:
+        return True
+    if choice == "on":
+        raise ConfigError(
+            f"compute.cuda_graph=on is not possible: {obstacle}. Leave it auto, or change that."
+        )
+    if device.type == "cuda":
+        log.info("The step is not recorded as a CUDA graph: %s.", obstacle)
+    return False
+
+
+def _obstacle(
+    config: RunConfig, method: TransferMethod, device: torch.device, world_size: int
+) -> str | None:
+    """What keeps a step from being recorded."""
+    if device.type != "cuda":
+        return f"this process computes on {device.type}, and only CUDA devices have such graphs"
+    if world_size > 1:
+        return f"{world_size} ranks exchange gradients during the backward pass"
+    if config.training.adversarial.is_on:
+        return "training.adversarial updates discriminators within the student's objective"
+    kind = config.placement.kind
+    if config.transfer.runs_teachers_beside and kind not in ("auto", "replicated"):
+        return f"placement.kind={kind} needs the host for what teachers tell"
+    return method.unsteady
 
 
 def _data_parallel(module: Module, *, device: torch.device, collectives: Collectives) -> nn.Module:

@@ -35,6 +35,7 @@ from tmu_dist.training.checkpoint_writer import CheckpointWriter
 from tmu_dist.training.parts import check_same_teachers, open_loaders, untrained_card
 from tmu_dist.training.run_lock import RunLock, claim_run, lock_run
 from tmu_dist.training.run_log import RunLog, write_provenance
+from tmu_dist.training.scaling import SMALLEST_SCALE
 from tmu_dist.training.schedules import sampling_mask, sampling_probability, sequence_noise
 from tmu_dist.training.stopping import Request, Requests, RunStoppedError
 from tmu_dist.transfer.base import TrainingBatch
@@ -222,16 +223,18 @@ class Run:
             started = time.perf_counter()
         terms = self.training_step(training_batch, self._following)
         self._probe = training_batch
+        self.progress.step = step
+        schedule = self.config.schedule
+        due = (schedule.log_every, schedule.validate_every, schedule.checkpoint_every)
+        if is_due := any(map(self.is_due, due)):
+            terms.read()  # a card is behind: its work counts as training, too
 
         now = time.perf_counter()
-        self.progress.step = step
         self.progress.consumed = batch.consumed
         self.progress.seconds += waited + now - started
         self._interval.add(batch.global_count, waited, waited + now - started)
-        schedule = self.config.schedule
-        due = (schedule.log_every, schedule.validate_every, schedule.checkpoint_every)
-        if any(map(self.is_due, due)):
-            self._log_training(terms, show=step % schedule.log_every == 0)
+        if is_due:
+            self._log_training(terms.read(), show=step % schedule.log_every == 0)
         self._interval.ready = time.perf_counter()
 
     def validate(self) -> None:
@@ -281,7 +284,7 @@ class Run:
         rng_by_rank = self.collectives.all_gather_objects(rng_state())
 
         def write() -> None:
-            if not all(parameter.isfinite().all() for parameter in self.student.parameters()):
+            if not self._is_whole():
                 raise self._ruined("The weights are")
             self.writer.save(
                 self.student,
@@ -462,25 +465,38 @@ class Run:
             self._write("liveness", **asdict(report))
 
     def _log_training(self, terms: dict[str, float], *, show: bool) -> None:
-        """Average the terms over ranks, stop on nonsense, and log."""
+        """Average the terms over ranks, stop on nonsense, and log.
+
+        In float16 an update is skipped where numbers overflow, which harms no weight.
+        """
         by_rank = self.collectives.all_gather_objects(terms)
         means = {name: sum(r[name] for r in by_rank) / len(by_rank) for name in terms}
+        facts = self.training_step.facts()
+        if facts.get("loss_scale", 1.0) < SMALLEST_SCALE:
+            raise self._ruined("Gradients in float16 are, however small the loss is made,")
         if not all(math.isfinite(value) for value in means.values()):
-            raise self._ruined(f"The loss is ({means})")
+            if not (facts and self._is_whole()):
+                raise self._ruined(f"The loss is ({means})")
+            self._write("overflow", **facts)
+            return
         if show:
             probability = sampling_probability(self.progress.step, self.config.training)
-            self._write(
-                "train", **means, sampling_probability=probability, **self._interval.speed()
-            )
+            speed = self._interval.speed()
+            self._write("train", **means, sampling_probability=probability, **speed, **facts)
             self._interval.reset()
+
+    def _is_whole(self) -> bool:
+        """Whether all weights are finite."""
+        return all(bool(parameter.isfinite().all()) for parameter in self.student.parameters())
 
     def _ruined(self, what: str) -> NonFiniteLossError:
         return NonFiniteLossError(
             f"{what} not finite at step {self.progress.step}. The newest checkpoint in "
             f"{self.folder}/checkpoints is from before. Start again in another `output` folder "
             "with training.grad_clip_norm=1.0, a smaller training.learning_rate, "
-            "transfer.tmu.combine=mean (with many teachers the memory of Eq. 5 can grow), or, with "
-            "model.cell=predrnn or mim on frames that can be empty, model.bias=true."
+            "transfer.tmu.combine=mean (with many teachers the memory of Eq. 5 can grow; "
+            "training.precision=fp16 ends at 65,504, bf16 does not), or, with model.cell=predrnn "
+            "or mim on frames that can be empty, model.bias=true."
         )
 
     def _write(self, event: str, **values: object) -> None:

@@ -59,6 +59,12 @@ class AttentiveTransfer(TransferMethod):
         for card, teacher in self.teachers:
             _check_channels(card, teacher)
 
+    @property
+    def unsteady(self) -> str | None:
+        if any(card.model.cell == "vpn" for card, _ in self.teachers):
+            return "a teacher with model.cell=vpn decides its pixels one after the other"
+        return self.task.objective.unsteady
+
     def build_student(self) -> Predictor:
         network = build_predictor(self.task.frame, self.task.model)
         return SourcedPredictor(network, [source for _, source in self.teachers], self.settings)

@@ -62,10 +62,13 @@ class LossTerms:
         """The same with further terms."""
         return replace(self, terms={**self.terms, **more})
 
-    def to_log(self) -> dict[str, float]:
-        """Detached values for the log, without their weights, and their weighted sum."""
+    def to_log(self) -> dict[str, Tensor]:
+        """Detached values for the log, without their weights, and their weighted sum.
+
+        They stay on the device: turning one into a number waits until the device has it.
+        """
         values = {name: term.value for name, term in self.terms.items()} | {"total": self.total()}
-        return {f"loss/{name}": float(value.detach()) for name, value in values.items()}
+        return {f"loss/{name}": value.detach() for name, value in values.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,6 +202,18 @@ class TransferMethod(ABC):
     def loss(self, forward: Forward, batch: TrainingBatch) -> LossTerms:
         """Run the trainee once and return its loss terms."""
 
+    @property
+    def unsteady(self) -> str | None:
+        """What changes `loss` from one iteration to another beside tensors; None: nothing does.
+
+        A steady loss is the same operations, on tensors in the same places and with the same
+        numbers of the host, in every iteration, so that they can be recorded once
+        (`training.graphed`). It does not depend on `TrainingBatch.step` or `is_backwards`, reads no
+        values back from the device, no `sample_ids_B` and no files. A new method is not steady
+        until it says so.
+        """
+        return f"{type(self).__name__} does not say that its loss is the same in every iteration"
+
     def announce(self, batch: TrainingBatch) -> None:
         """Tell what the next `loss` is of, so that what does not need the student may begin."""
         return
@@ -322,12 +337,19 @@ class Objective:
         *,
         frame_weight: float = 1.0,
         kl_weight: Callable[[int], float] = lambda step: 1.0,
+        anneals: bool = False,
         reduction: Reduction = "mean",
     ) -> None:
         self.frame_loss = frame_loss
         self.frame_weight = frame_weight
         self.kl_weight = kl_weight
+        self.anneals = anneals
         self.reduction = reduction
+
+    @property
+    def unsteady(self) -> str | None:
+        """As `TransferMethod.unsteady`."""
+        return "training.kl anneals the weight of the divergence" if self.anneals else None
 
     def terms(self, rollout: Rollout, batch: TrainingBatch) -> dict[str, Term]:
         """The objective of one rollout, masked to the observed pixels."""

@@ -71,6 +71,10 @@ class Distillation(TaughtMethod):
         if settings.responses:
             self._check_responses()
 
+    @property
+    def unsteady(self) -> str | None:
+        return self.task.objective.unsteady
+
     def build_student(self) -> Predictor:
         return build_predictor(self.task.frame, self.task.model)
 

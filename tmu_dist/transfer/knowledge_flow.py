@@ -68,6 +68,10 @@ class KnowledgeFlow(TaughtMethod):
         self.taught_steps = num_steps - round(settings.alone_fraction * num_steps)
         self.ramp_steps = round(settings.ramp_fraction * num_steps)
 
+    @property
+    def unsteady(self) -> str | None:
+        return "the curriculum of transfer.method=knowledge_flow changes its objective"
+
     def build_student(self) -> Predictor:
         return build_predictor(self.task.frame, self.task.model)
 

@@ -400,5 +400,7 @@ def _objective(training: TrainingConfig, network: Predictor) -> Objective:
         network.frame_loss if chosen == "backbone" else chosen,
         frame_weight=training.frame_weight,
         kl_weight=partial(annealed, kl.weight, start=kl.anneal_from, stop=kl.anneal_until),
+        # The first iteration is 1.
+        anneals=network.latent_size > 0 and kl.weight > 0 and kl.anneal_until > 1,
         reduction=training.loss_reduction,
     )

@@ -26,6 +26,10 @@ class Scratch(TransferMethod):
         self.tmu = tmu
         self.num_slots = num_slots
 
+    @property
+    def unsteady(self) -> str | None:
+        return self.task.objective.unsteady
+
     def build_student(self) -> Predictor:
         task = self.task
         return build_predictor(task.frame, task.model, tmu=self.tmu, num_slots=self.num_slots)

@@ -77,6 +77,12 @@ class MemoryDistillation(TaughtMethod):
         """Whether there is any distillation at any time."""
         return self.beta > 0 or self.beta_schedule.final > 0
 
+    @property
+    def unsteady(self) -> str | None:
+        if self.beta_schedule.shape != "constant":
+            return "transfer.beta_schedule changes the weight of the distillation"
+        return self.task.objective.unsteady
+
     def build_student(self) -> Predictor:
         num_slots = len(self.bank.plans)
         task = self.task

@@ -18,13 +18,13 @@ import json
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tmu_dist.config import WindowConfig
+from tmu_dist.config import Precision, WindowConfig
 from tmu_dist.data.archive import open_archive
 from tmu_dist.data.manifest import Manifest
 from tmu_dist.data.order import ORDER_VERSION, DataSet, epoch_order
@@ -82,7 +82,7 @@ class Lesson:
 
     teacher: PlannedTeacher
     window: WindowConfig
-    precision: Literal["fp32", "bf16"]
+    precision: Precision
     """Of the student's arithmetic, which the teacher's follows unless it has its own."""
 
     def __post_init__(self) -> None:
@@ -95,7 +95,7 @@ class Lesson:
             )
 
     @property
-    def arithmetic(self) -> Literal["fp32", "bf16"]:
+    def arithmetic(self) -> Precision:
         """The precision in which the teacher computes."""
         own = self.teacher.use.precision
         return self.precision if own == "student" else own

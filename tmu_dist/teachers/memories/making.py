@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
+from tmu_dist.arithmetic import arithmetic
 from tmu_dist.data.archive import Archive
 from tmu_dist.data.transforms import window_frames
 from tmu_dist.teachers.bank import FrozenTeacher, Teaching
@@ -33,7 +34,7 @@ log = logging.getLogger(__name__)
 SHARD_MIB = 256.0
 _RECOMPUTED = 2
 """Records of each folder that `verify` computes again."""
-_CLOSE = {"fp32": 1e-4, "bf16": 0.05, "fp16": 0.01}
+_CLOSE = {"fp32": 1e-4, "tf32": 0.01, "bf16": 0.05, "fp16": 0.01}
 """How far these may be off, as part of the largest number: another device, or another number of
 sequences at once, sums in another order."""
 
@@ -132,8 +133,7 @@ class Work:
             self._loaded = part.teacher, self.lessons[part.teacher].teacher.load(self.device)
         fed_back = self._window.num_target_frames - 1
         sees_truth_BT = torch.ones(len(frames_BTCHW), fed_back, dtype=torch.bool)
-        is_bf16 = self.lessons[part.teacher].precision == "bf16"
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=is_bf16):
+        with arithmetic(self.lessons[part.teacher].precision, self.device):
             taught: Teaching = self._loaded[1](
                 frames_BTCHW,
                 num_input_frames=self._window.num_input_frames,
