@@ -10,18 +10,21 @@ overlap the brighter pixel wins.
 Every sample has its own keyed random stream, so it depends on the seed, the number of digits, its
 split and its id alone: not on processes, shards or how many samples there are.
 
-Shape letters: D digits, T time, C channels, H height, W width, N images.
+Shape letters: S samples, D digits, T time, C channels, H height, W width, N images.
 """
 
 import dataclasses
 import functools
 import hashlib
+import itertools
 import logging
 import math
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 from tqdm import tqdm
 
@@ -42,6 +45,9 @@ GENERATOR_VERSION = 1
 _GRID_PER_PIXEL = 2.0**20
 """Positions and velocities are rounded to this grid: sums of them are then exact, and a last-bit
 difference between two machines' cosines cannot move a digit."""
+
+_SAMPLES_AT_ONCE = 64
+"""Their frames, 5 MiB at the usual size, are held together."""
 
 logger = logging.getLogger(__name__)
 
@@ -168,62 +174,87 @@ def write_moving_mnist(
 def make_sample(
     config: MovingMNISTConfig, split: str, sample_id: int, images_NHW: NDArray[np.uint8]
 ) -> Sample:
-    """Return one sequence: uint8 frames and the facts from which it can be drawn again.
+    """Return one sequence of `make_samples`."""
+    (sample,) = make_samples(config, split, [sample_id], images_NHW)
+    return sample
+
+
+def make_samples(
+    config: MovingMNISTConfig, split: str, sample_ids: Iterable[int], images_NHW: NDArray[np.uint8]
+) -> Iterator[Sample]:
+    """Yield sequences: uint8 frames and the facts from which they can be drawn again.
+
+    Many are moved and drawn at once, which takes a fifth of the time of one after another.
 
     Args:
         config: the archive's.
         split: "train", "val" or "test".
-        sample_id: position in the split.
+        sample_ids: positions in the split.
         images_NHW: the split's digits at the config's digit size.
     """
-    image, x, y, direction, speed = _uniform_numbers(config, split, sample_id).T
-    chosen_D = (image * len(images_NHW)).astype(int)
+    ids = iter(sample_ids)
+    while block := list(itertools.islice(ids, _SAMPLES_AT_ONCE)):
+        yield from _make_block(config, split, block, images_NHW)
+
+
+def _make_block(
+    config: MovingMNISTConfig, split: str, sample_ids: Sequence[int], images_NHW: NDArray[np.uint8]
+) -> Iterator[Sample]:
+    numbers_SD5 = np.stack([_uniform_numbers(config, split, i) for i in sample_ids])
+    image, x, y, direction, speed = np.moveaxis(numbers_SD5, -1, 0)
+    chosen_SD = (image * len(images_NHW)).astype(int)
     limit = config.frame_size - config.digit_size
-    start_D2 = _on_grid(np.stack([x, y], axis=1) * limit)
+    start_SD2 = _on_grid(np.stack([x, y], axis=-1) * limit)
     low, high = config.speed
-    angle_D = 2 * np.pi * direction
-    heading_D2 = np.stack([np.cos(angle_D), np.sin(angle_D)], axis=1)
-    velocity_D2 = _on_grid((low + (high - low) * speed)[:, None] * heading_D2)
-    positions_TD2 = trajectories(start_D2, velocity_D2, config.frames, limit)
-    meta = {
-        "sample_id": sample_id,
-        "split": split,
-        "seed": config.seed,
-        "digit_images": chosen_D.tolist(),
-        "start_xy_px": start_D2.tolist(),
-        "velocity_xy_px_per_frame": velocity_D2.tolist(),
-    }
-    frames_TCHW = _draw(images_NHW[chosen_D], positions_TD2, config.frame_size)
-    return Sample(f"{split}-{sample_id:08d}", frames_TCHW, meta)
+    angle_SD = 2 * np.pi * direction
+    heading_SD2 = np.stack([np.cos(angle_SD), np.sin(angle_SD)], axis=-1)
+    velocity_SD2 = _on_grid((low + (high - low) * speed)[..., None] * heading_SD2)
+    positions_TSD2 = trajectories(start_SD2, velocity_SD2, config.frames, limit)
+    frames_STCHW = _draw(images_NHW[chosen_SD], positions_TSD2, config.frame_size)
+    for s, sample_id in enumerate(sample_ids):
+        meta = {
+            "sample_id": sample_id,
+            "split": split,
+            "seed": config.seed,
+            "digit_images": chosen_SD[s].tolist(),
+            "start_xy_px": start_SD2[s].tolist(),
+            "velocity_xy_px_per_frame": velocity_SD2[s].tolist(),
+        }
+        yield Sample(f"{split}-{sample_id:08d}", frames_STCHW[s], meta)
 
 
 def trajectories(
-    start_D2: NDArray[np.float64], velocity_D2: NDArray[np.float64], num_frames: int, limit: float
+    start_SD2: NDArray[np.float64], velocity_SD2: NDArray[np.float64], num_frames: int, limit: float
 ) -> NDArray[np.float64]:
-    """Return positions_TD2 in pixels of digits that bounce between 0 and `limit`."""
-    position_D2, velocity_D2 = start_D2.copy(), velocity_D2.copy()
-    positions_TD2 = np.empty((num_frames, *start_D2.shape))
-    positions_TD2[0] = position_D2
+    """Return positions_TSD2 in pixels of digits that bounce between 0 and `limit`."""
+    position_SD2, velocity_SD2 = start_SD2.copy(), velocity_SD2.copy()
+    positions_TSD2 = np.empty((num_frames, *start_SD2.shape))
+    positions_TSD2[0] = position_SD2
     for t in range(1, num_frames):
-        position_D2 += velocity_D2
-        passed_D2 = (position_D2 < 0) | (position_D2 > limit)
-        np.clip(position_D2, 0, limit, out=position_D2)
-        velocity_D2[passed_D2] *= -1
-        positions_TD2[t] = position_D2
-    return positions_TD2
+        position_SD2 += velocity_SD2
+        passed_SD2 = (position_SD2 < 0) | (position_SD2 > limit)
+        np.clip(position_SD2, 0, limit, out=position_SD2)
+        velocity_SD2[passed_SD2] *= -1
+        positions_TSD2[t] = position_SD2
+    return positions_TSD2
 
 
 def _draw(
-    images_DHW: NDArray[np.uint8], positions_TD2: NDArray[np.float64], frame_size: int
+    images_SDHW: NDArray[np.uint8], positions_TSD2: NDArray[np.float64], frame_size: int
 ) -> NDArray[np.uint8]:
     """Draw the digits at the integer parts of their positions; the brighter pixel wins."""
-    frames_TCHW = np.zeros((len(positions_TD2), 1, frame_size, frame_size), np.uint8)
-    size = images_DHW.shape[-1]
-    for frame_HW, corners_D2 in zip(frames_TCHW[:, 0], positions_TD2.astype(int), strict=True):
-        for image_HW, (x, y) in zip(images_DHW, corners_D2, strict=True):
-            place_HW = frame_HW[y : y + size, x : x + size]
-            np.maximum(place_HW, image_HW, out=place_HW)
-    return frames_TCHW
+    num_frames, num_samples, num_digits, _ = positions_TSD2.shape
+    frames_STCHW = np.zeros((num_samples, num_frames, 1, frame_size, frame_size), np.uint8)
+    places = sliding_window_view(
+        frames_STCHW[:, :, 0], images_SDHW.shape[-2:], axis=(2, 3), writeable=True
+    )
+    sample, time = np.arange(num_samples)[:, None], np.arange(num_frames)
+    corners_2DST = positions_TSD2.astype(int).transpose(3, 2, 1, 0)
+    for digit in range(num_digits):
+        x, y = corners_2DST[:, digit]
+        place = (sample, time, y, x)  # one for each frame, so none is written twice
+        places[place] = np.maximum(places[place], images_SDHW[:, digit, None])
+    return frames_STCHW
 
 
 def _uniform_numbers(config: MovingMNISTConfig, split: str, sample_id: int) -> NDArray[np.float64]:
@@ -264,7 +295,7 @@ def _write_one_shard(config: MovingMNISTConfig, out_url: str, job: tuple[str, in
     images_NHW = _digit_pool(config.mnist, split, config.digit_size)
     first = number * config.samples_per_shard
     end = min(first + config.samples_per_shard, config.num_samples(split))
-    samples = (make_sample(config, split, i, images_NHW) for i in range(first, end))
+    samples = make_samples(config, split, range(first, end), images_NHW)
     return write_shard(out_url, shard_path(split, number), samples, config.compression)
 
 

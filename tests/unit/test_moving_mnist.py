@@ -17,7 +17,12 @@ import numpy as np
 import pytest
 
 from data_prep import moving_mnist
-from data_prep.moving_mnist import MovingMNISTConfig, make_sample, write_moving_mnist
+from data_prep.moving_mnist import (
+    MovingMNISTConfig,
+    make_sample,
+    make_samples,
+    write_moving_mnist,
+)
 from data_prep.readers.mnist import DigitFileError, area_average, load_digits
 from data_prep.verify import verify_archive
 from data_prep.writers.objects import ArchiveExistsError
@@ -107,7 +112,7 @@ def test_frames_agree_with_an_independent_reference(digit_size):
 def test_start_direction_and_speed_have_the_distributions_of_the_definition():
     config = MovingMNISTConfig(digits=3)
     images = load_digits(None)["train"]
-    metas = [make_sample(config, "train", i, images).meta for i in range(400)]
+    metas = [sample.meta for sample in make_samples(config, "train", range(400), images)]
     start = np.array([meta["start_xy_px"] for meta in metas]).reshape(-1, 2)
     velocity = np.array([meta["velocity_xy_px_per_frame"] for meta in metas]).reshape(-1, 2)
     speed = np.hypot(*velocity.T)
@@ -124,8 +129,8 @@ def test_start_direction_and_speed_have_the_distributions_of_the_definition():
 def test_equal_speed_bounds_fix_the_speed():
     config = dataclasses.replace(SMALL, speed=(3.6, 3.6))
     images = area_average(load_digits(None)["train"], 14)
-    for i in range(5):
-        velocity = make_sample(config, "train", i, images).meta["velocity_xy_px_per_frame"]
+    for sample in make_samples(config, "train", range(5), images):
+        velocity = sample.meta["velocity_xy_px_per_frame"]
         assert np.hypot(*np.array(velocity).T) == pytest.approx(3.6, abs=1e-5)
 
 
@@ -147,6 +152,18 @@ def test_bytes_are_the_known_ones():
     assert digest == "edd706588a34fc5746bde418d1d37ba554d08ac9db8814cc4f74a43212f8dbfa"
 
 
+def test_samples_made_together_are_those_made_alone():
+    """More than are drawn at once; three digits that overlap."""
+    config = dataclasses.replace(SMALL, digits=3)
+    images = area_average(load_digits(None)["train"], 14)
+    together = list(make_samples(config, "train", range(150), images))
+    assert [sample.meta["sample_id"] for sample in together] == list(range(150))
+    for sample in together:
+        alone = make_sample(config, "train", sample.meta["sample_id"], images)
+        assert (sample.key, sample.meta) == (alone.key, alone.meta)
+        np.testing.assert_array_equal(sample.frames_TCHW, alone.frames_TCHW)
+
+
 def test_a_smaller_archive_is_a_prefix_of_a_larger_one(tmp_path):
     write(SMALL, tmp_path / "small")
     write(dataclasses.replace(SMALL, train=40, samples_per_shard=10), tmp_path / "large")
@@ -160,9 +177,9 @@ def test_a_smaller_archive_is_a_prefix_of_a_larger_one(tmp_path):
 
 def test_archives_of_one_seed_with_other_digit_counts_are_unrelated():
     images = area_average(load_digits(None)["train"], 14)
-    one = make_sample(dataclasses.replace(SMALL, digits=1), "train", 0, images).meta
-    two = make_sample(SMALL, "train", 0, images).meta
-    assert one["start_xy_px"][0] != two["start_xy_px"][0]
+    one = make_sample(dataclasses.replace(SMALL, digits=1), "train", 0, images)
+    two = make_sample(SMALL, "train", 0, images)
+    assert one.meta["start_xy_px"][0] != two.meta["start_xy_px"][0]
 
 
 def image_sets(splits: dict[str, np.ndarray]) -> dict[str, set[bytes]]:
@@ -261,13 +278,14 @@ def test_other_arguments_are_refused_unless_told_to_overwrite(tmp_path):
 
 
 def test_an_interrupted_archive_never_looks_finished(tmp_path, monkeypatch):
-    def failing_sample(config, split, sample_id, images) -> Sample:
-        if (split, sample_id) == ("train", 17):
-            raise KeyboardInterrupt
-        return make_sample(config, split, sample_id, images)
+    def failing_samples(config, split, sample_ids, images) -> Iterator[Sample]:
+        for sample in make_samples(config, split, sample_ids, images):
+            if (split, sample.meta["sample_id"]) == ("train", 17):
+                raise KeyboardInterrupt
+            yield sample
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(moving_mnist, "make_sample", failing_sample)
+        patch.setattr(moving_mnist, "make_samples", failing_samples)
         write(dataclasses.replace(SMALL, samples_per_shard=4), tmp_path)
     assert len(files_of(tmp_path)) == 4
     with pytest.raises(storage.MissingObjectError, match="not a finished archive"):

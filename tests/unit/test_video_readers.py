@@ -66,6 +66,19 @@ def test_every_container_gives_all_frames_in_order(tmp_path, suffix):
     assert facts.rate == pytest.approx(25)
 
 
+@pytest.mark.parametrize("suffix", CODECS)
+@pytest.mark.parametrize("colour", ["grey", "rgb"])
+def test_frames_are_what_pyav_gives_of_each_alone(tmp_path, suffix, colour):
+    """Though one converter serves all frames of a video."""
+    path = write_video(tmp_path / f"clip.{suffix}", noise(8))
+    with av.open(str(path)) as container:
+        form = "gray" if colour == "grey" else "rgb24"
+        wanted = [frame.to_ndarray(format=form) for frame in container.decode(video=0)]
+    found = [image_HWC.squeeze() for _, image_HWC in video_frames(path, colour)]
+    assert len(found) == 8
+    np.testing.assert_array_equal(found, wanted)
+
+
 def test_real_clips_give_what_pyav_gives():
     path = real_data("kth") / "person01_jogging_d1_uncomp.avi"
     with av.open(str(path)) as container:

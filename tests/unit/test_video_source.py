@@ -8,6 +8,9 @@ import pickle
 import shutil
 from collections import Counter
 from collections.abc import Sequence
+from fractions import Fraction
+from math import floor
+from operator import mul
 from pathlib import Path
 
 import numpy as np
@@ -100,6 +103,42 @@ def test_sizes_agree_with_opencv(method, old, new):
     got = resize(image_HWC, new, method)
     assert got.shape == (*new, 3)
     assert np.abs(got.astype(int) - wanted).max() <= 1
+
+
+def exact_rows(rows: list[list[Fraction]], size: int, method: str) -> list[list[Fraction]]:
+    """Rows brought to another number, one by one and in fractions, as RESIZE_NOTES says."""
+    ratio, found = Fraction(len(rows), size), []
+    for i in range(size):
+        if method == "area":
+            low, high = i * ratio, (i + 1) * ratio
+            parts = [max(min(high, y + 1) - max(low, y), 0) / ratio for y in range(len(rows))]
+        else:
+            centre = min(max((i + Fraction(1, 2)) * ratio - Fraction(1, 2), 0), len(rows) - 1)
+            parts = [max(1 - abs(centre - y), 0) for y in range(len(rows))]
+        found.append([sum(map(mul, parts, column)) for column in zip(*rows, strict=True)])
+    return found
+
+
+@pytest.mark.parametrize("method", ["bilinear", "area"])
+@pytest.mark.parametrize(
+    ("old", "new"), [((12, 9), (7, 20)), ((5, 8), (11, 3)), ((3, 60), (4, 7)), ((1, 6), (6, 1))]
+)
+def test_every_pixel_is_the_exact_one_rounded_half_up(method, old, new):
+    image_HW = np.random.default_rng(5).choice(np.array([0, 1, 127, 254, 255], np.uint8), old)
+    rows = [[Fraction(int(value)) for value in row] for row in image_HW]
+    turned = list(map(list, zip(*exact_rows(rows, new[0], method), strict=True)))
+    wanted = zip(*exact_rows(turned, new[1], method), strict=True)
+    rounded = [[floor(value + Fraction(1, 2)) for value in row] for row in wanted]
+    np.testing.assert_array_equal(resize(image_HW[..., None], new, method)[..., 0], rounded)
+
+
+@pytest.mark.parametrize("method", ["bilinear", "area"])
+@pytest.mark.parametrize(
+    ("old", "new"), [((1080, 1920), (120, 160)), ((2160, 3840), (64, 64)), ((40, 60), (1500, 1400))]
+)
+def test_the_largest_sums_fit(method, old, new):
+    """On both sides of the size at which sums take more bits."""
+    assert (resize(np.full((*old, 1), 255, np.uint8), new, method) == 255).all()
 
 
 def test_an_area_mean_keeps_the_mean_and_constants():
