@@ -109,11 +109,11 @@ def test_transferred_memory_is_the_normalised_one_and_is_what_the_next_step_read
     x = draws(1, 3, 4, 5) + 0.5
     for _ in range(2):
         own, output = reference_cell(p, "", x, state.hidden_BPHW, state.memory_BPHW)
-        imitations = layer.transfer.imitate(own)
-        gates = layer.transfer.transfer_gates(x, state.hidden_BPHW)
+        fused, imitations, gates = layer.transfer(own, x, state.hidden_BPHW)
         mixed = gates * imitations + (1 - gates) * own.unsqueeze(1)
         step = layer(x, state, Carry())
         close(step.imitations_BMPHW, imitations)
+        close(fused, own + mixed.sum(1))
         close(step.state.memory_BPHW, own + mixed.sum(1))
         close(step.state.hidden_BPHW, torch.tanh(own + mixed.sum(1)) * output)
         state = step.state

@@ -15,9 +15,11 @@ class ComputeConfig:
 
     convolution: Literal["auto", "direct", "winograd"] = "auto"
     """Of a cell's filters: the library's direct convolution, or Winograd's minimal filtering with a
-    sixth of the multiplications (float32 on CPUs); auto: by kernel, map and channels, as measured."""
-    compile: Choice = "auto"
-    """Fuse the arithmetic of each layer around its convolutions by torch.compile."""
+    sixth of the multiplications (3x3 and 5x5 filters, float32 on CPUs, whatever training.precision
+    says); auto: by filter, map and channels, as measured."""
+    arithmetic: Literal["auto", "plain", "compiled"] = "auto"
+    """Of gates and memories between convolutions. plain: one operation after the other; compiled:
+    each layer by torch.compile; auto: in one pass by C code on CPUs, plain elsewhere."""
     batch_teachers: Choice = "auto"
     """Run teachers of one architecture as one network with stacked weights."""
     cuda_graph: Choice = "auto"

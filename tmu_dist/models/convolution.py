@@ -5,17 +5,18 @@ Legend: B batch, C channels, H, W map height and width.
 
 from __future__ import annotations
 
-import logging
+from functools import cache
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tmu_dist.config import ConfigError
+from tmu_dist.models.native import is_there
 from tmu_dist.models.winograd.choice import is_faster
 from tmu_dist.models.winograd.filters import Filters
-from tmu_dist.models.winograd.kernels import KernelError, kernels
-
-log = logging.getLogger(__name__)
+from tmu_dist.models.winograd.kernels import kernels
 
 Algorithm = Literal["auto", "direct", "winograd"]
 """config.ComputeConfig.convolution."""
@@ -44,26 +45,46 @@ class Convolution(nn.Conv2d):
         self._transformed: tuple[tuple[Any, ...], Tensor, Filters] | None = None
 
     def forward(self, *maps_BCHW: Tensor) -> Tensor:
-        """Convolve one or two maps, as if their channels lay one after the other.
-
-        Raises:
-            ValueError: Winograd's filtering was asked for where it cannot be.
-        """
-        if self._uses_winograd(maps_BCHW[0]):
+        """Convolve one or two maps, as if their channels lay one after the other."""
+        if self.kernel_size == (1, 1):
+            return self._pointwise(maps_BCHW)
+        if self.uses_winograd(maps_BCHW[0]):
             return self._filters()(*maps_BCHW)
         return super().forward(maps_BCHW[0] if len(maps_BCHW) == 1 else torch.cat(maps_BCHW, dim=1))
+
+    def _pointwise(self, maps_BCHW: tuple[Tensor, ...]) -> Tensor:
+        """A matrix product for each map, where channels lie innermost; nothing is put together."""
+        if not all(each.is_contiguous(memory_format=torch.channels_last) for each in maps_BCHW):
+            return super().forward(torch.cat(maps_BCHW, dim=1))
+        weights = self.weight.flatten(1).split([each.shape[1] for each in maps_BCHW], dim=1)
+        total_BHWC: Tensor | None = None
+        # On CPUs half precision costs more in conversions than it saves in so small a product.
+        with torch.autocast("cpu", enabled=False):
+            for each, weight in zip(maps_BCHW, weights, strict=True):
+                bias = self.bias if total_BHWC is None else None
+                if each.device.type == "cpu":
+                    each = each.to(weight.dtype)
+                product_BHWC = F.linear(each.permute(0, 2, 3, 1), weight, bias)
+                total_BHWC = product_BHWC if total_BHWC is None else total_BHWC + product_BHWC
+        assert total_BHWC is not None
+        return total_BHWC.permute(0, 3, 1, 2)
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies transform their filters themselves."""
         return super().__getstate__() | {"_transformed": None}
 
-    def _uses_winograd(self, map_BCHW: Tensor) -> bool:
+    def uses_winograd(self, map_BCHW: Tensor) -> bool:
+        """Whether maps like this one are convolved by Winograd's filtering.
+
+        Raises:
+            ConfigError: that was asked for where it cannot be.
+        """
         if self.algorithm == "direct" or torch.compiler.is_compiling():
             return False
         can = self.weight.device.type == "cpu" and self.weight.dtype == torch.float32
         if self.algorithm == "winograd":
             if not can or self.kernel_size[0] not in (3, 5):
-                raise ValueError(
+                raise ConfigError(
                     "compute.convolution=winograd works with 3x3 and 5x5 filters in float32 on CPUs; "
                     f"these are {self.kernel_size[0]}x{self.kernel_size[1]} in {self.weight.dtype} "
                     f"on {self.weight.device}. Use auto or direct."
@@ -86,19 +107,6 @@ class Convolution(nn.Conv2d):
         return self._transformed[2]
 
 
+@cache
 def _has_kernels(taps: int) -> bool:
-    try:
-        kernels(taps)
-    except KernelError as error:
-        _warn_once(str(error))
-        return False
-    return True
-
-
-_told: set[str] = set()
-
-
-def _warn_once(message: str) -> None:
-    if message not in _told:
-        _told.add(message)
-        log.warning("Convolutions are the library's, several times slower on CPUs: %s", message)
+    return is_there(lambda: kernels(taps))

@@ -8,9 +8,12 @@ Legend: B batch, M teachers, C input channels, P hidden channels, H, W map heigh
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
 
+import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from tmu_dist.models.cells.base import Carry, CellState, RecurrentCell
 from tmu_dist.models.tmu import MemoryTransfer
@@ -74,6 +77,22 @@ class RecurrentLayer(nn.Module):
         self.transfer_zigzag = transfer_zigzag
         self.hidden_from = hidden_from
         self.number = number
+        self.recomputes = False
+        """Whether a backward pass computes again what happens inside a step (compute.recompute)."""
+        self._step_as_chosen: Callable[[Tensor, CellState, Carry], LayerStep] = self._step
+
+    def compile_step(self) -> None:
+        """Run steps as torch.compile fuses them; the first of each shape takes a while."""
+        self._step_as_chosen = torch.compile(self._step)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and other processes have plain steps, until they compile them themselves."""
+        state: dict[str, Any] = super().__getstate__()
+        return {name: value for name, value in state.items() if name != "_step_as_chosen"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._step_as_chosen = self._step
 
     def forward(
         self, x_BCHW: Tensor, state: CellState, carry: Carry, guide: Guide | None = None
@@ -81,7 +100,18 @@ class RecurrentLayer(nn.Module):
         """One time step; the transfer gates read the input and the previous hidden state."""
         if guide is not None:
             state = guide.enter(self.number, x_BCHW, state)
-        step = self._step(x_BCHW, state, carry)
+        if self.recomputes and torch.is_grad_enabled():
+            # Nothing in a step is drawn at random.
+            step: LayerStep = checkpoint(
+                self._step_as_chosen,
+                x_BCHW,
+                state,
+                carry,
+                use_reentrant=False,
+                preserve_rng_state=False,
+            )
+        else:
+            step = self._step_as_chosen(x_BCHW, state, carry)
         if guide is None:
             return step
         return step._replace(output_BPHW=guide.leave(self.number, step.state.hidden_BPHW))
@@ -115,6 +145,5 @@ def _transferred(
     """A memory after transfer (Eqs. 3 and 5), the imitations and the gates that let them in."""
     if transfer is None:
         return own_BPHW, None, None
-    imitations = transfer.imitate(own_BPHW)
-    gates = transfer.transfer_gates(x_BCHW, hidden_BPHW)
-    return transfer.fuse(own_BPHW, imitations, gates), imitations, gates
+    fused: tuple[Tensor, Tensor, Tensor] = transfer(own_BPHW, x_BCHW, hidden_BPHW)
+    return fused

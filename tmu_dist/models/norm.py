@@ -53,4 +53,12 @@ class MapLayerNorm(nn.Module):
                 f"got {tuple(x_BCHW.shape[1:])}. Use frames of the trained size, or train with "
                 "model.norm_affine=channel, which works at any size."
             )
-        return torch.addcmul(self.shift, F.group_norm(x_BCHW, self.groups), self.gain)
+        gain, shift = self.gain, self.shift
+        if x_BCHW.is_contiguous(memory_format=torch.channels_last):
+            # Arithmetic on maps that lie in different order takes several times as long.
+            gain, shift = _channels_last(gain), _channels_last(shift)
+        return torch.addcmul(shift, F.group_norm(x_BCHW, self.groups), gain)
+
+
+def _channels_last(weight_CHW: Tensor) -> Tensor:
+    return weight_CHW.permute(1, 2, 0).contiguous().permute(2, 0, 1)

@@ -123,6 +123,15 @@ class Predictor(nn.Module, ABC):
             num_input_frames: frames that will be read as they are.
         """
 
+    def foresee(self, state: Any, known_BTCHW: Tensor) -> Any:
+        """The state before the first step, with what can be computed of known frames all at once.
+
+        Args:
+            state: as `initial_state` returned it.
+            known_BTCHW: the frames of the first steps, which are read as they are.
+        """
+        return state
+
     @abstractmethod
     def step(
         self,
@@ -210,6 +219,8 @@ class Predictor(nn.Module, ABC):
         """The loop over time; arguments as in `forward`, and how many frames targets may show."""
         known = min(num_known_frames, frames_BTCHW.shape[1]) if self.learns_from_targets else 0
         state = self.initial_state(frames_BTCHW[:, 0], num_input_frames=num_input_frames)
+        read_as_they_are = num_frames - 1 if _hides_nothing(sampling_mask_BT) else num_input_frames
+        state = self.foresee(state, frames_BTCHW[:, :read_as_they_are])
         predictions: list[Tensor] = []
         inputs: list[Tensor] = []
         layers: list[Sequence[LayerStep]] = []
@@ -319,6 +330,15 @@ class Predictor(nn.Module, ABC):
                 f"noise_BTZ must have shape {noise_shape} (batch, steps, this network's "
                 f"noise_size), got {tuple(noise_BTZ.shape)}."
             )
+
+
+def _hides_nothing(sampling_mask_BT: Tensor | None) -> bool:
+    """Whether all steps read true frames; asked on CPUs only, where the answer costs nothing."""
+    if sampling_mask_BT is None or sampling_mask_BT.device.type != "cpu":
+        return False
+    if torch.compiler.is_compiling():  # a graph cannot depend on what a tensor holds
+        return False
+    return bool(sampling_mask_BT.all())
 
 
 def _over_time(maps: list[Tensor]) -> Tensor:

@@ -37,10 +37,21 @@ class RecurrentStack(nn.Module):
         return StackState(tuple(layer.cell.initial_state(x_BCHW) for layer in self.layers), Carry())
 
     def forward(
-        self, x_BCHW: Tensor, state: StackState, guide: Guide | None = None
+        self,
+        x_BCHW: Tensor,
+        state: StackState,
+        guide: Guide | None = None,
+        projected_BQHW: Tensor | None = None,
     ) -> tuple[StackState, list[LayerStep]]:
-        """One time step of all layers; the last entry of the list is the top layer."""
-        carry = state.carry
+        """One time step of all layers; the last entry of the list is the top layer.
+
+        Args:
+            x_BCHW: the lowest layer's input.
+            state: of the step before.
+            guide: acts on every layer.
+            projected_BQHW: what the lowest cell's `project` gives of the input, if it was known.
+        """
+        carry = state.carry._replace(projected_BQHW=projected_BQHW)
         steps: list[LayerStep] = []
         for layer, layer_state in zip(self.layers, state.layers, strict=True):
             step = layer(x_BCHW, layer_state, carry, guide)
@@ -55,6 +66,8 @@ class PredictorState(NamedTuple):
 
     stack: StackState
     earlier_maps: tuple[Tensor, ...]
+    projected: tuple[Tensor, ...] = ()
+    """Of known frames that are still to be read: what the lowest cell's `project` gives of each."""
 
 
 class StackedPredictor(Predictor):
@@ -102,6 +115,17 @@ class StackedPredictor(Predictor):
         earlier = (torch.zeros_like(x_BCHW),) * (self.window - 1)
         return PredictorState(self.stack.initial_state(torch.cat([*earlier, x_BCHW], 2)), earlier)
 
+    def foresee(self, state: PredictorState, known_BTCHW: Tensor) -> PredictorState:
+        """The lowest cell's input terms of all known frames, by one convolution."""
+        if self.window > 1:
+            return state
+        maps_NCHW = self._patches(known_BTCHW.flatten(0, 1))
+        projected_NQHW = self.stack.layers[0].cell.project(maps_NCHW)
+        if projected_NQHW is None:
+            return state
+        projected_BTQHW = projected_NQHW.unflatten(0, known_BTCHW.shape[:2])
+        return state._replace(projected=projected_BTQHW.unbind(1))
+
     def step(
         self,
         frame_BCHW: Tensor,
@@ -113,14 +137,19 @@ class StackedPredictor(Predictor):
     ) -> Step:
         """Read the frame (and the ones before it, where cells see a window of time)."""
         maps = (*state.earlier_maps, self._patches(frame_BCHW))
-        stack_state, layers = self.stack(torch.cat(maps, 2), state.stack, guide)
+        x_BCHW = maps[0] if len(maps) == 1 else torch.cat(maps, 2)
+        projected, *later = state.projected or (None,)
+        stack_state, layers = self.stack(x_BCHW, state.stack, guide, projected)
         hidden = layers[-1].output_BPHW
         if self.window == 1:
             output_BCHW = self.output(hidden)
         else:
             output_BCHW = self.output(hidden.unflatten(2, (self.window, -1))).squeeze(2)
         prediction = unpatchify(output_BCHW.unsqueeze(1), self.patch_size).squeeze(1)
-        return Step(prediction, PredictorState(stack_state, maps[1:]), layers)
+        return Step(prediction, PredictorState(stack_state, maps[1:], tuple(later)), layers)
 
     def _patches(self, frame_BCHW: Tensor) -> Tensor:
-        return patchify(frame_BCHW.unsqueeze(1), self.patch_size).squeeze(1)
+        # With channels innermost, as all maps above follow: convolutions on CPUs and on the tensor
+        # cores of GPUs read them so.
+        maps_BCHW = patchify(frame_BCHW.unsqueeze(1), self.patch_size).squeeze(1)
+        return maps_BCHW.contiguous(memory_format=torch.channels_last)

@@ -77,6 +77,10 @@ class SourcedPredictor(Predictor):
         """The student's own."""
         return self.network.initial_state(frame_BCHW, num_input_frames=num_input_frames)
 
+    def foresee(self, state: Any, known_BTCHW: Tensor) -> Any:
+        """The student's own."""
+        return self.network.foresee(state, known_BTCHW)
+
     def step(
         self,
         frame_BCHW: Tensor,

@@ -27,6 +27,8 @@ class Carry(NamedTuple):
     step; None before the first."""
     difference_BPHW: Tensor | None = None
     """MIM: the output D of the MIM-N below; it ends at the top layer."""
+    projected_BQHW: Tensor | None = None
+    """Into the lowest layer: what its cell's `project` gives of the input, if that was known."""
 
 
 class CellState(NamedTuple):
@@ -90,8 +92,16 @@ class RecurrentCell(nn.Module, ABC):
     def initial_state(self, x_BCHW: Tensor) -> CellState:
         """All-zero state for inputs like `x`; memories are float32 even under autocast."""
         batch, _, height, width = x_BCHW.shape
-        zeros = x_BCHW.new_zeros(batch, self.hidden_channels, height, width)
+        zeros = x_BCHW.new_zeros(batch, height, width, self.hidden_channels).permute(0, 3, 1, 2)
         return CellState(zeros, zeros)
+
+    def project(self, x_BCHW: Tensor) -> Tensor | None:
+        """The input-to-state terms, so that those of known inputs are computed all at once.
+
+        `propose` finds them in `Carry.projected_BQHW`. None in cells without, such as those in which
+        one convolution reads input and state together.
+        """
+        return None
 
     @abstractmethod
     def propose(self, x_BCHW: Tensor, state: CellState, carry: Carry) -> Proposal:

@@ -10,9 +10,11 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from tmu_dist.models import fused
 from tmu_dist.models.cells.base import Carry, CellState, Proposal, RecurrentCell
 from tmu_dist.models.cells.gates import GateLayers
 from tmu_dist.models.convolution import Convolution
+from tmu_dist.models.fused import can_fuse
 from tmu_dist.models.norm import Affine
 
 
@@ -48,6 +50,8 @@ class ConvLSTMCell(RecurrentCell):
     ) -> None:
         super().__init__(in_channels, hidden_channels)
         self.forget_bias = forget_bias
+        self.fuses = True
+        """Whether gates are computed in one pass where they can be (compute.arithmetic)."""
         is_joint = gate_form == "joint"
         make = GateLayers(
             kernel_size=kernel_size,
@@ -86,14 +90,27 @@ class ConvLSTMCell(RecurrentCell):
             )
         return super().initial_state(x_BCHW)
 
+    def project(self, x_BCHW: Tensor) -> Tensor | None:
+        """The input's part of all gates, where it has a convolution of its own."""
+        if self.gates is not None:
+            return None
+        projected: Tensor = self.norm_x(self.conv_x(x_BCHW))
+        return projected
+
     def propose(self, x_BCHW: Tensor, state: CellState, carry: Carry) -> Proposal:
         """Input, forget and modulation gates, and C-tilde = f . C + i . g (Eq. 2)."""
         if self.gates is not None:
             gates = self.gate_norm(self.gates(x_BCHW, state.hidden_BPHW))
         else:
-            gates = self.norm_x(self.conv_x(x_BCHW)) + self.norm_h(self.conv_h(state.hidden_BPHW))
-        i, f, o, g = gates.chunk(4, dim=1)
+            of_input = carry.projected_BQHW
+            if of_input is None:
+                of_input = self.norm_x(self.conv_x(x_BCHW))
+            gates = of_input + self.norm_h(self.conv_h(state.hidden_BPHW))
         memory = state.memory_BPHW
+        if self.fuses and can_fuse(gates, self.hidden_channels, self.peepholes):
+            candidate, forget, o = fused.propose(gates, memory, self.peepholes, self.forget_bias)
+            return Proposal(candidate, output_BPHW=o, forget_BPHW=forget)
+        i, f, o, g = gates.chunk(4, dim=1)
         if self.peepholes is not None:
             i = i + self.peepholes[0] * memory
             f = f + self.peepholes[1] * memory
@@ -104,6 +121,9 @@ class ConvLSTMCell(RecurrentCell):
     def emit(self, proposal: Proposal, memory_BPHW: Tensor) -> tuple[CellState, Carry]:
         """Output gate and hidden state, H = o . tanh(C) (Eq. 5)."""
         o = proposal.output_BPHW
+        if self.fuses and can_fuse(o, self.hidden_channels, self.peepholes):
+            hidden = fused.emit(o, memory_BPHW, self.peepholes)
+            return CellState(hidden, memory_BPHW), Carry()
         if self.peepholes is not None:
             o = o + self.peepholes[2] * memory_BPHW
         hidden = torch.sigmoid(o) * torch.tanh(memory_BPHW)

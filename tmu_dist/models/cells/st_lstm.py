@@ -99,10 +99,18 @@ class STLSTMCell(ZigzagCell):
         self.conv_h, self.norm_h = make.conv(hidden_channels, h_width), make.norm(h_width)
         self.conv_m, self.norm_m = make.conv(hidden_channels, m_width), make.norm(m_width)
 
+    def project(self, x_BCHW: Tensor) -> Tensor:
+        """The input's part of all gates."""
+        projected: Tensor = self.norm_x(self.conv_x(x_BCHW))
+        return projected
+
     def propose(self, x_BCHW: Tensor, state: CellState, carry: Carry) -> Proposal:
         """C-tilde = f . C + i . g from X and H, and M = f' . M + i' . g' from X and M."""
         memory, zigzag = state.memory_BPHW, self.incoming_zigzag(state, carry)
-        x = self.norm_x(self.conv_x(x_BCHW)).split(self.hidden_channels, dim=1)
+        projected = carry.projected_BQHW
+        if projected is None:
+            projected = self.project(x_BCHW)
+        x = projected.split(self.hidden_channels, dim=1)
         h = self.norm_h(self.conv_h(state.hidden_BPHW)).split(self.hidden_channels, dim=1)
         m = self.norm_m(self.conv_m(zigzag)).split(self.hidden_channels, dim=1)
         if self.shared:

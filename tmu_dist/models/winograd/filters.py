@@ -58,9 +58,7 @@ class Filters:
             for values in (self._weight_KCIJ, self._learned_bias_K)
         )
         if learns and self._token is None:
-            self._token = cast(
-                Tensor, _Token.apply(self._weight_KCIJ, self._learned_bias_K, self)
-            )
+            self._token = cast(Tensor, _Token.apply(self._weight_KCIJ, self._learned_bias_K, self))
         return cast(Tensor, _Convolve.apply(self._token if learns else None, self, *maps_BCHW))
 
     @property
@@ -145,9 +143,7 @@ class _Token(torch.autograd.Function):
     """Stands for the filters in the graph: its gradient is asked for when all uses are done."""
 
     @staticmethod
-    def forward(
-        ctx: Any, weight_KCIJ: Tensor, bias_K: Tensor | None, filters: Filters
-    ) -> Tensor:
+    def forward(ctx: Any, weight_KCIJ: Tensor, bias_K: Tensor | None, filters: Filters) -> Tensor:
         ctx.filters = filters
         return weight_KCIJ.new_zeros(())
 
@@ -170,9 +166,7 @@ class _Convolve(torch.autograd.Function):
     """One use of the filters."""
 
     @staticmethod
-    def forward(
-        ctx: Any, token: Tensor | None, filters: Filters, *maps_BCHW: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, token: Tensor | None, filters: Filters, *maps_BCHW: Tensor) -> Tensor:
         maps = [_channels_last(each) for each in maps_BCHW]
         ctx.filters = filters
         ctx.save_for_backward(*maps)

@@ -1,18 +1,8 @@
-"""Compiles the C code of this package once for each machine, and calls it.
-
-A C compiler (the variable CC, or `cc`) is needed when it is used first; that takes about a second. What
-was compiled is kept in the user's cache folder (XDG_CACHE_HOME, or ~/.cache).
-"""
+"""Writes the C code of this package for a size of filters, and calls it on tensors."""
 
 from __future__ import annotations
 
 import ctypes
-import hashlib
-import os
-import platform
-import shlex
-import subprocess
-import tempfile
 from collections.abc import Sequence
 from fractions import Fraction
 from functools import cache
@@ -21,18 +11,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from tmu_dist.models.native import VECTORS, load
 from tmu_dist.models.winograd.matrices import TILE, Matrix, transforms, transposed
 
-_FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fopenmp", "-fPIC", "-std=gnu11")
-# OpenMP itself is the one that torch has loaded for all: a second one would bring a second team of
-# threads. So it is compiled for OpenMP, but not linked with it.
-_LINK_FLAGS = ("-shared",)
-
 _long = ctypes.c_long
-
-
-class KernelError(RuntimeError):
-    """The C code cannot be compiled or loaded on this machine."""
 
 
 class Kernels:
@@ -47,7 +29,7 @@ class Kernels:
 
     def __init__(self, taps: int) -> None:
         self.num_points = transforms(taps).num_points ** 2
-        self._library = _load(_source(taps))
+        self._library = load("winograd", _source(taps))
         self._library.scratch_size.restype = _long
         self.lanes = _long.in_dll(self._library, "lanes").value
         self._panel = _long.in_dll(self._library, "panel").value
@@ -163,7 +145,8 @@ def _source(taps: int) -> str:
     return "\n".join(
         [
             f"enum {{ TILE = {TILE}, POINTS = {each.num_points}, PAD = {taps // 2} }};",
-            _VECTORS,
+            VECTORS,
+            _BLOCKS,
             *(_axis(name, matrix) for name, matrix in axes.items()),
             Path(__file__).with_name("winograd.c").read_text(),
         ]
@@ -171,18 +154,9 @@ def _source(taps: int) -> str:
 
 
 # A block of ROWS x COLUMNS vectors leaves a few of the 32 or 16 registers for its operands.
-_VECTORS = """
-#ifdef __AVX512F__
-#define LANES 16
-#define COLUMNS 4
-#else
-#define LANES 8
-#define COLUMNS 2
-#endif
-#define ROWS 6
+_BLOCKS = """
+enum { COLUMNS = LANES == 16 ? 4 : 2, ROWS = 6 };
 const long lanes = LANES, panel = COLUMNS * LANES;
-typedef float vec __attribute__((vector_size(4 * LANES), aligned(4)));
-static const vec ZERO = {0};
 """
 
 
@@ -223,56 +197,3 @@ def _sum(row: Sequence[Fraction]) -> str:
             sign = "-" if factor < 0 else "+" if text else ""
             text += f" {sign} {size}x[{j} * sx]"
     return text.strip()
-
-
-def _load(source: str) -> ctypes.CDLL:
-    """The compiled code, from the cache if it is there."""
-    compiler = shlex.split(os.environ.get("CC", "cc"))
-    # -march=native makes other code on another kind of processor; homes may be shared.
-    key = "\n".join([source, *compiler, *_FLAGS, *_LINK_FLAGS, _processor()])
-    path = _cache_folder() / f"winograd-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
-    try:
-        if not path.is_file():
-            _compile(compiler, source, path)
-        return ctypes.CDLL(str(path))
-    except OSError as error:
-        raise KernelError(f"Winograd's kernels cannot be made or loaded ({path}): {error}") from None
-
-
-def _compile(compiler: Sequence[str], source: str, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        made = Path(folder)
-        (made / "winograd.c").write_text(source)
-        for command in (
-            [*compiler, *_FLAGS, "-c", "winograd.c", "-o", "winograd.o"],
-            [*compiler, *_LINK_FLAGS, "winograd.o", "-o", "winograd.so"],
-        ):
-            try:
-                subprocess.run(command, cwd=made, check=True, capture_output=True, text=True)
-            except FileNotFoundError:
-                raise KernelError(
-                    f"Winograd's kernels need a C compiler, and there is no {compiler[0]!r}: install "
-                    "gcc, or name another one in the variable CC."
-                ) from None
-            except subprocess.CalledProcessError as error:
-                raise KernelError(
-                    f"{' '.join(command)} failed on this machine: {error.stderr.strip()[-500:]}"
-                ) from None
-        # Another process may have been first; both made the same.
-        os.replace(made / "winograd.so", path)
-
-
-def _cache_folder() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "tmu_dist"
-
-
-def _processor() -> str:
-    """What the compiler may make use of on this machine."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return f"{platform.machine()} {platform.processor()} {platform.node()}"
-    wanted = ("flags", "Features", "model name", "CPU part")
-    return "\n".join(sorted({line for line in lines if line.startswith(wanted)}))

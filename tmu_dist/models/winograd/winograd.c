@@ -1,6 +1,6 @@
 /* Winograd's minimal filtering on float maps whose channels lie innermost, [N][H][W][C].
 
-   Before this text stand, written by kernels.py from the exact matrices:
+   Before this text stand VECTORS of native.py and, written by kernels.py from the exact matrices:
      TILE, POINTS, PAD and the functions of one axis, y[i * sy] = sum_j matrix[i][j] x[j * sx]:
      input_axis (B^T), input_axis_back (B), output_axis (A^T), output_axis_back (A).
 
@@ -15,26 +15,9 @@
    Every loop over threads writes disjoint memory and no sum is split among threads, so results do
    not depend on their number. */
 
-#include <omp.h>
-#include <string.h>
 
 #define SQUARE (POINTS * POINTS)
-#define PANEL (COLUMNS * LANES)
-
-static inline vec load(const float *from) { return *(const vec *)from; }
-static inline void store(float *to, vec v) { *(vec *)to = v; }
-
-/* Lanes at and after `count` are 0, or are not written. */
-static inline vec load_part(const float *from, long count) {
-  if (count >= LANES) return load(from);
-  vec v = ZERO;
-  memcpy(&v, from, count * sizeof(float));
-  return v;
-}
-static inline void store_part(float *to, vec v, long count) {
-  if (count >= LANES) store(to, v);
-  else memcpy(to, &v, count * sizeof(float));
-}
+enum { PANEL = COLUMNS * LANES };
 
 static inline long tiles(long size) { return (size + TILE - 1) / TILE; }
 
@@ -129,7 +112,7 @@ static void any_block(long rows, long columns, const float *a, long ai, long ak,
                       long ldb, float *c, long ldc, long depth, int add) {
   switch (rows * 8 + columns) {
     BLOCKS(1) BLOCKS(2)
-#if COLUMNS > 2
+#if LANES == 16
     BLOCKS(3) BLOCKS(4)
 #endif
   }
@@ -155,8 +138,6 @@ static void multiply_panel(const float *v, long point_stride, long depth, const 
     multiply(v + p * point_stride, depth, 1, packed + p * depth * columns, columns,
              m + p * rows * columns, columns, rows, columns, depth, 0);
 }
-
-static inline long min(long a, long b) { return a < b ? a : b; }
 
 /* Threads share the panels, or if these do not divide among them, the images. */
 static long image_groups(long panels, long N, int threads) {
