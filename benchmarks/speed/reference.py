@@ -263,6 +263,25 @@ def training_operations(size: Dimensions, num_teachers: int, *, num_steps: int) 
     return 3 * num_steps * student - first + teachers
 
 
+def training_bytes(size: Dimensions, num_teachers: int, *, num_steps: int) -> int:
+    """What must be read and written in float32 for it, were all arithmetic between convolutions
+    done in one pass: every map once where it is made and once where it is used. Without weights.
+    """
+    student = 3 * _step_bytes(size, num_teachers)  # the gradient reads and writes twice as much
+    return num_steps * (student + num_teachers * _step_bytes(size))
+
+
+def _step_bytes(size: Dimensions, num_teachers: int = 0) -> int:
+    hidden, taught = size.hidden_channels, num_teachers * size.hidden_channels
+    channels = 0
+    for in_channels in [size.channels] + [hidden] * (size.num_layers - 1):
+        joined = in_channels + hidden
+        channels += joined + 4 * hidden + (4 + 1 + 2) * hidden  # convolution; gates, c, and c and h
+        if num_teachers:
+            channels += (hidden + taught) + (joined + taught) + (2 * taught + 2 * hidden)
+    return 4 * size.height * size.width * (channels + hidden + size.channels)
+
+
 def _products(size: Dimensions, in_channels: int, num_teachers: int) -> int:
     """Of one layer's convolutions at one place of a map: gates; transfer gates and distillers."""
     hidden = size.hidden_channels

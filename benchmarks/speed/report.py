@@ -13,17 +13,22 @@ Row: TypeAlias = Mapping[str, Any]
 
 
 def about(record: Row) -> str:
-    """Where a record was made, and what the machine could do while it was."""
-    machine, floors = record["machine"], record["floors"]["per_second"]
+    """Where a record was made, and what the machine could do while it was, if that was measured."""
+    machine = record["machine"]
+    made = (
+        f"`{record['command']}`: {machine['processor']}, {machine['threads']} thread(s) of the "
+        f"CPU, torch {record['versions']['torch']}, revision "
+        f"{(record['git_revision'] or 'unknown')[:10]}."
+    )
+    if "floors" not in record:
+        return made
+    floors = record["floors"]["per_second"]
     matrix = ", ".join(
         f"{name} {rate / 1e9:,.0f} GFLOP/s" for name, rate in floors.items() if name != "copy"
     )
     return (
-        f"`{record['command']}`: {machine['processor']}, {machine['threads']} thread(s) of the "
-        f"CPU, torch {record['versions']['torch']}, revision "
-        f"{(record['git_revision'] or 'unknown')[:10]}, {record['rounds']} round(s). Best rates of "
-        f"this machine in the same run: products of square matrices {matrix}; copies "
-        f"{floors['copy'] / 1e9:,.1f} GB/s, read and written."
+        f"{made} {record['rounds']} round(s). Best rates of this machine in the same run: products "
+        f"of square matrices {matrix}; copies {floors['copy'] / 1e9:,.1f} GB/s, read and written."
     )
 
 
@@ -44,12 +49,10 @@ def markdown(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     return [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|", *lines]
 
 
-def time_columns(row: Row, base: Row, batch: int, *, unit: float = 1.0) -> list[str]:
-    """Seconds times `unit`, sequences a second, and times faster than the base."""
-    seconds = [unit * each for each in row["seconds"]]
-    best = min(row["seconds"])
+def time_columns(row: Row, base: Row, batch: int) -> list[str]:
+    """Seconds, sequences a second, and times faster than the base in the same round."""
     faster = median_and_range(ratios(base["seconds"], row["seconds"]), 2)
-    return [spread(seconds, 3 if unit == 1.0 else 1), f"{batch / best:,.2f}", faster]
+    return [spread(row["seconds"], 4), f"{batch / min(row['seconds']):,.2f}", faster]
 
 
 def rate_columns(row: Row, floors: Mapping[str, float]) -> list[str]:
@@ -62,6 +65,54 @@ def rate_columns(row: Row, floors: Mapping[str, float]) -> list[str]:
     ]
 
 
+def floor_seconds(operations: float, moved: float | None, floors: Mapping[str, float]) -> str:
+    """The least time of so many operations and of so many bytes, at the machine's rates."""
+    text = (
+        f"{operations / 1e9:,.1f} GFLOP: at the rates of products at least "
+        f"{operations / floors['fp32']:.3g} s in fp32 and {operations / floors['bf16']:.3g} s in "
+        "bf16"
+    )
+    if moved is None:
+        return f"{text}."
+    return (
+        f"{text}; {moved / 1e9:,.2f} GB of maps that must be read and written: at the rate of "
+        f"copies {moved / floors['copy']:.3g} s."
+    )
+
+
 def megabytes(count: int | None) -> str:
     """Such as 1,234; nothing of what was not measured."""
     return "" if count is None else f"{count / 1e6:,.0f}"
+
+
+def cases(record: Row, call: str, differences: Mapping[str, str]) -> list[str]:
+    """Lines of a table for every work of a record.
+
+    Args:
+        record: with `cases`.
+        call: what is timed.
+        differences: head of a column and name in `agreement`.
+    """
+    heads = (
+        *("setting", f"s/{call}: least (median, most)", "sequences/s", "× reference"),
+        *("GFLOP/s", "of fp32", "of bf16", "peak MB", *differences),
+    )
+    lines: list[str] = []
+    for case in record["cases"]:
+        found, batch = case["found"], case["work"]["batch"]
+        base = found["reference"]
+        rows = [
+            [
+                name,
+                *time_columns(row, base, batch),
+                *rate_columns(row, record["floors"]["per_second"]),
+                megabytes(row["peak_bytes"]),
+                *(f"{row['agreement'][part]:.1e}" for part in differences.values()),
+            ]
+            for name, row in found.items()
+        ]
+        floors = record["floors"]["per_second"]
+        amounts = floor_seconds(base["operations"], case.get("bytes"), floors)
+        lines += ["", f"{describe(case['work'])}. {amounts}", ""]
+        lines += markdown(heads, rows)
+    return lines

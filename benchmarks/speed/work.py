@@ -9,17 +9,17 @@ Legend: B batch, T time, C channels, H, W height and width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
-from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from benchmarks.speed import reference
 from benchmarks.speed.measure import Run, matrix_precision, relative_difference
+from tmu_dist.arithmetic import arithmetic
 from tmu_dist.collectives import Collectives
 from tmu_dist.config import ModelConfig, RunConfig, TMUConfig, WindowConfig, with_overrides
 from tmu_dist.models.arrange import arrange
@@ -27,12 +27,18 @@ from tmu_dist.models.build import build_predictor
 from tmu_dist.models.rollout import Predictor
 from tmu_dist.models.shapes import FrameShape
 from tmu_dist.teachers.adapter import TeacherPlan
+from tmu_dist.teachers.ahead import TeachingAhead
 from tmu_dist.teachers.bank import FrozenTeacher, ReplicatedBank, Shown, TeacherBank, Teaching
+from tmu_dist.teachers.batched import BatchedBank, Likeness, run_together
+from tmu_dist.teachers.placement import Placement
 from tmu_dist.training.build import build_step
 from tmu_dist.training.step import TrainingStep
-from tmu_dist.transfer.base import Objective, Task, TrainingBatch, TransferMethod
+from tmu_dist.transfer.base import Objective, Task, TaughtMethod, TrainingBatch, TransferMethod
 from tmu_dist.transfer.scratch import Scratch
 from tmu_dist.transfer.tmu import MemoryDistillation
+
+Weights: TypeAlias = Mapping[str, Tensor]
+"""Of a network of this project, by name."""
 
 BETA = 0.1
 LEARNING_RATE = 1e-3
@@ -71,6 +77,14 @@ class Work(NamedTuple):
     def training_operations(self) -> int:
         """Of one training step on the whole batch, its teachers included."""
         of_one = reference.training_operations(
+            self.dimensions, self.num_teachers, num_steps=self.num_steps
+        )
+        return self.batch * of_one
+
+    @property
+    def training_bytes(self) -> int:
+        """Of one training step on the whole batch: maps that must be read and written."""
+        of_one = reference.training_bytes(
             self.dimensions, self.num_teachers, num_steps=self.num_steps
         )
         return self.batch * of_one
@@ -128,14 +142,14 @@ class Setting(NamedTuple):
 
 _PLAIN = {
     "compute.convolution": "direct",
-    "compute.compile": "off",
+    "compute.arithmetic": "plain",
     "compute.batch_teachers": "off",
     "compute.cuda_graph": "off",
 }
 
 
 def _setting(*, cached: bool = False, **changes: str) -> Setting:
-    """Everything off but what is said; `precision` is of training, all else of compute."""
+    """Everything plain but what is said; `precision` is of training, all else of compute."""
     named = {
         f"{'training' if name == 'precision' else 'compute'}.{name}": value
         for name, value in changes.items()
@@ -145,38 +159,64 @@ def _setting(*, cached: bool = False, **changes: str) -> Setting:
 
 SETTINGS: dict[str, Setting] = {
     "fp32": _setting(),
+    "fp32, compiled": _setting(arithmetic="compiled"),
+    "fp32, fused": _setting(arithmetic="auto"),
     "fp32, winograd": _setting(convolution="winograd"),
-    "fp32, winograd, compiled": _setting(convolution="winograd", compile="on"),
-    "fp32, compiled": _setting(compile="on"),
+    "fp32, winograd, fused": _setting(convolution="winograd", arithmetic="auto"),
     "bf16": _setting(precision="bf16"),
-    "bf16, compiled": _setting(precision="bf16", compile="on"),
-    "bf16, winograd": _setting(precision="bf16", convolution="winograd"),
-    "bf16, winograd, compiled": _setting(precision="bf16", convolution="winograd", compile="on"),
-    "fp32, winograd, compiled, cached": _setting(convolution="winograd", compile="on", cached=True),
-    "bf16, compiled, cached": _setting(precision="bf16", compile="on", cached=True),
+    "bf16, compiled": _setting(precision="bf16", arithmetic="compiled"),
+    "bf16, fused": _setting(precision="bf16", arithmetic="auto"),
+    "bf16, winograd, fused": _setting(precision="bf16", convolution="winograd", arithmetic="auto"),
+    "fp32, winograd, fused, cached": _setting(
+        convolution="winograd", arithmetic="auto", cached=True
+    ),
+    "bf16, fused, cached": _setting(precision="bf16", arithmetic="auto", cached=True),
+    "bf16, winograd, fused, cached": _setting(
+        precision="bf16", convolution="winograd", arithmetic="auto", cached=True
+    ),
     "tf32": _setting(precision="tf32"),
-    "tf32, compiled": _setting(precision="tf32", compile="on"),
-    "tf32, compiled, graph": _setting(precision="tf32", compile="on", cuda_graph="on"),
-    "bf16, compiled, batched": _setting(precision="bf16", compile="on", batch_teachers="on"),
-    "bf16, compiled, graph": _setting(precision="bf16", compile="on", cuda_graph="on"),
+    "tf32, compiled": _setting(precision="tf32", arithmetic="compiled"),
+    "tf32, compiled, graph": _setting(precision="tf32", arithmetic="compiled", cuda_graph="on"),
+    "fp16, compiled, graph": _setting(precision="fp16", arithmetic="compiled", cuda_graph="on"),
+    "bf16, compiled, batched": _setting(
+        precision="bf16", arithmetic="compiled", batch_teachers="on"
+    ),
+    "bf16, compiled, graph": _setting(precision="bf16", arithmetic="compiled", cuda_graph="on"),
     "bf16, compiled, batched, graph": _setting(
-        precision="bf16", compile="on", batch_teachers="on", cuda_graph="on"
+        precision="bf16", arithmetic="compiled", batch_teachers="on", cuda_graph="on"
+    ),
+    "bf16, compiled, batched, graph, cached": _setting(
+        precision="bf16",
+        arithmetic="compiled",
+        batch_teachers="on",
+        cuda_graph="on",
+        cached=True,
     ),
     "defaults": Setting({}),
     "defaults, bf16": Setting({"training.precision": "bf16"}),
 }
-"""By the names of the tables; what is not named is off. Defaults choose by themselves."""
+"""By the names of the tables; what is not named is plain. Fused: in one pass, by C code on CPUs;
+compiled: by torch.compile. Defaults choose by themselves."""
+
+_OF_CARDS = ("tf32", "fp16", "graph", "batched")
+_OF_CPUS = ("winograd", "fused")
+"""Words in names of settings that only one kind of device has."""
 
 REFERENCE, REFERENCE_TF32 = "reference", "reference, tf32"
 """The latter is what torch does with float32 convolutions on a GPU unless it is told otherwise."""
 
 
-def settings_of(device: str) -> list[str]:
-    """Names of the settings that a kind of device has, without the references."""
-    if device == "cuda":
-        return [name for name in SETTINGS if "winograd" not in name]
-    on_gpu = ("tf32", "graph", "batched")
-    return [name for name in SETTINGS if not any(word in name for word in on_gpu)]
+def contenders_of(device: str, chosen: Sequence[str] | None = None) -> list[str]:
+    """The references of a kind of device, and settings: those chosen, or all that it has."""
+    others = _OF_CPUS if device == "cuda" else _OF_CARDS
+    own = [name for name in SETTINGS if not any(word in name for word in others)]
+    references = [REFERENCE, REFERENCE_TF32] if device == "cuda" else [REFERENCE]
+    return [*references, *(chosen or own)]
+
+
+def forecasting(names: Iterable[str]) -> list[str]:
+    """Those that differ where there are no teachers and nothing is learned."""
+    return [name for name in names if not any(w in name for w in ("cached", "graph", "batched"))]
 
 
 class Outcome(NamedTuple):
@@ -225,8 +265,8 @@ class Reference(Contender):
         self.student = reference.Network(size, num_teachers, mean=is_mean)
         self.student.load_state_dict(reference.weights_of(student_weights(work), num_teachers))
         self.teachers = [reference.Network(size) for _ in range(num_teachers)]
-        for m, teacher in enumerate(self.teachers):
-            teacher.load_state_dict(reference.weights_of(teacher_weights(work, m)))
+        for teacher, weights in zip(self.teachers, all_teacher_weights(work), strict=True):
+            teacher.load_state_dict(reference.weights_of(weights))
         for network in (self.student, *self.teachers):
             network.to(device, dtype)
         self.optimizer = torch.optim.Adam(self.student.parameters(), lr=LEARNING_RATE)
@@ -274,10 +314,19 @@ class Ours(Contender):
         device: "cpu" or "cuda".
         setting: how.
         dtype: of everything; float64 to compare by.
+        student: its weights; None: `student_weights`.
+        teachers: weights of each; None: `teacher_weights`.
     """
 
     def __init__(
-        self, work: Work, device: str, setting: Setting, *, dtype: torch.dtype = torch.float32
+        self,
+        work: Work,
+        device: str,
+        setting: Setting,
+        *,
+        dtype: torch.dtype = torch.float32,
+        student: Weights | None = None,
+        teachers: Sequence[Weights] | None = None,
     ) -> None:
         self.work = work
         self.config = with_overrides(
@@ -288,63 +337,77 @@ class Ours(Contender):
                 **setting.overrides,
             },
         )
-        place = torch.device(device)
+        if self.config.compute.arithmetic == "compiled":
+            # A run compiles one network for one shape; here are many in a process, none of which
+            # is to fall back or to be compiled for any shape because of another.
+            torch._dynamo.config.recompile_limit = 256
+            torch._dynamo.config.automatic_dynamic_shapes = False
+        self._device = place = torch.device(device)
         self.batch = make_batch(work, device, dtype)
-        self.teachers = [
-            FrozenTeacher(self._arranged(network, place, dtype))
-            for network in teacher_networks(work)
-        ]
-        bank: TeacherBank = ReplicatedBank(self.teachers)
+        self._shown = shown(self.batch, work.window.num_input_frames)
+        self.bank = self._make_bank(teachers or all_teacher_weights(work), dtype)
         if setting.is_cached:
-            bank = StoredBank(bank, shown(self.batch, work.window.num_input_frames))
-        method = make_method(work, bank)
+            self.bank = StoredBank(self.bank.plans, self.teach())
+        method = make_method(work, self.bank)
+        if isinstance(method, TaughtMethod) and device == "cuda":
+            method.ahead = TeachingAhead(place)
         self.student: Predictor = method.build_student()
-        self.student.load_state_dict(student_weights(work))
+        self.student.load_state_dict(student or student_weights(work))
         self._arranged(self.student, place, dtype)
         self.step: TrainingStep = build_step(
             self.config, method, self.student, self.student, place, Collectives()
         )
-        self._precision: Callable[[], AbstractContextManager[None]] = nullcontext
-        if device == "cuda" and self.config.training.precision != "tf32":
-            self._precision = partial(matrix_precision, "ieee")
 
-    def train(self) -> dict[str, float]:
-        with self._precision():
-            return self.step(self.batch)
+    def train(self) -> object:
+        return self.step(self.batch)
 
     def forecast(self) -> Tensor:
-        window = self.work.window
-        given_BTCHW = self.batch.frames_BTCHW[:, : window.num_input_frames]
-        with self._precision(), self.step.autocast():
-            predicted = self.student.predict(given_BTCHW, window.num_target_frames)
-        return self._maps(predicted)
+        return self._maps(self.predict(self.batch.frames_BTCHW))
 
-    def teach(self) -> object:
+    def predict(self, frames_BTCHW: Tensor) -> Tensor:
+        """Continue the input frames of any sequences, in pixel space."""
+        window = self.work.window
+        with self._arithmetic():
+            given_BTCHW = frames_BTCHW[:, : window.num_input_frames]
+            return self.student.predict(given_BTCHW, window.num_target_frames)
+
+    def teach(self) -> tuple[Teaching, ...]:
         """What the teachers tell of the batch, as a training step asks them."""
-        with self._precision(), self.step.autocast():
-            return ReplicatedBank(self.teachers).teach(
-                shown(self.batch, self.work.window.num_input_frames)
-            )
+        with self._arithmetic():
+            return self.bank.teach(self._shown)
 
     def outcome(self) -> Outcome:
-        with self._precision():
-            with self.step.autocast():
-                terms = self.step.loss(self.batch)
-            loss = terms.total()
-            names, parameters = zip(*self.student.named_parameters(), strict=True)
-            gradients = torch.autograd.grad(loss, parameters)
-        by_name = reference.weights_of(
-            dict(zip(names, gradients, strict=True)), self.work.num_teachers
-        )
+        with self._arithmetic():
+            terms = self.step.loss(self.batch)
+        loss = terms.total()
+        names, parameters = zip(*self.student.named_parameters(), strict=True)
+        gradients = dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))
+        by_name = reference.weights_of(gradients, self.work.num_teachers)
         size, num_teachers = self.work.dimensions, self.work.num_teachers
         with torch.device("meta"):
             order = [name for name, _ in reference.Network(size, num_teachers).named_parameters()]
         predictions_BTCHW = self._maps(terms.rollout.predictions_BTCHW.detach())
         return Outcome(loss.detach(), predictions_BTCHW, [by_name[name] for name in order])
 
+    def _arithmetic(self) -> AbstractContextManager[None]:
+        return arithmetic(self.config.training.precision, self._device)
+
+    def _make_bank(self, weights: Iterable[Weights], dtype: torch.dtype) -> TeacherBank:
+        """As a run makes it where every rank holds all teachers."""
+        teachers = []
+        for each in weights:
+            network = seeded(0, self.work, 0)
+            network.load_state_dict(each)
+            teachers.append(FrozenTeacher(self._arranged(network, self._device, dtype)))
+        alike = [Likeness.of(teacher) for teacher in teachers]
+        here = Placement(kind="replicated", resident_bytes=(0,))
+        if run_together(self.config.compute.batch_teachers, alike, here, self._device):
+            return BatchedBank(teachers)
+        return ReplicatedBank(teachers)
+
     def _arranged(self, network: Predictor, device: torch.device, dtype: torch.dtype) -> Predictor:
         network.to(device, dtype)
-        arrange(network, self.config.compute, device)
+        arrange(network, self.config.compute)
         return network
 
     def _maps(self, frames_BTCHW: Tensor) -> Tensor:
@@ -352,13 +415,13 @@ class Ours(Contender):
 
 
 class StoredBank:
-    """Memories that a bank has told of one batch, told again; no teacher is needed any more."""
+    """What teachers have told of a batch, told again; none of them is needed any more."""
 
     own: tuple[FrozenTeacher, ...] = ()
 
-    def __init__(self, bank: TeacherBank, of: Shown) -> None:
-        self._told = bank.teach(of)
-        self._plans = bank.plans
+    def __init__(self, plans: tuple[TeacherPlan, ...], told: tuple[Teaching, ...]) -> None:
+        self._plans = plans
+        self._told = told
 
     @property
     def plans(self) -> tuple[TeacherPlan, ...]:
@@ -382,7 +445,15 @@ def contender(name: str, work: Work, device: str) -> Contender:
     """
     if name in (REFERENCE, REFERENCE_TF32):
         return Reference(work, device, tf32=name == REFERENCE_TF32)
-    return Ours(work, device, SETTINGS[name])
+    return ours(name, work, device)
+
+
+def ours(name: str, work: Work, device: str) -> Ours:
+    """This project in a setting by its name; a lone teacher has no other to run together with."""
+    setting = SETTINGS[name]
+    if work.num_teachers < 2:
+        setting = setting._replace(overrides={**setting.overrides, "compute.batch_teachers": "off"})
+    return Ours(work, device, setting)
 
 
 def prepare_training(name: str, work: Work, device: str) -> Run:
@@ -408,30 +479,21 @@ def make_method(work: Work, bank: TeacherBank) -> TransferMethod:
     return MemoryDistillation(task, tmu=TMUConfig(), bank=bank, beta=BETA, teacher_input="own")
 
 
-def student_weights(work: Work) -> dict[str, Tensor]:
-    """Of the student, the same whenever asked; its peepholes are not 0."""
-    network = _seeded(_STUDENT_SEED, work, work.num_teachers)
-    return dict(network.state_dict())
+def student_weights(work: Work) -> Weights:
+    """Of the student, the same whenever asked."""
+    return seeded(_STUDENT_SEED, work, work.num_teachers).state_dict()
 
 
-def teacher_weights(work: Work, number: int) -> dict[str, Tensor]:
-    """Of a teacher, the same whenever asked."""
-    return dict(_seeded(_TEACHER_SEED + number, work, 0).state_dict())
+def all_teacher_weights(work: Work) -> list[Weights]:
+    """Of every teacher, the same whenever asked."""
+    return [seeded(_TEACHER_SEED + m, work, 0).state_dict() for m in range(work.num_teachers)]
 
 
-def teacher_networks(work: Work) -> Iterable[Predictor]:
-    """All teachers of a work."""
-    return (_seeded(_TEACHER_SEED + m, work, 0) for m in range(work.num_teachers))
-
-
-def _seeded(seed: int, work: Work, num_slots: int) -> Predictor:
+def seeded(seed: int, work: Work, num_slots: int) -> Predictor:
+    """A fresh network with room for so many teachers."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        network = build_predictor(work.frame, work.model, tmu=TMUConfig(), num_slots=num_slots)
-        for name, weight in network.named_parameters():
-            if name.endswith("peepholes"):
-                nn.init.normal_(weight, std=0.1)
-    return network
+        return build_predictor(work.frame, work.model, tmu=TMUConfig(), num_slots=num_slots)
 
 
 def make_batch(work: Work, device: str, dtype: torch.dtype = torch.float32) -> TrainingBatch:
