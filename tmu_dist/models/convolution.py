@@ -85,9 +85,9 @@ class Convolution(nn.Conv2d):
         if self.algorithm == "winograd":
             if not can or self.kernel_size[0] not in (3, 5):
                 raise ConfigError(
-                    "compute.convolution=winograd works with 3x3 and 5x5 filters in float32 on CPUs; "
-                    f"these are {self.kernel_size[0]}x{self.kernel_size[1]} in {self.weight.dtype} "
-                    f"on {self.weight.device}. Use auto or direct."
+                    "compute.convolution=winograd works with 3x3 and 5x5 filters in float32 on "
+                    f"CPUs; these are {self.kernel_size[0]}x{self.kernel_size[1]} in "
+                    f"{self.weight.dtype} on {self.weight.device}. Use auto or direct."
                 )
             return True
         height, width = map_BCHW.shape[2:]
@@ -98,9 +98,8 @@ class Convolution(nn.Conv2d):
         )
 
     def _filters(self) -> Filters:
-        key = (self.weight._version, self.weight.data_ptr(), self.weight.requires_grad)
-        if self.bias is not None:
-            key += (self.bias._version, self.bias.data_ptr(), self.bias.requires_grad)
+        numbers = [self.weight] if self.bias is None else [self.weight, self.bias]
+        key = tuple((each._version, each.data_ptr(), each.requires_grad) for each in numbers)
         if self._transformed is None or self._transformed[0] != key:
             # The weight is held, so that no other one can come to lie at its address.
             self._transformed = key, self.weight.detach(), Filters(self.weight, self.bias)

@@ -1,7 +1,7 @@
 """C code that is compiled once for each machine, when it is used first.
 
-A C compiler (the variable CC, or `cc`) is needed, and about a second. What was compiled is kept in the
-user's cache folder (XDG_CACHE_HOME, or ~/.cache).
+A C compiler (the variable CC, or `cc`) is needed, and about a second. What was compiled is kept in
+the user's cache folder (XDG_CACHE_HOME, or ~/.cache).
 """
 
 from __future__ import annotations
@@ -138,15 +138,15 @@ def _compile(compiler: Sequence[str], source: str, path: Path) -> None:
                 subprocess.run(command, cwd=made, check=True, capture_output=True, text=True)
             except FileNotFoundError:
                 raise NativeCodeError(
-                    f"Fast convolutions need a C compiler, and there is no {compiler[0]!r}: install "
-                    "gcc, or name another one in the variable CC."
+                    f"Fast convolutions need a C compiler, and there is no {compiler[0]!r}: "
+                    "install gcc, or name another one in the variable CC."
                 ) from None
             except subprocess.CalledProcessError as error:
                 raise NativeCodeError(
                     f"{' '.join(command)} failed on this machine: {error.stderr.strip()[-500:]}"
                 ) from None
         # Another process may have been first; both made the same.
-        os.replace(made / "code.so", path)
+        (made / "code.so").replace(path)
 
 
 def _cache_folder() -> Path:

@@ -53,7 +53,8 @@ class MapLayerNorm(nn.Module):
                 f"got {tuple(x_BCHW.shape[1:])}. Use frames of the trained size, or train with "
                 "model.norm_affine=channel, which works at any size."
             )
-        gain, shift = self.gain, self.shift
+        gain: Tensor = self.gain
+        shift: Tensor = self.shift
         if x_BCHW.is_contiguous(memory_format=torch.channels_last):
             # Arithmetic on maps that lie in different order takes several times as long.
             gain, shift = _channels_last(gain), _channels_last(shift)

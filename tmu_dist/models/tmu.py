@@ -19,9 +19,9 @@ class MemoryTransfer(nn.Module):
     """The grey box of the paper's Figure 2: imitate M teachers' memories, gate them in.
 
     The distillers of all teachers are one convolution and one grouped normalisation, and so are
-    the transfer gates. The distillers never read a memory in half precision: with Eq. 5 it can grow
-    beyond 65,504, where float16 ends, and with bfloat16 up to a third of the predictions' error came
-    from there.
+    the transfer gates. The distillers never read a memory in half precision: with Eq. 5 it can
+    grow beyond 65,504, where float16 ends, and with bfloat16 up to a third of the predictions'
+    error came from there.
 
     Args:
         gate_kernel_size: filter size of the transfer gates. The paper says 5x5 for all filters,
@@ -71,7 +71,8 @@ class MemoryTransfer(nn.Module):
             (Eq. 3) and how much of each flows in, in [0, 1] (Eq. 5, line 1), both
             [B, M, P, H, W].
         """
-        imitations = self.distiller_norm(self.distillers(memory_BPHW))
+        with torch.autocast(memory_BPHW.device.type, enabled=False):
+            imitations = self.distiller_norm(self.distillers(memory_BPHW))
         gates = self.gates(x_BCHW, hidden_BPHW)
         if self.gate_norm is not None:
             gates = self.gate_norm(gates)

@@ -98,8 +98,8 @@ class RecurrentCell(nn.Module, ABC):
     def project(self, x_BCHW: Tensor) -> Tensor | None:
         """The input-to-state terms, so that those of known inputs are computed all at once.
 
-        `propose` finds them in `Carry.projected_BQHW`. None in cells without, such as those in which
-        one convolution reads input and state together.
+        `propose` finds them in `Carry.projected_BQHW`. None in cells without, such as those in
+        which one convolution reads input and state together.
         """
         return None
 

@@ -1,9 +1,10 @@
-"""The arithmetic between convolutions in one pass over memory, with its gradients (float32 on CPUs).
+"""The arithmetic between convolutions in one pass over memory, with its gradients.
 
 Each function does what the cell or the TMU that calls it says in plain operations; `can_fuse` tells
-where it may be called. Backward passes compute gates again instead of keeping them.
+where it may be called: in float32 on CPUs. Backward passes compute gates again instead of keeping
+them.
 
-Deliberately not here: other devices, where `compute.arithmetic=compiled` fuses the plain operations.
+Deliberately not here: other devices (`compute.arithmetic=compiled` fuses the plain operations).
 
 Legend: B batch, M teachers, P hidden channels, H, W map height and width.
 """

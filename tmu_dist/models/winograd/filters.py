@@ -1,7 +1,7 @@
-"""The convolution and its gradients: a set of filters, transformed once and used at every time step.
+"""The convolution and its gradients: filters, transformed once and used at every time step.
 
-Legend: P points of a tile (both axes in one), R rows (tiles of all maps of a batch), B batch, C input
-channels, K output channels, I, J taps of a filter, H, W map height and width.
+Legend: P points of a tile (both axes in one), R rows (tiles of all maps of a batch), B batch,
+C input channels, K output channels, I, J taps of a filter, H, W map height and width, N any axes.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from tmu_dist.models.winograd.kernels import Kernels, kernels
 from tmu_dist.models.winograd.matrices import TILE, transforms
 
 _ROWS_AT_ONCE = 256
-"""Rows that the filters' gradient is computed from at a time: of several time steps, so that the sum,
-which is large, is seldom read and written."""
+"""Rows that the filters' gradient is computed from at a time: of several time steps, so that the
+sum, which is large, is seldom read and written."""
 
 
 class Filters:
@@ -210,4 +210,4 @@ def _channels_last(map_BCHW: Tensor) -> Tensor:
 
 def _task() -> int:
     """Number of the backward pass that is running."""
-    return int(torch._C._current_graph_task_id())  # type: ignore[attr-defined]
+    return torch._C._current_graph_task_id()

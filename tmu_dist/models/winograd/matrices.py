@@ -17,8 +17,9 @@ TILE = 4
 convolution, and larger ones lose a digit with every pair of points."""
 
 POINTS = {3: (Fraction(2, 3), Fraction(3, 2)), 5: (Fraction(1, 2), Fraction(1), Fraction(2))}
-"""By taps of a filter. These points, their opposites, which share their sums, 0 and infinity had the
-smallest rounding error of all pairs and triples of fractions between 1/4 and 3 with small numbers."""
+"""By taps of a filter. These points, their opposites, which share their sums, 0 and infinity had
+the smallest rounding error of all pairs and triples of fractions between 1/4 and 3 with small
+numbers."""
 
 
 class Transforms(NamedTuple):
