@@ -25,8 +25,8 @@ Algorithm = Literal["auto", "direct", "winograd"]
 class Convolution(nn.Conv2d):
     """A convolution that keeps the map's size, by whichever algorithm is faster.
 
-    Its weights have the names and shapes of `nn.Conv2d`. Filters that are transformed are kept for
-    as long as the weights stay the same: once for all time steps, and for good if they are frozen.
+    Its weights have the names and shapes of `nn.Conv2d`. Filters are transformed once for all time
+    steps of a rollout, and if they are frozen for all rollouts.
 
     Args:
         in_channels: of all maps that it reads together.
@@ -51,6 +51,11 @@ class Convolution(nn.Conv2d):
         if self.uses_winograd(maps_BCHW[0]):
             return self._filters()(*maps_BCHW)
         return super().forward(maps_BCHW[0] if len(maps_BCHW) == 1 else torch.cat(maps_BCHW, dim=1))
+
+    def begin_rollout(self) -> None:
+        """Transform learned filters anew: not every optimiser leaves a trace of its updates."""
+        if self.weight.requires_grad:
+            self._transformed = None
 
     def _pointwise(self, maps_BCHW: tuple[Tensor, ...]) -> Tensor:
         """A matrix product for each map, where channels lie innermost; nothing is put together."""

@@ -194,9 +194,6 @@ class TrainingStep:
         for group in optimizer.param_groups:
             group["lr"] = self.learning_rate(step) * group.get("factor", 1.0)
         scaling.update(optimizer)
-        # Fused Adam leaves the weights' versions, by which transformed filters know them, alone.
-        weights = [weight for group in optimizer.param_groups for weight in group["params"]]
-        torch.autograd.graph.increment_version(weights)
 
     def _sums(
         self, batch: TrainingBatch, following: TrainingBatch | None, num_directions: int
