@@ -51,6 +51,7 @@ ROWS = {
     "tmu_dist.training.many": 4,
     "tmu_dist.training.ray_cluster": 4,
     "tmu_dist.training.ray_failures": 4,
+    "tmu_dist.training.ray_group": 4,
     "tmu_dist.training.ray_many": 4,
     "tmu_dist.training.ray_metrics": 4,
     "tmu_dist.training.ray_places": 4,
@@ -81,15 +82,18 @@ SIDEWAYS = {
     ("tmu_dist.teachers", "tmu_dist.run_folder"),
     ("tmu_dist.transfer", "tmu_dist.teachers"),
     ("tmu_dist.training", "tmu_dist.evaluation"),  # validation is an evaluation
+    ("tmu_dist.training.launch", "tmu_dist.training.ray_cluster"),  # when Ray is asked for
     ("tmu_dist.training.launch", "tmu_dist.training.ray_worker"),  # when Ray is asked for
     ("tmu_dist.training.many", "tmu_dist.training.launch"),
     ("tmu_dist.training.many", "tmu_dist.training.ray_many"),  # when Ray is asked for
+    ("tmu_dist.training.ray_group", "tmu_dist.training.ray_cluster"),
     ("tmu_dist.training.ray_many", "tmu_dist.training.many"),
     ("tmu_dist.training.ray_many", "tmu_dist.training.ray_cluster"),
     ("tmu_dist.training.ray_many", "tmu_dist.training.ray_places"),
     ("tmu_dist.training.ray_places", "tmu_dist.training.ray_cluster"),
     ("tmu_dist.training.ray_worker", "tmu_dist.training.ray_cluster"),
     ("tmu_dist.training.ray_worker", "tmu_dist.training.ray_failures"),
+    ("tmu_dist.training.ray_worker", "tmu_dist.training.ray_group"),
     ("tmu_dist.training.ray_worker", "tmu_dist.training.ray_metrics"),
     ("tmu_dist.training.ray_worker", "tmu_dist.training.ray_places"),
 }
@@ -128,6 +132,7 @@ RAY_ROOMS = {
     "tmu_dist.doctor.ray_ranks",
     "tmu_dist.training.ray_cluster",
     "tmu_dist.training.ray_failures",
+    "tmu_dist.training.ray_group",
     "tmu_dist.training.ray_many",
     "tmu_dist.training.ray_metrics",
     "tmu_dist.training.ray_places",

@@ -3,6 +3,9 @@ process.
 
 Deliberately not here: gradient averaging (that is DistributedDataParallel's work, in
 `tmu_dist.training`), and anything about Ray, whose workers come with a process group.
+
+torch is loaded where ranks talk, not with this module: a process that is alone, such as the command
+that starts Ray's workers, gets along without.
 """
 
 from __future__ import annotations
@@ -17,13 +20,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Literal, TypeVar
-
-import torch
-import torch.distributed as dist
-from torch import Tensor
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 from tmu_dist.config import ConfigError
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
+    from torch import Tensor
 
 Item = TypeVar("Item")
 
@@ -59,7 +62,11 @@ class Collectives:
 
     def __init__(self, ranks: Ranks | None = None) -> None:
         self.ranks = ranks or Ranks()
-        if self.ranks.world_size > 1 and not dist.is_initialized():
+        if self.ranks.world_size == 1:
+            return
+        import torch.distributed as dist
+
+        if not dist.is_initialized():
             raise ValueError(
                 f"{self.ranks.world_size} ranks need torch.distributed: call "
                 "init_process_group first (launchers do), or use one rank."
@@ -69,6 +76,8 @@ class Collectives:
         """The given object of every rank, in rank order, on every rank."""
         if self.ranks.world_size == 1:
             return [item]
+        import torch.distributed as dist
+
         gathered: list[Item | None] = [None] * self.ranks.world_size
         dist.all_gather_object(gathered, item)
         return gathered  # type: ignore[return-value]
@@ -77,6 +86,8 @@ class Collectives:
         """Rank 0's object, on every rank."""
         if self.ranks.world_size == 1:
             return item
+        import torch.distributed as dist
+
         box = [item]
         dist.broadcast_object_list(box, src=0)
         return box[0]
@@ -122,6 +133,8 @@ class Collectives:
         ranks = self.ranks
         if ranks.world_size == 1:
             return RankGroup(range(1), 0)
+        import torch.distributed as dist
+
         everyone = range(ranks.world_size)
         if size == "all":
             groups = [everyone]
@@ -171,6 +184,8 @@ class RankGroup:
         """Every member's tensor, all of one shape, by place: [size, ...]."""
         if self.size == 1:
             return values.unsqueeze(0)
+        import torch.distributed as dist
+
         gathered = values.new_empty((self.size, *values.shape))
         dist.all_gather(list(gathered), values.contiguous(), group=self.process_group)
         return gathered
@@ -185,6 +200,8 @@ class RankGroup:
         """
         if self.size == 1:
             return values
+        import torch.distributed as dist
+
         incoming = values.new_empty(sum(received))
         dist.all_to_all_single(
             incoming, values, list(received), list(sent), group=self.process_group
@@ -260,6 +277,9 @@ def joined_ranks(launcher: str, *, timeout_seconds: float = 600.0) -> Iterator[C
     if launcher != "torchrun":
         yield Collectives()
         return
+    import torch
+    import torch.distributed as dist
+
     missing = [name for name in _TORCHRUN if name not in os.environ]
     if missing:
         raise ConfigError(

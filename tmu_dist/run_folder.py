@@ -18,6 +18,7 @@ RUN is a local path or the URL of a folder in an object store.
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,30 @@ FILE_TIME = "%Y%m%dT%H%M%SZ"
 
 Event = dict[str, Any]
 """A line of the log: at least `event` and `step`."""
+
+
+class ResumeError(ValueError):
+    """A checkpoint does not belong to what the command asks for."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunResult:
+    """What a finished run tells its caller."""
+
+    run: str
+    steps: int
+    seconds: float
+    """Time spent in training steps, over all starts."""
+    seconds_per_batch: float
+    """Of training, waiting for data included (a column of the paper's Table 1)."""
+    best_step: int
+    best_mse_per_frame: float
+    """Lowest validation error, closed-loop."""
+    predicted_peak_bytes: int | None = None
+    """Memory of one rank at its peak, predicted at the last start; None: not near what there is, so
+    that nobody looked, or of an earlier version."""
+    measured_peak_bytes: int | None = None
+    """What rank 0 took since then (`training/memory_room.py`); None: not known."""
 
 
 def read_log(run: str | Path) -> list[Event]:

@@ -16,11 +16,12 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import tyro
 
 from tmu_dist.bundle import bundle_on_crash
+from tmu_dist.collectives import Collectives, joined_ranks
 from tmu_dist.commands import command_errors
 from tmu_dist.config import (
     ConfigError,
@@ -35,9 +36,6 @@ from tmu_dist.recipes import DEFAULT_RECIPE, get_recipe, overview
 from tmu_dist.recipes.base import Recipe
 from tmu_dist.run_folder import RESULT_FILE
 
-if TYPE_CHECKING:
-    from tmu_dist.collectives import Collectives
-
 log = logging.getLogger(__name__)
 
 
@@ -45,8 +43,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of `python -m tmu_dist.train`."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     recipe = parse_command(sys.argv[1:] if arguments is None else arguments)
-    from tmu_dist.collectives import joined_ranks  # loads torch, which --help does not need
-
     config = recipe.config
     timeout = config.faults.collective_timeout_seconds
     with (

@@ -17,6 +17,7 @@ from contextlib import suppress
 from typing import Any
 
 # Before ray: it sets the variables that Ray reads when it is imported.
+from tmu_dist.training.ray_cluster import connect_for
 from tmu_dist.training.ray_worker import train_on_ray, would_only_repeat
 
 from ray import tune  # isort: skip
@@ -161,7 +162,7 @@ def _train(config: RunConfig) -> None:
         return
     with bundle_on_crash(config):
         if config.launch.launcher == "ray":
-            train_on_ray(config)
+            train_on_ray(config, connect_for(config))
             return
         # So that numbers do not depend on how many trials run beside it.
         torch.set_num_threads(1)

@@ -71,8 +71,8 @@ def test_workers_are_started_again_for_what_may_heal(
         "get_local_world_size": one,
     }
     monkeypatch.setattr(ray_worker.ray.train, "get_context", lambda: SimpleNamespace(**context))
-    monkeypatch.setattr(ray_worker.ray.train.torch, "get_device", lambda: None)
-    monkeypatch.setattr(ray_worker, "train", fail)
+    monkeypatch.setattr(ray_worker, "own_device", lambda: None)
+    monkeypatch.setattr("tmu_dist.training.loop.train", fail)
     monkeypatch.setattr(ray_worker, "_check_folders", lambda *given: None)
     monkeypatch.setattr(ray_worker, "_PreemptionNotice", lambda rank: None)
     settings = {"config": asdict(tiny_config), "token": "", "folders": {}, "command": "tmu"}
@@ -94,7 +94,7 @@ def test_a_bucket_that_is_not_there_is_named_before_ray_starts(
 
 
 def test_a_store_that_ray_cannot_use_is_refused_before_ray_starts(tiny_config: RunConfig) -> None:
-    from tmu_dist.training.ray_worker import _check_store
+    from tmu_dist.training.ray_cluster import _check_store
 
     _check_store("/disk/run")
     _check_store("gs://bucket/run")

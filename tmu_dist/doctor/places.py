@@ -118,7 +118,7 @@ def wanted_of(config: RunConfig, *, without: Sequence[str] = ()) -> Wanted:
     """
     from tmu_dist.data.manifest import MANIFEST_PATH
     from tmu_dist.run_folder import SELECTED_FILE
-    from tmu_dist.teachers.store import CARD_FILE  # loads torch
+    from tmu_dist.teachers.card import CARD_FILE
 
     data = config.data
     archives = {"data.url": (data.url,), "data.mix_with": data.mix_with}

@@ -23,10 +23,8 @@ from tmu_dist.training.ray_cluster import (
 )
 
 import ray.train  # isort: skip
-import ray.train.torch  # isort: skip
 from ray.exceptions import RayError  # isort: skip
 from ray.train import FailureConfig, LoggingConfig  # isort: skip
-from ray.train.torch import TorchTrainer  # isort: skip
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError  # isort: skip
 from ray.util.queue import Queue  # isort: skip
 
@@ -36,8 +34,8 @@ from tmu_dist.data.storage import StorageError, delete_many, list_paths, local_p
 from tmu_dist.doctor.rank_facts import RankFacts, RanksSeen
 from tmu_dist.doctor.ranks import introduce, look_at_rank
 from tmu_dist.training.ray_failures import told_failure
+from tmu_dist.training.ray_group import RankBackend, RankConfig, Trainer, own_device, own_ranks
 from tmu_dist.training.ray_places import scaling
-from tmu_dist.training.ray_worker import RankBackend, RankConfig, own_ranks
 
 _PATIENCE_SECONDS = 60
 """That ranks wait for each other. Longer than the slowest of them may take to load teachers or to
@@ -65,7 +63,7 @@ def look_at_ranks_on_ray(config: RunConfig, *, inputs_ready: bool = True) -> Ran
     told = Queue(actor_options={"num_cpus": 0})
     error_text = ""
     with _folder(config.output) as folder, fault_settings(_FAULTS):
-        trainer = TorchTrainer(
+        trainer = Trainer(
             _look,
             train_loop_config={
                 "config": asdict(config),
@@ -73,9 +71,9 @@ def look_at_ranks_on_ray(config: RunConfig, *, inputs_ready: bool = True) -> Ran
                 "told": told,
             },
             scaling_config=workers,
-            torch_config=_LookConfig(
-                backend=process_group_backend(bool(workers.use_gpu)),
-                timeout_s=_PATIENCE_SECONDS,
+            backend_config=_LookConfig(
+                communication=process_group_backend(bool(workers.use_gpu)),
+                timeout_seconds=_PATIENCE_SECONDS,
                 told=told,
             ),
             run_config=ray.train.RunConfig(
@@ -155,7 +153,7 @@ def _folder(output: str) -> Iterator[str]:
 
 def _introduce(told: Queue) -> None:
     """Say who this rank is, while nothing has been tried yet."""
-    told.put(introduce(own_ranks(), ray.train.torch.get_device(), ray.util.get_node_ip_address()))
+    told.put(introduce(own_ranks(), own_device(), ray.util.get_node_ip_address()))
 
 
 def _look(settings: dict[str, Any]) -> None:
@@ -167,7 +165,7 @@ def _look(settings: dict[str, Any]) -> None:
     facts = look_at_rank(
         from_dict(settings["config"]),
         Collectives(own_ranks()),
-        ray.train.torch.get_device(),
+        own_device(),
         settings["inputs_ready"],
         node=ray.util.get_node_ip_address(),
         tell=settings["told"].put,

@@ -16,6 +16,8 @@ from tmu_dist.config import AdapterConfig, ARTConfig, ModelConfig, TMUConfig, Wi
 from tmu_dist.data.manifest import Manifest, Units
 from tmu_dist.models.shapes import FrameShape
 
+CARD_FILE = "card.json"
+"""Its name in a model folder."""
 CARD_SCHEMA_VERSION = 1
 
 

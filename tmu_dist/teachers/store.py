@@ -37,13 +37,12 @@ from tmu_dist.models.rollout import Predictor
 from tmu_dist.run_folder import SELECTED_FILE
 from tmu_dist.teachers.adapter import StudentFacts, plan_teacher
 from tmu_dist.teachers.bank import FrozenTeacher
-from tmu_dist.teachers.card import TeacherCard, TeacherError
+from tmu_dist.teachers.card import CARD_FILE, TeacherCard, TeacherError
 from tmu_dist.teachers.sourced import SourcedPredictor
 
 log = logging.getLogger(__name__)
 
 WEIGHTS_FILE = "weights.safetensors"
-CARD_FILE = "card.json"
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from tmu_dist.config import RunConfig, from_dict, resume_conflicts, to_json
 from tmu_dist.data.storage import MissingObjectError, StorageError, join_url, read_bytes
 from tmu_dist.folders import keep_folders, list_folders, sweep_unfinished, write_folder
 from tmu_dist.models.rollout import Predictor
-from tmu_dist.run_folder import CONFIG_FILE
+from tmu_dist.run_folder import CONFIG_FILE, ResumeError
 from tmu_dist.teachers.card import TeacherCard
 from tmu_dist.teachers.store import (
     CARD_FILE,
@@ -46,10 +46,6 @@ STATE_FILE = "state.pt"
 FACTS_FILE = "training.json"
 """The mark of a checkpoint: written last, with the hashes of the state and of the weights."""
 _CHECKPOINTS, _MODELS = "checkpoints", "models"
-
-
-class ResumeError(ValueError):
-    """A checkpoint does not belong to what the command asks for."""
 
 
 @dataclass(kw_only=True)

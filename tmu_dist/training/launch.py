@@ -1,6 +1,7 @@
 """Where the processes of a run come from: this process, torchrun, or Ray Train.
 
-All three end in the same `loop.train`, with the same numbers.
+All three end in the same `loop.train`, with the same numbers. torch and the loop are loaded where a
+rank begins: the command that starts Ray's workers is none.
 """
 
 from __future__ import annotations
@@ -8,17 +9,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from tmu_dist.collectives import Collectives
 from tmu_dist.config import ConfigError, RunConfig
 from tmu_dist.data.storage import local_path
-from tmu_dist.run_folder import Event
-from tmu_dist.training.loop import RunResult, train
+from tmu_dist.run_folder import Event, RunResult
 from tmu_dist.training.progress import ProgressDisplay
 from tmu_dist.training.rank_log import rank_log
 from tmu_dist.workspace import located
+
+if TYPE_CHECKING:
+    import torch
 
 
 def launch(config: RunConfig, collectives: Collectives | None = None) -> RunResult:
@@ -33,9 +35,12 @@ def launch(config: RunConfig, collectives: Collectives | None = None) -> RunResu
     """
     config = with_absolute_paths(config)
     if config.launch.launcher == "ray":
+        from tmu_dist.training.ray_cluster import connect_for
+
+        variables = connect_for(config)  # Ray's processes start while the next module is loaded
         from tmu_dist.training.ray_worker import train_on_ray
 
-        return train_on_ray(config)
+        return train_on_ray(config, variables)
     if collectives is None and config.launch.launcher == "torchrun":
         raise ConfigError("launch.launcher=torchrun needs the ranks from `joined_ranks`.")
     display = ProgressDisplay(Path(config.output).name, config.training.num_steps)
@@ -60,6 +65,8 @@ def train_here(
     Raises:
         Everything that `loop.train` raises.
     """
+    from tmu_dist.training.loop import train
+
     device = pick_device(config.launch.device, local_rank=collectives.ranks.local_rank)
     with rank_log(config.output, collectives.ranks):
         return train(config, collectives, device, listener=listener)
@@ -71,6 +78,8 @@ def pick_device(wanted: str, *, local_rank: int) -> torch.device:
     Raises:
         ConfigError: CUDA is asked for and there is none.
     """
+    import torch
+
     if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():

@@ -13,7 +13,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from itertools import chain, islice, pairwise
 
 import torch
@@ -27,7 +27,7 @@ from tmu_dist.evaluation.runner import score_predictor
 from tmu_dist.folders import write_text
 from tmu_dist.models.build import count_trained
 from tmu_dist.provenance import command_line
-from tmu_dist.run_folder import CONFIG_FILE, RESULT_FILE, Event
+from tmu_dist.run_folder import CONFIG_FILE, RESULT_FILE, Event, RunResult
 from tmu_dist.teachers.card import DataFacts, frame_shape
 from tmu_dist.training.build import build_step
 from tmu_dist.training.checkpoint import CheckpointStore, Progress, rng_state, set_rng_state
@@ -44,21 +44,6 @@ from tmu_dist.transfer.prepare import prepare_transfer
 
 class NonFiniteLossError(RuntimeError):
     """The loss became NaN or infinite."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunResult:
-    """What a finished run tells its caller."""
-
-    run: str
-    steps: int
-    seconds: float
-    """Time spent in training steps, over all starts."""
-    seconds_per_batch: float
-    """Of training, waiting for data included (a column of the paper's Table 1)."""
-    best_step: int
-    best_mse_per_frame: float
-    """Lowest validation error, closed-loop."""
 
 
 def train(

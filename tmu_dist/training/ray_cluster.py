@@ -22,6 +22,7 @@ os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")
 os.environ.setdefault(
     "RAY_DEDUP_LOGS_SKIP_REGEX", "worker died or was killed|node with node id|Raylet is terminated"
 )
+os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
 os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
 os.environ.setdefault("RAY_TRAIN_METRICS_ENABLED", "0")
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
@@ -34,7 +35,7 @@ from tmu_dist.config import ConfigError, FaultConfig, RunConfig
 from tmu_dist.data.manifest import MANIFEST_PATH
 from tmu_dist.data.storage import MissingObjectError, exists, local_path, read_bytes
 from tmu_dist.run_folder import CONFIG_FILE, SELECTED_FILE
-from tmu_dist.teachers.store import CARD_FILE
+from tmu_dist.teachers.card import CARD_FILE
 
 log = logging.getLogger(__name__)
 
@@ -43,10 +44,14 @@ _STORE_VARIABLES = ("AWS_", "AZURE_", "GOOGLE_")
 NODES_KNOW_STORES = "TMU_DIST_NODES_KNOW_STORES"
 """Set to 1 in the environment of `ray start` where every node has these variables, or rights of its
 own (a role, a service account)."""
-_CONTROLLER_VARIABLES = {"TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "2"}
-"""Of what restarts lost workers: those left over get so many seconds to part before they are
-ended. They hang in an exchange with the lost one, so longer is time lost."""
+PARTING_SECONDS = "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S"
+"""Ray's name of how long those left over from lost workers may take to part before they are
+ended."""
+_CONTROLLER_VARIABLES = {PARTING_SECONDS: "2"}
+"""Of what restarts lost workers: they hang in an exchange with the lost one, so longer is time
+lost."""
 _WATCH_SECONDS = 1.0
+_is_own = False
 
 
 def connect(variables: Mapping[str, str]) -> None:
@@ -72,10 +77,43 @@ def connect(variables: Mapping[str, str]) -> None:
             ) from None
     settings = {name: os.environ.get(name, value) for name, value in _CONTROLLER_VARIABLES.items()}
     ray.init(
+        include_dashboard=False,  # of a Ray that is started here, which nothing asks for its pages
         log_to_driver=False,
         logging_level=logging.WARNING,
         runtime_env={"env_vars": {**settings, **variables}},
     )
+    global _is_own
+    with suppress(AttributeError):  # Ray has no public way to ask
+        _is_own = ray._private.worker._global_node.is_head()
+
+
+def connect_for(config: RunConfig) -> dict[str, str]:
+    """Join or start Ray for a run; returns the variables that its workers need.
+
+    Joins the cluster of the job or of `RAY_ADDRESS`; otherwise the one running on this machine, or
+    starts one for this process.
+
+    Raises:
+        ConfigError: as `connect`, or Ray cannot use the store of the run folder.
+        StorageError: a store that cannot be reached from here.
+    """
+    _check_store(config.output)
+    connect(variables := reach_stores(config))
+    return variables
+
+
+def _check_store(output: str) -> None:
+    """Raise a ConfigError if Ray, which reads its own way from stores, cannot use this one."""
+    if local_path(output) is None and not output.startswith(("s3://", "gs://")):
+        raise ConfigError(
+            f"output={output!r}: with Ray, a run folder is on a disk that all workers see, or at "
+            "s3:// or gs://. Use one of these, or launch.launcher=local or torchrun."
+        )
+
+
+def is_own() -> bool:
+    """Whether `connect` started the Ray of this process: one machine, and it ends with it."""
+    return _is_own
 
 
 def seen_folders(config: RunConfig) -> dict[str, str]:
@@ -126,6 +164,8 @@ def fault_settings(faults: FaultConfig) -> Iterator[None]:
         "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(faults.start_timeout_seconds),
         "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": str(faults.collective_timeout_seconds),
     }
+    if is_own():  # nobody announces that this machine will be taken away
+        wanted["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"
     ours = {name: value for name, value in wanted.items() if name not in os.environ}
     os.environ.update(ours)
     try:

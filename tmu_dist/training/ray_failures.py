@@ -7,7 +7,6 @@ from contextlib import suppress
 from pathlib import PurePosixPath
 from typing import Any
 
-import torch
 from ray.exceptions import ActorUnavailableError, OutOfMemoryError, RayActorError, RayError
 from ray.train import UserCallback
 from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
@@ -70,10 +69,12 @@ class RestartDisplay(ProgressDisplay):
 
 def explain(error: TrainingFailedError, config: RunConfig) -> str:
     """What happened, and what may help."""
+    from torch import OutOfMemoryError  # not earlier: workers start without this process's torch
+
     failures = error.worker_failures if isinstance(error, WorkerGroupError) else {}
     told = told_failure(failures) if failures else str(error)
     advice = ""
-    if any(isinstance(e, torch.OutOfMemoryError | MemoryError) for e in failures.values()):
+    if any(isinstance(e, OutOfMemoryError | MemoryError) for e in failures.values()):
         advice = f"It was out of memory: {_LESS_MEMORY}. "
     elif "out of memory" in told or "process died" in told:
         advice = f"If it was killed for memory: {_LESS_MEMORY}. "

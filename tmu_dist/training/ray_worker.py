@@ -21,39 +21,41 @@ from typing import Any
 
 # Before ray: it sets the variables that Ray reads when it is imported.
 from tmu_dist.training.ray_cluster import (
-    connect,
     fault_settings,
     own_log,
-    reach_stores,
     seen_folders,
     watched_nodes,
 )
 
 import ray.train  # isort: skip
-import ray.train.torch  # isort: skip
 from ray.exceptions import RayError  # isort: skip
 from ray.train import FailureConfig, LoggingConfig  # isort: skip
-from ray.train.torch import TorchConfig, TorchTrainer  # isort: skip
 from ray.train.v2.api.exceptions import TrainingFailedError  # isort: skip
 
-from tmu_dist.collectives import Collectives, Ranks, process_group_backend, talk_over
+from tmu_dist.collectives import Collectives, process_group_backend
 from tmu_dist.config import ConfigError, RunConfig, from_dict
-from tmu_dist.data.loader import ShardError
+from tmu_dist.data.archive import ShardError
 from tmu_dist.data.storage import (
     MissingObjectError,
     StorageError,
     delete,
     exists,
-    local_path,
     read_text,
 )
 from tmu_dist.files import WriteError
 from tmu_dist.folders import write_text
 from tmu_dist.provenance import command_line
-from tmu_dist.training.loop import NonFiniteLossError, RunResult, train
+from tmu_dist.run_folder import RunResult
 from tmu_dist.training.progress import LogFollower
 from tmu_dist.training.rank_log import rank_log
 from tmu_dist.training.ray_failures import LossRecord, RestartDisplay, explain
+from tmu_dist.training.ray_group import (
+    RankConfig,
+    Trainer,
+    own_device,
+    own_ranks,
+    start_coordinator,
+)
 from tmu_dist.training.ray_metrics import RunMetrics
 from tmu_dist.training.ray_places import scaling
 from tmu_dist.training.run_lock import lock_run
@@ -64,13 +66,12 @@ from tmu_dist.training.stopping import (
     Signals,
     ask_to_stop,
 )
-from tmu_dist.transfer.base import DeadDistillationError
 
 log = logging.getLogger(__name__)
 
-_PERMANENT = (ValueError, WriteError, DeadDistillationError, NonFiniteLossError, RunStoppedError)
 _TRANSIENT = (ShardError, StorageError)
-"""Of these: a damaged copy of a shard is one rank's alone, a store may be back."""
+"""Though they are values' errors: a damaged copy of a shard is one rank's alone, and a store may be
+back."""
 
 _TOKEN_FILE = "ray/start.txt"
 """By it workers see that they have the same run folder before them as who started them."""
@@ -86,28 +87,29 @@ class WorkerLostError(RuntimeError):
     """Workers failed more often than launch.max_failures allows."""
 
 
-def train_on_ray(config: RunConfig) -> RunResult:
+def train_on_ray(config: RunConfig, variables: Mapping[str, str]) -> RunResult:
     """Run `loop.train` on Ray Train workers and show its progress here.
 
-    Joins the cluster of the job or of `RAY_ADDRESS`; otherwise the one running on this machine,
-    or starts one for this process. SIGTERM or Ctrl-C stops the run after a checkpoint; a second
+    SIGTERM or Ctrl-C stops the run after a checkpoint; a second
     one ends this process, and its workers with it, at once.
 
+    Args:
+        config: the run.
+        variables: of the workers, as `ray_cluster.connect_for` gives them, which comes first.
+
     Raises:
-        ConfigError: the cluster has too few CPUs or GPUs for the workers, a node does not see a
-            folder of the run, or Ray cannot use the store of the run folder.
-        StorageError: a store that cannot be reached from here.
+        ConfigError: the cluster has too few CPUs or GPUs for the workers, or a node does not see a
+            folder of the run.
         ResumeError: another command trains in the run folder.
         WorkerLostError: workers failed more than `launch.max_failures` times.
         Everything that `loop.train` raises, under its own name.
     """
-    _check_store(config.output)
-    connect(variables := reach_stores(config))
+    start_coordinator()
     workers = scaling(config.scale, config.launch)
     lock = lock_run(config.output, patience_seconds=_PATIENCE_SECONDS)
     try:
         write_text(config.output, _TOKEN_FILE, token := secrets.token_hex(8))
-        trainer = TorchTrainer(
+        trainer = Trainer(
             train_worker,
             train_loop_config={
                 "config": asdict(config),
@@ -116,9 +118,9 @@ def train_on_ray(config: RunConfig) -> RunResult:
                 "command": command_line(),
             },
             scaling_config=workers,
-            torch_config=RankConfig(
-                backend=process_group_backend(bool(workers.use_gpu)),
-                timeout_s=max(1, round(config.faults.collective_timeout_seconds)),
+            backend_config=RankConfig(
+                communication=process_group_backend(bool(workers.use_gpu)),
+                timeout_seconds=config.faults.collective_timeout_seconds,
             ),
             run_config=ray.train.RunConfig(
                 name=PurePosixPath(config.output).name,
@@ -146,35 +148,7 @@ def train_on_ray(config: RunConfig) -> RunResult:
     return outcome
 
 
-class RankBackend(TorchConfig().backend_cls):  # type: ignore[misc]
-    """Ray's process group, over the network interface by which Ray itself reaches each node."""
-
-    def on_start(self, worker_group: Any, backend_config: Any) -> None:
-        """Called by Ray before the group is made."""
-        worker_group.execute(_talk_over_own_address)
-        super().on_start(worker_group, backend_config)
-
-
-class RankConfig(TorchConfig):
-    @property
-    def backend_cls(self) -> type:
-        return RankBackend
-
-
-def _talk_over_own_address() -> None:
-    talk_over(ray.util.get_node_ip_address())
-
-
-def _check_store(output: str) -> None:
-    """Raise a ConfigError if Ray, which reads its own way from stores, cannot use this one."""
-    if local_path(output) is None and not output.startswith(("s3://", "gs://")):
-        raise ConfigError(
-            f"output={output!r}: with Ray, a run folder is on a disk that all workers see, or at "
-            "s3:// or gs://. Use one of these, or launch.launcher=local or torchrun."
-        )
-
-
-def _fit(trainer: TorchTrainer, config: RunConfig) -> RunResult | Exception:
+def _fit(trainer: Trainer, config: RunConfig) -> RunResult | Exception:
     """Run the workers to their end, in another thread: signals are for this one.
 
     Ray's own answer to Ctrl-C, which it gives in a main thread only, ends workers without a
@@ -214,23 +188,16 @@ def _fit(trainer: TorchTrainer, config: RunConfig) -> RunResult | Exception:
 
 def would_only_repeat(error: Exception) -> bool:
     """Whether a run that is started again after an error ends with the same one, on every rank."""
+    from tmu_dist.training.loop import NonFiniteLossError
+    from tmu_dist.transfer.base import DeadDistillationError
+
     if isinstance(error, MissingObjectError):
         return True
-    return isinstance(error, _PERMANENT) and not isinstance(error, _TRANSIENT)
+    permanent = (ValueError, WriteError, DeadDistillationError, NonFiniteLossError, RunStoppedError)
+    return isinstance(error, permanent) and not isinstance(error, _TRANSIENT)
 
 
 # In the workers
-
-
-def own_ranks() -> Ranks:
-    """This worker's place among those of its group."""
-    context = ray.train.get_context()
-    return Ranks(
-        rank=context.get_world_rank(),
-        world_size=context.get_world_size(),
-        local_rank=context.get_local_rank(),
-        local_world_size=context.get_local_world_size(),
-    )
 
 
 def train_worker(settings: dict[str, Any]) -> RunResult | Exception:
@@ -244,6 +211,8 @@ def train_worker(settings: dict[str, Any]) -> RunResult | Exception:
             disks that a file shows to be there, as who started the run sees them, and the `command`
             that did.
     """
+    from tmu_dist.training.loop import train
+
     logging.getLogger("tmu_dist").setLevel(logging.INFO)
     ranks = own_ranks()
     config = from_dict(settings["config"])
@@ -257,7 +226,7 @@ def train_worker(settings: dict[str, Any]) -> RunResult | Exception:
             return train(
                 config,
                 collectives,
-                ray.train.torch.get_device(),
+                own_device(),
                 notice=notice,
                 is_locked=True,
                 command=settings["command"],

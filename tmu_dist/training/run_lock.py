@@ -38,7 +38,7 @@ from tmu_dist.data.storage import (
     write_bytes,
 )
 from tmu_dist.folders import write_text
-from tmu_dist.training.checkpoint import ResumeError
+from tmu_dist.run_folder import ResumeError
 
 log = logging.getLogger(__name__)
 

@@ -19,16 +19,16 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from types import FrameType
-from typing import Any, Literal
-
-import torch
-import torch.distributed as dist
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, Literal
 
 from tmu_dist.collectives import Collectives
 from tmu_dist.data.storage import StorageError, delete, exists, join_url, local_path, read_text
 from tmu_dist.files import WriteError
 from tmu_dist.folders import write_text
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
+    from torch import Tensor
 
 log = logging.getLogger(__name__)
 
@@ -146,6 +146,9 @@ class Requests:
             self._wanted["save"] = notice
         if self._collectives.ranks.world_size == 1:
             return _strongest([self._take_wanted()])
+        import torch  # here: the command that starts Ray's workers only asks them to stop
+        import torch.distributed as dist
+
         request = self._agreed()
         if request is not None:
             self._noticed.add(request.reason)
