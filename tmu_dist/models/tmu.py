@@ -71,8 +71,11 @@ class MemoryTransfer(nn.Module):
             (Eq. 3) and how much of each flows in, in [0, 1] (Eq. 5, line 1), both
             [B, M, P, H, W].
         """
-        with torch.autocast(memory_BPHW.device.type, enabled=False):
-            imitations = self.distiller_norm(self.distillers(memory_BPHW))
+        device = "cpu" if memory_BPHW.is_meta else memory_BPHW.device.type  # it knows no "meta"
+        with torch.autocast(device, enabled=False):
+            # Frozen teachers may keep their filters in bfloat16.
+            read_BPHW = memory_BPHW.to(self.distillers.weight.dtype)
+            imitations = self.distiller_norm(self.distillers(read_BPHW))
         gates = self.gates(x_BCHW, hidden_BPHW)
         if self.gate_norm is not None:
             gates = self.gate_norm(gates)
