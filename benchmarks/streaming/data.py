@@ -87,7 +87,7 @@ def write_places(folder: Path, knmi: Path | None, *, quick: bool) -> dict[str, s
         _write_frames_end_to_end(compressed, samples_NTCHW)
         _write_tars(raw, samples_NTCHW, units, "none")
         _write_tars(compressed, samples_NTCHW, units, "zstd")
-        _write_zarr_archive(compressed, samples_NTCHW, units)
+        write_zarr_archive(str(compressed / "zarr"), {"train": samples_NTCHW}, units)
         _write_zarr_samples(raw, samples_NTCHW, None)
         _write_zarr_samples(compressed, samples_NTCHW, zarr.codecs.ZstdCodec(level=1))
         (compressed / "finished").touch()
@@ -192,40 +192,43 @@ def _write_tars(
     write_manifest(url, manifest(compression=compression))
 
 
-def _write_zarr_archive(place: Path, samples_NTCHW: NDArray[np.uint8], units: Units) -> None:
-    """Write the sequences end to end, in chunks and shards of data_prep's default size."""
-    url = str(place / "zarr")
-    num_samples, num_frames, channels, height, width = samples_NTCHW.shape
-    frames_NCHW = samples_NTCHW.reshape(-1, channels, height, width)
-    layout = ZarrLayout(
-        url=url,
-        split="train",
-        units=units,
-        num_frames=len(frames_NCHW),
-        channels=channels,
-        height=height,
-        width=width,
-        dtype="uint8",
-        frames_per_shard=_ZARR_SHARD_BYTES // (height * width),
-    )
-    axis = FrameAxis(
-        [f"sequence-{i}" for i in range(num_samples) for _ in range(num_frames)],
-        [float(t) for _ in range(num_samples) for t in range(num_frames)],
-        is_clock=False,
-    )
-    samples = [
-        ZarrSample(f"sample-{i:06d}", i * num_frames, 0, 0, 1.0, {"sample_id": i})
-        for i in range(num_samples)
-    ]
-    created = create_split(layout, axis, samples, title="streaming benchmark")
-    written = [
-        write_frames(layout, number, frames_NCHW[frames.start : frames.stop])
-        for number in range(layout.num_shards)
-        for frames in (layout.shard_frames(number),)
-    ]
-    manifest = _manifest(
-        samples_NTCHW, units, splits={"train": zarr_shards(layout, written, samples)}
-    )
+def write_zarr_archive(
+    url: str, samples: Mapping[str, NDArray[np.uint8]], units: Units, **fields: Any
+) -> None:
+    """Write the sequences [N, T, C, H, W] of each split end to end, in chunks and shards of
+    data_prep's default size; `fields` are more of the manifest's."""
+    splits, created = {}, []
+    for split, samples_NTCHW in samples.items():
+        num_samples, num_frames, channels, height, width = samples_NTCHW.shape
+        frames_NCHW = samples_NTCHW.reshape(-1, channels, height, width)
+        layout = ZarrLayout(
+            url=url,
+            split=split,
+            units=units,
+            num_frames=len(frames_NCHW),
+            channels=channels,
+            height=height,
+            width=width,
+            dtype="uint8",
+            frames_per_shard=_ZARR_SHARD_BYTES // (height * width),
+        )
+        axis = FrameAxis(
+            [f"sequence-{i}" for i in range(num_samples) for _ in range(num_frames)],
+            [float(t) for _ in range(num_samples) for t in range(num_frames)],
+            is_clock=False,
+        )
+        entries = [
+            ZarrSample(f"sample-{i:06d}", i * num_frames, 0, 0, 1.0, {"sample_id": i})
+            for i in range(num_samples)
+        ]
+        created += create_split(layout, axis, entries, title="benchmark")
+        written = [
+            write_frames(layout, number, frames_NCHW[frames.start : frames.stop])
+            for number in range(layout.num_shards)
+            for frames in (layout.shard_frames(number),)
+        ]
+        splits[split] = zarr_shards(layout, written, entries)
+    manifest = _manifest(next(iter(samples.values())), units, splits=splits, **fields)
     write_manifest(url, manifest(format="zarr", objects=finish_store(url, created)))
 
 

@@ -119,6 +119,13 @@ def draws_of(inputs_TCHW: Tensor, sample_id: int, ensemble: Ensemble) -> Tensor:
     return torch.stack(draws)
 
 
+def pair_of(
+    predicted_TCHW: Tensor, true_TCHW: Tensor, observed_TCHW: Tensor | None = None
+) -> FramePair:
+    mask = None if observed_TCHW is None else observed_TCHW.numpy()
+    return FramePair(predicted_TCHW.numpy(), true_TCHW.numpy(), mask)
+
+
 def brute_force(
     draws_DTCHW: Tensor, true_TCHW: Tensor, t: int, seen_X: NDArray[np.bool_]
 ) -> tuple[float, float]:
@@ -259,7 +266,7 @@ def test_crps_and_diversity_are_what_their_definitions_say() -> None:
     draws_DTCHW = torch.rand(6, 2, 2, 8, 9) * 1.4 - 0.2  # some are clipped
     true_TCHW, observed_TCHW = torch.rand(2, 2, 8, 9), torch.rand(2, 2, 8, 9) > 0.3
     for mask in (None, observed_TCHW):
-        found = ensemble_scores(draws_DTCHW, FramePair(true_TCHW, true_TCHW, mask))
+        found = ensemble_scores(draws_DTCHW, pair_of(true_TCHW, true_TCHW, mask))
         for t in range(2):
             seen_X = torch.ones(144, dtype=torch.bool) if mask is None else mask[t].flatten()
             expected = brute_force(draws_DTCHW, true_TCHW, t, seen_X.numpy())
@@ -270,9 +277,9 @@ def test_what_lies_under_missing_pixels_does_not_matter() -> None:
     draws_DTCHW, true_TCHW = torch.rand(4, 2, 1, 8, 8), torch.rand(2, 1, 8, 8)
     observed_TCHW = torch.rand(2, 1, 8, 8) > 0.5
     observed_TCHW[1] = False
-    before = ensemble_scores(draws_DTCHW, FramePair(true_TCHW, true_TCHW, observed_TCHW))
+    before = ensemble_scores(draws_DTCHW, pair_of(true_TCHW, true_TCHW, observed_TCHW))
     changed = torch.where(observed_TCHW, draws_DTCHW, 1 - draws_DTCHW)
-    after = ensemble_scores(changed, FramePair(true_TCHW, true_TCHW, observed_TCHW))
+    after = ensemble_scores(changed, pair_of(true_TCHW, true_TCHW, observed_TCHW))
     np.testing.assert_array_equal(after, before)
     assert np.isfinite(before[:, 0]).all() and np.isnan(before[:, 1]).all()
 
@@ -288,7 +295,7 @@ def test_draws_are_sorted(count: int) -> None:
 
 def test_the_crps_of_equal_forecasts_is_their_absolute_error() -> None:
     forecast_TCHW, true_TCHW = torch.rand(3, 1, 8, 8), torch.rand(3, 1, 8, 8)
-    pair = FramePair(forecast_TCHW, true_TCHW)
+    pair = pair_of(forecast_TCHW, true_TCHW)
     crps_T, diversity_T = ensemble_scores(forecast_TCHW.expand(4, -1, -1, -1, -1), pair)
     np.testing.assert_allclose(crps_T, pair.absolute_error_T, rtol=1e-12)
     np.testing.assert_allclose(diversity_T, 0, atol=1e-25)
@@ -298,7 +305,7 @@ def test_the_crps_does_not_depend_on_the_number_of_samples() -> None:
     """Over many pixels that all have the same distribution: 2 draws and 30 agree."""
     torch.manual_seed(0)
     draws_DTCHW, true_TCHW = torch.rand(30, 1, 1, 300, 300), torch.rand(1, 1, 300, 300)
-    pair = FramePair(true_TCHW, true_TCHW)
+    pair = pair_of(true_TCHW, true_TCHW)
     few, many = (ensemble_scores(draws_DTCHW[:count], pair)[:, 0] for count in (2, 30))
     np.testing.assert_allclose(few, many, rtol=0.01)
     # uniform: E|x - y| = 1/3, so CRPS = 1/3 - 1/6; E (x - y)^2 = 1/6

@@ -210,6 +210,13 @@ def test_a_strided_prediction_scores_like_a_contiguous_one(
     assert_bit_equal(table_of(strided, truth_BTCHW), table_of(prediction_BTCHW, truth_BTCHW))
 
 
+def test_predictions_in_half_precision_are_scored_as_the_numbers_that_they_are(
+    prediction_BTCHW: Tensor, truth_BTCHW: Tensor
+) -> None:
+    half = prediction_BTCHW.to(torch.bfloat16)
+    assert_bit_equal(table_of(half, truth_BTCHW), table_of(half.float(), truth_BTCHW))
+
+
 def test_one_sample_with_two_different_scores_is_refused(
     prediction_BTCHW: Tensor, truth_BTCHW: Tensor
 ) -> None:
@@ -417,7 +424,7 @@ def test_definitions_speak_of_missing_pixels_only_where_there_can_be_some() -> N
 
 def test_frames_keep_zero_where_nothing_was_observed(truth_BTCHW: Tensor) -> None:
     observed = torch.zeros_like(truth_BTCHW[0], dtype=torch.bool)
-    frames = FramePair(truth_BTCHW[0], truth_BTCHW[0], observed)
+    frames = FramePair(truth_BTCHW[0].numpy(), truth_BTCHW[0].numpy(), observed.numpy())
     assert not frames.predicted_TCHW.any() and not frames.true_8bit_TCHW.any()
 
 

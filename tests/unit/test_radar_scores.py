@@ -18,7 +18,6 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from scipy.ndimage import gaussian_filter
-from torch import Tensor
 
 from tests.synthetic_radar import DBZ
 from tmu_dist.data.manifest import Grid, Manifest, Shard, Units
@@ -65,12 +64,10 @@ def manifest(units: Units = DBZ, **changes: Any) -> Manifest:
 
 
 def pair(predicted_dbz: NDArray[Any], true_dbz: NDArray[Any], mask: Any = None) -> FramePair:
-    def numbers(dbz: NDArray[Any]) -> Tensor:
-        return torch.from_numpy(dbz / 70).float()
+    def numbers(dbz: NDArray[Any]) -> NDArray[np.float32]:
+        return (dbz / 70).astype(np.float32)
 
-    return FramePair(
-        numbers(predicted_dbz), numbers(true_dbz), None if mask is None else torch.from_numpy(mask)
-    )
+    return FramePair(numbers(predicted_dbz), numbers(true_dbz), mask)
 
 
 def scores_of(*pairs: FramePair, **settings: Any) -> RadarScores:
@@ -236,7 +233,7 @@ def test_a_code_that_means_the_threshold_is_an_event(
     settings = radar_settings(manifest(units, height=2, width=2), thresholds=[threshold])
     assert settings is not None
     table = RadarTable(settings)
-    table.add(0, FramePair(frames, frames))
+    table.add(0, FramePair(frames.numpy(), frames.numpy()))
     assert table.compute()[0].counts_TKX[0, 0].tolist() == [3, 0, 0, 1]
 
 

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from tmu_dist.draws import keyed_normal
 from tmu_dist.evaluation.metrics import FloatArray, FramePair
-from tmu_dist.evaluation.score_table import mean_of_finite
+from tmu_dist.evaluation.score_table import in_numpy, mean_of_finite
 from tmu_dist.models.rollout import Predictor
 
 DEFAULT_NUM_SAMPLES = 10
@@ -152,7 +152,7 @@ def ensemble_scores(draws_DTCHW: Tensor, pair: FramePair) -> FloatArray:
     count, lead_times = draws_DTCHW.shape[:2]
     if count == 1:
         return np.full((len(ENSEMBLE_DEFINITIONS), lead_times), np.nan)
-    draws_DP, true_P = draws_DTCHW.reshape(count, -1).numpy(), pair.true_TCHW.reshape(-1)
+    draws_DP, true_P = in_numpy(draws_DTCHW).reshape(count, -1), pair.true_TCHW.reshape(-1)
     crps_P, diversity_P = np.empty(true_P.shape), np.empty(true_P.shape)
     # Sorted, the sum of |x_i - x_j| over pairs is the sum of (2 k - D + 1) x_k, k from 0: no
     # D x D differences.

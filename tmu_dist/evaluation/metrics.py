@@ -20,7 +20,6 @@ from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
 from tmu_dist.data.manifest import Units
 from tmu_dist.data.transforms import to_uint8
@@ -42,19 +41,21 @@ class FramePair:
     that a pair costs nothing until a thread scores it. Sums are taken in float64.
 
     Args:
-        predicted_TCHW: on the CPU, finite, nominally in [0, 1].
-        true_TCHW: on the CPU, in [0, 1] where observed.
+        predicted_TCHW: finite, nominally in [0, 1].
+        true_TCHW: in [0, 1] where observed.
         observed_TCHW: False where nothing was observed; None means everywhere observed.
     """
 
     def __init__(
-        self, predicted_TCHW: Tensor, true_TCHW: Tensor, observed_TCHW: Tensor | None = None
+        self,
+        predicted_TCHW: NDArray[np.floating[Any]],
+        true_TCHW: NDArray[np.floating[Any]],
+        observed_TCHW: NDArray[np.bool_] | None = None,
     ) -> None:
-        self.observed_TCHW: NDArray[np.bool_] | None = None
-        if observed_TCHW is not None:
-            self.observed_TCHW = observed_TCHW.numpy()
-        self._given_predicted_TCHW = predicted_TCHW.numpy()
-        self._given_true_TCHW = true_TCHW.numpy()
+        # In one piece, so that the order of every sum is the same for all.
+        self._given_predicted_TCHW = np.ascontiguousarray(predicted_TCHW)
+        self._given_true_TCHW = np.ascontiguousarray(true_TCHW)
+        self.observed_TCHW = None if observed_TCHW is None else np.ascontiguousarray(observed_TCHW)
 
     def _observed(self, frames_TCHW: NDArray[Any]) -> NDArray[Any]:
         """The frames with 0 where nothing was observed."""

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tmu_dist.evaluation.categorical import divide_or_nan
+from tmu_dist.evaluation.categorical import count_pixels, divide_or_nan
 from tmu_dist.evaluation.windows import CHUNK_PIXELS, window_sums
 
 FloatArray = NDArray[np.float64]
@@ -86,7 +86,11 @@ def _sums_of_products(
     count = len(forecast_NHW)
     sums_NSX = np.empty((count, len(scales), 3))
     both = _neighbours(np.concatenate([forecast_NHW, truth_NHW]), scales)
-    for s, (events, weight) in enumerate(zip(both, weights, strict=True)):
+    for s, (n, events, weight) in enumerate(zip(scales, both, weights, strict=True)):
+        if n == 1:  # fractions are 0 or 1, and their sums counts
+            alone = (forecast_NHW, forecast_NHW & truth_NHW, truth_NHW)
+            sums_NSX[:, s] = np.stack([count_pixels(a[:, None]) for a in alone], axis=1)
+            continue
         f_NHW = np.multiply(events[:count], weight, dtype=np.float64)
         o_NHW = np.multiply(events[count:], weight, dtype=np.float64)
         for x, products in enumerate(((f_NHW, f_NHW), (f_NHW, o_NHW), (o_NHW, o_NHW))):

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -237,9 +238,10 @@ def frame_pairs(
             f"The mask must have the shape of the frames, {list(truth_BTCHW.shape)}, got "
             f"{list(observed_BTCHW.shape)}."
         )
-    predictions = prediction_BTCHW.detach().cpu().contiguous()
-    truths = truth_BTCHW.detach().cpu().contiguous()
-    masks = None if observed_BTCHW is None else observed_BTCHW.cpu().contiguous()
+    # NumPy from here on: threads that score compete with PyTorch's for the cores, and PyTorch's
+    # burn time while they wait for each other.
+    predictions, truths = in_numpy(prediction_BTCHW), in_numpy(truth_BTCHW)
+    masks = None if observed_BTCHW is None else observed_BTCHW.cpu().numpy()
     kept = (weights_B > 0).tolist()
     for position, sample_id in enumerate(sample_ids_B.tolist()):
         if kept[position]:
@@ -248,8 +250,14 @@ def frame_pairs(
             yield sample_id, FramePair(predictions[position], truths[position], observed_TCHW)
 
 
-def _check_range(predicted_TCHW: Tensor, true_TCHW: Tensor, sample_id: int) -> None:
-    if not predicted_TCHW.isfinite().all():
+def in_numpy(frames: Tensor) -> NDArray[np.floating[Any]]:
+    """The same numbers, of any half precision in float32: NumPy has no bfloat16."""
+    wide_enough = torch.promote_types(frames.dtype, torch.float32)
+    return frames.detach().to("cpu", wide_enough).numpy()
+
+
+def _check_range(predicted_TCHW: NDArray[Any], true_TCHW: NDArray[Any], sample_id: int) -> None:
+    if not np.isfinite(predicted_TCHW).all():
         raise ValueError(
             f"The prediction of sample {sample_id} holds NaN or infinite values: the model has "
             "diverged, and no score would mean anything."
