@@ -1,7 +1,8 @@
 """The memory bank: what every teacher remembers of the frames that the student sees (Eq. 1).
 
-`ReplicatedBank` holds all teachers on every rank. Other placements give the same from elsewhere
-(`placed`, `sharded`, `cached`) and keep this interface.
+`ReplicatedBank` holds all teachers on every rank; `batched` runs those that are alike together.
+Other placements give the same from elsewhere (`placed`, `sharded`, `cached`) and keep this
+interface.
 
 Legend: B batch, T time, C channels, P memory channels, Z noise, H, W height, width.
 """
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from tmu_dist.models.build import count_parameters
-from tmu_dist.models.rollout import Predictor, StateName
+from tmu_dist.models.rollout import Predictor, Rollout, StateName
 from tmu_dist.teachers.adapter import TeacherPlan, adapt_frames, adapt_memory
 
 Wanted = StateName | Literal["predictions"]
@@ -179,11 +180,8 @@ class FrozenTeacher(nn.Module):
         own size. It shares the student's noise if it makes use of as many numbers a step.
         """
         told_as = told_dtype(self.memories, frames_BTCHW.dtype)
-        if self.plan.frame is not None:
-            frames_BTCHW = adapt_frames(frames_BTCHW, self.plan.frame)
-        if noise_BTZ is not None and noise_BTZ.shape[-1] != self.network.noise_size:
-            noise_BTZ = None
-        with self._arithmetic(frames_BTCHW.device):
+        frames_BTCHW, noise_BTZ = self.reads(frames_BTCHW, noise_BTZ)
+        with self.arithmetic(frames_BTCHW.device):
             rollout = self.network(
                 frames_BTCHW,
                 num_input_frames=num_input_frames,
@@ -191,22 +189,45 @@ class FrozenTeacher(nn.Module):
                 sampling_mask_BT=sampling_mask_BT,
                 noise_BTZ=noise_BTZ,
             )
-        states: dict[StateName, dict[int, Tensor]] = {}
-        for name in self.wanted:
-            if name != "predictions":
-                own = rollout.states(name)
-                states[name] = {
-                    k: adapt_memory(own[layer], teacher, student)
-                    for k, (layer, teacher, student) in self.plan.layers.items()
-                }
-        wants_predictions = "predictions" in self.wanted
-        taught = Teaching(states, rollout.predictions_BTCHW if wants_predictions else None)
-        return taught.to(told_as)
+        return self.tells(self.keeps(rollout)).to(told_as)
 
-    def _arithmetic(self, device: torch.device) -> AbstractContextManager[object]:
+    def reads(self, frames_BTCHW: Tensor, noise_BTZ: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """What its network is given of the student's frames and noise."""
+        if self.plan.frame is not None:
+            frames_BTCHW = adapt_frames(frames_BTCHW, self.plan.frame)
+        if noise_BTZ is not None and noise_BTZ.shape[-1] != self.network.noise_size:
+            noise_BTZ = None
+        return frames_BTCHW, noise_BTZ
+
+    def arithmetic(self, device: torch.device) -> AbstractContextManager[object]:
+        """The precision in which its network runs."""
         if self.precision == "student":
             return nullcontext()
         return torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16")
+
+    def keeps(self, rollout: Rollout) -> dict[Told, Tensor]:
+        """What is wanted of a rollout of its network, by that network's own layers."""
+        taught = sorted({layer.teacher_layer for layer in self.plan.layers.values()})
+        kept: dict[Told, Tensor] = {}
+        for name in self.wanted:
+            if name == "predictions":
+                kept[name, None] = rollout.predictions_BTCHW
+                continue
+            own = rollout.states(name)
+            kept |= {(name, layer): own[layer] for layer in taught}
+        return kept
+
+    def tells(self, kept: Mapping[Told, Tensor]) -> Teaching:
+        """That, by the student's layers and on its maps."""
+        states: dict[StateName, dict[int, Tensor]] = {
+            name: {
+                k: adapt_memory(kept[name, layer], teacher, student)
+                for k, (layer, teacher, student) in self.plan.layers.items()
+            }
+            for name in self.wanted
+            if name != "predictions"
+        }
+        return Teaching(states, kept.get(("predictions", None)))
 
 
 class ReplicatedBank:

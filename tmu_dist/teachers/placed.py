@@ -25,6 +25,7 @@ from tmu_dist.teachers.bank import (
     Wanted,
     told_dtype,
 )
+from tmu_dist.teachers.batched import TeacherGroup, apart, together
 
 
 class FrameCodec(NamedTuple):
@@ -49,6 +50,8 @@ class FrameCodec(NamedTuple):
 
 _Shapes = dict[Told, torch.Size]
 """Of the tensors of a teaching, in the order in which they travel."""
+_Member = tuple[Tensor, Tensor, Tensor | None]
+"""The frames of one member, its sampling mask and its noise."""
 
 
 class PlacedBank:
@@ -57,6 +60,8 @@ class PlacedBank:
     All members' frames are gathered; a holder runs its teachers over one member's frames at a time,
     which keeps a rank's peak memory that of its own batch, and makes what a teacher tells the same
     bits wherever it lies. Each member runs one teacher in a turn, and then all get what was told.
+    With `batch` it runs those that are alike in the turn of the first, and keeps what they tell all
+    members until the turns of the others: faster for more memory.
 
     Args:
         own: the teachers that this rank holds, by their number among all; may be none.
@@ -67,6 +72,7 @@ class PlacedBank:
         wanted: what every teacher is to tell.
         memories: precision in which that travels.
         codec: how frames travel; None: as they are, which student's predictions need.
+        batch: whether the rank's own teachers that are alike run as one network.
     """
 
     def __init__(
@@ -80,11 +86,13 @@ class PlacedBank:
         wanted: Sequence[Wanted],
         memories: Memories = "full",
         codec: FrameCodec | None = None,
+        batch: bool = False,
     ) -> None:
         self.plans = tuple(plans)
         self.parameters_per_teacher = tuple(parameters_per_teacher)
         self.own = tuple(teacher for _, teacher in sorted(own.items()))
-        self._by_number = dict(own)
+        groups = together(own) if batch else apart(own)
+        self._groups = {m: group for group in groups for m in group.numbers}
         self._holders = tuple(holders)
         self._group = group
         self._wanted = tuple(wanted)
@@ -110,18 +118,13 @@ class PlacedBank:
         told_as = told_dtype(self._memories, frames_BTCHW.dtype)
         gathered = self._gathered(frames_BTCHW, shown.sampling_mask_BT, shown.noise_BTZ)
         values: dict[int, Tensor] = {}
+        waiting: dict[int, list[Tensor]] = {}
         for turn in self._turns():
             told = [frames_BTCHW.new_empty(0, dtype=told_as)]
             if (own := turn[self._group.place]) is not None:
-                for frames, mask, noise in gathered:
-                    taught = self._by_number[own](
-                        frames,
-                        num_input_frames=shown.num_input_frames,
-                        num_frames=shown.num_frames,
-                        sampling_mask_BT=mask,
-                        noise_BTZ=noise,
-                    )
-                    told += _flat(taught.to(told_as), shapes[own])
+                if own not in waiting:
+                    waiting |= self._run(self._groups[own], shown, gathered, shapes)
+                told += waiting.pop(own)
             received = [0 if m is None else sizes[m] for m in turn]
             sent = [received[self._group.place]] * self._group.size
             incoming = self._group.all_to_all(torch.cat(told), sent, received)
@@ -129,6 +132,28 @@ class PlacedBank:
                 if m is not None:
                     values[m] = value.to(frames_BTCHW.dtype)
         return tuple(_teaching(values[m], each) for m, each in enumerate(shapes))
+
+    def _run(
+        self,
+        group: TeacherGroup,
+        shown: Shown,
+        gathered: Sequence[_Member],
+        shapes: Sequence[_Shapes],
+    ) -> dict[int, list[Tensor]]:
+        """What a group of teachers tells all members, one after the other, by teacher."""
+        told_as = told_dtype(self._memories, shown.frames_BTCHW.dtype)
+        told: dict[int, list[Tensor]] = {m: [] for m in group.numbers}
+        for frames, mask, noise in gathered:
+            teachings = group.teach(
+                frames,
+                num_input_frames=shown.num_input_frames,
+                num_frames=shown.num_frames,
+                sampling_mask_BT=mask,
+                noise_BTZ=noise,
+            )
+            for m, taught in zip(group.numbers, teachings, strict=True):
+                told[m] += _flat(taught.to(told_as), shapes[m])
+        return told
 
     def _turns(self) -> Iterator[tuple[int | None, ...]]:
         """Which teacher each member runs in a turn, by place; None: it has no more.
@@ -144,7 +169,7 @@ class PlacedBank:
 
     def _gathered(
         self, frames_BTCHW: Tensor, mask_BT: Tensor, noise_BTZ: Tensor | None
-    ) -> list[tuple[Tensor, Tensor, Tensor | None]]:
+    ) -> list[_Member]:
         """Every member's frames, mask and noise, by place; they travel together, as bytes."""
         codec, dtype = self._codec, frames_BTCHW.dtype
         sent = [frames_BTCHW if codec is None else self._codes(codec, frames_BTCHW), mask_BT]

@@ -13,6 +13,7 @@ import torch
 
 from tmu_dist.collectives import RankGroup
 from tmu_dist.config import AdapterConfig, PlacementConfig
+from tmu_dist.config.compute import Choice
 from tmu_dist.models.build import backbones_with_zigzag, count_parameters
 from tmu_dist.models.layer import RecurrentLayer
 from tmu_dist.models.rollout import Predictor
@@ -26,6 +27,7 @@ from tmu_dist.teachers.bank import (
     Wanted,
     convolutions,
 )
+from tmu_dist.teachers.batched import BatchedBank, Likeness, run_together
 from tmu_dist.teachers.card import TeacherCard, TeacherError
 from tmu_dist.teachers.placed import FrameCodec, PlacedBank
 from tmu_dist.teachers.placement import Placement, TeacherCost, plan_placement
@@ -59,6 +61,7 @@ class PlannedTeacher:
     noise_size: int
     """Random numbers that its network reads a step; 0: it always tells the same of a sequence."""
     cost: TeacherCost
+    likeness: Likeness
     load_network: LoadNetwork
 
     def load(self, device: torch.device) -> FrozenTeacher:
@@ -99,6 +102,7 @@ def plan_use(
         parameters=parameters,
         noise_size=outline.noise_size,
         cost=cost,
+        likeness=Likeness.of(frozen),
         load_network=load_network,
     )
 
@@ -109,6 +113,7 @@ def build_bank(
     group: RankGroup,
     device: torch.device,
     codec: FrameCodec | None,
+    batch: Choice = "auto",
 ) -> tuple[TeacherBank, Placement]:
     """Load the teachers that this rank holds; no collectives.
 
@@ -118,9 +123,10 @@ def build_bank(
         group: the ranks that share them.
         device: of this rank.
         codec: how frames travel (`PlacedBank`).
+        batch: whether teachers of one architecture run as one network (compute.batch_teachers).
 
     Raises:
-        ConfigError: they do not fit.
+        ConfigError: they do not fit, or there are none to run as one network.
         TeacherError: weights that are needed here are missing or damaged.
     """
     assert placement.kind != "cached"
@@ -130,6 +136,7 @@ def build_bank(
         group.size,
         _budget(placement.memory_gib, device),
     )
+    is_batched = run_together(batch, [teacher.likeness for teacher in teachers], plan, device)
     if plan.kind == "placed":
         use = teachers[0].use
         bank: TeacherBank = PlacedBank(
@@ -141,12 +148,14 @@ def build_bank(
             wanted=use.wanted,
             memories=use.memories,
             codec=codec,
+            batch=is_batched,
         )
     elif plan.kind == "sharded":
         cpu = torch.device("cpu")
         bank = ShardedBank((teacher.load(cpu) for teacher in teachers), group, device)
     else:
-        bank = ReplicatedBank(teacher.load(device) for teacher in teachers)
+        kind = BatchedBank if is_batched else ReplicatedBank
+        bank = kind([teacher.load(device) for teacher in teachers])
     return bank, plan
 
 

@@ -28,6 +28,7 @@ from tmu_dist.models.shapes import FrameShape
 from tmu_dist.teachers.adapter import StudentFacts, check_start
 from tmu_dist.teachers.ahead import TeachingAhead
 from tmu_dist.teachers.bank import ReplicatedBank, TeacherBank, Wanted
+from tmu_dist.teachers.batched import run_together
 from tmu_dist.teachers.card import DataFacts, TeacherCard, TeacherError
 from tmu_dist.teachers.placed import FrameCodec
 from tmu_dist.teachers.placement import Placement
@@ -118,6 +119,11 @@ def prepare_transfer(
     bank, placement = None, None
     if transfer.runs_teachers_beside:
         bank, placement = _bank(config, planned, data, device, group or RankGroup(range(1), 0))
+    elif config.compute.batch_teachers == "on":
+        raise ConfigError(
+            "compute.batch_teachers=on has no effect: with transfer.method="
+            f"{transfer.method} no teacher runs beside its student. Leave it out."
+        )
     task = _task(config, frame, network)
     method = _make_method(config, task, planned, bank, start, device)
     if isinstance(method, TaughtMethod) and config.placement.ahead and device.type == "cuda":
@@ -278,17 +284,16 @@ def _bank(
     device: torch.device,
     group: RankGroup,
 ) -> tuple[TeacherBank, Placement]:
-    transfer = config.transfer
+    transfer, batch = config.transfer, config.compute.batch_teachers
     if config.placement.kind == "cached":
-        bank, placement = (
-            _cached(config, planned),
-            Placement(kind="cached", resident_bytes=(0,) * group.size),
-        )
+        placement = Placement(kind="cached", resident_bytes=(0,) * group.size)
+        run_together(batch, [teacher.likeness for teacher in planned], placement, device)
+        bank = _cached(config, planned)
     else:
         # What a student has predicted is no code of its archive.
         is_coded = transfer.teacher_input != "student"
         codec = FrameCodec(data.units.max_code) if is_coded else None
-        bank, placement = build_bank(planned, config.placement, group, device, codec)
+        bank, placement = build_bank(planned, config.placement, group, device, codec, batch)
     if transfer.control == "shuffled":
         bank = ShuffledBank(bank)
     return bank, placement
