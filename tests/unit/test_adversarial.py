@@ -12,6 +12,7 @@ from tmu_dist.collectives import Collectives
 from tmu_dist.config import (
     AdversarialConfig,
     ModelConfig,
+    Precision,
     RunConfig,
     SAVPConfig,
     TrainingConfig,
@@ -36,12 +37,16 @@ CONVLSTM = ModelConfig(num_layers=1, hidden_channels=4, kernel_size=3)
 FULL = AdversarialConfig(video_weight=0.3, image_weight=0.2, feature_weight=2.0, base_channels=2)
 
 
-def make(model: ModelConfig, adversarial: AdversarialConfig) -> TrainingStep:
+def make(
+    model: ModelConfig, adversarial: AdversarialConfig, *, precision: Precision = "fp32"
+) -> TrainingStep:
     torch.manual_seed(0)
     config = RunConfig(
         window=WINDOW,
         model=model,
-        training=TrainingConfig(reverse_input="off", adversarial=adversarial, adam_beta1=0.5),
+        training=TrainingConfig(
+            reverse_input="off", adversarial=adversarial, adam_beta1=0.5, precision=precision
+        ),
     )
     objective = Objective("l1", frame_weight=100.0)
     method = Scratch(
