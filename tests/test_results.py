@@ -31,6 +31,7 @@ SCRIPTS = {
     "killed-search": "killed_search",
     "search-curves": "search_curves",
     "search-simulation": "search_simulation/report",
+    "startup": "startup/report",
 }
 """Which benchmark made which record."""
 LEDGERS, SEARCHES = {"ledger-digits"}, {"search-digits"}
