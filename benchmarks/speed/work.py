@@ -198,18 +198,20 @@ SETTINGS: dict[str, Setting] = {
 """By the names of the tables; what is not named is plain. Fused: in one pass, by C code on CPUs;
 compiled: by torch.compile. Defaults choose by themselves."""
 
-_OF_CARDS = ("tf32", "fp16", "graph", "batched")
-_OF_CPUS = ("winograd", "fused")
-"""Words in names of settings that only one kind of device has."""
+_LEFT_OUT = {
+    # Compiling takes a CPU minutes; what it gains there is asked by `compile`.
+    "cpu": ("tf32", "fp16", "graph", "batched", "compiled"),
+    "cuda": ("winograd", "fused"),
+}
+"""Words in names of settings that a kind of device has not, or that must be asked for."""
 
 REFERENCE, REFERENCE_TF32 = "reference", "reference, tf32"
 """The latter is what torch does with float32 convolutions on a GPU unless it is told otherwise."""
 
 
 def contenders_of(device: str, chosen: Sequence[str] | None = None) -> list[str]:
-    """The references of a kind of device, and settings: those chosen, or all that it has."""
-    others = _OF_CPUS if device == "cuda" else _OF_CARDS
-    own = [name for name in SETTINGS if not any(word in name for word in others)]
+    """The references of a kind of device, and settings: those chosen, or what makes sense there."""
+    own = [name for name in SETTINGS if not any(word in name for word in _LEFT_OUT[device])]
     references = [REFERENCE, REFERENCE_TF32] if device == "cuda" else [REFERENCE]
     return [*references, *(chosen or own)]
 

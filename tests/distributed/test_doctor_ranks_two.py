@@ -32,7 +32,7 @@ def _look(collectives: Collectives, config: RunConfig, folder: str) -> None:
     elsewhere = replace(config, data=replace(config.data, url=f"{folder}/elsewhere"))
     seen["unread"] = look_at_ranks(elsewhere if rank else config, collectives, CPU)
     if rank:
-        doctor_ranks._peak_bytes = _no_memory
+        doctor_ranks.process_peak = _no_memory
     seen["untrained"] = look_at_ranks(config, collectives, CPU)
     Path(folder, f"{rank}.pickle").write_bytes(pickle.dumps(seen))
 

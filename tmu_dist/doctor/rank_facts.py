@@ -82,7 +82,13 @@ class StepFacts:
     """On a GPU what torch reserved at most since the look began; otherwise the most that the whole
     process ever had, with all its libraries."""
     total_bytes: int
-    """Of the GPU, or of the node (of the container, if it has a limit): its ranks share it."""
+    """Of the GPU, or of the node (of the container, if it has a limit): its ranks share it. 0: the
+    system does not tell."""
+    taken_bytes: int | None
+    """Of the peak what came with the run; None: something before it took more."""
+    predicted_bytes: int
+    """What a run takes of a rank's memory at most, by its settings (`training/memory.py`). Looking
+    whether teachers teach is in it, which was not done here."""
 
 
 @dataclass(frozen=True, kw_only=True)

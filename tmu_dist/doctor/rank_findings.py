@@ -230,22 +230,48 @@ def _judge_step(ranks: Sequence[RankFacts]) -> list[Finding]:
 
 def _judge_memory(ranks: Sequence[RankFacts]) -> Finding:
     """Of a GPU by rank; of CPUs by node, which its ranks share."""
-    shares: dict[str, tuple[list[RankFacts], float, float]] = {}
+    by_place: dict[str, list[RankFacts]] = {}
     for rank in ranks:
         place = f"{rank.node} {rank.rank if rank.device != 'cpu' else ''}"
-        members, peak, _ = shares.get(place, ([], 0.0, 0.0))
-        facts = _step(rank)
-        shares[place] = ([*members, rank], peak + facts.peak_bytes, facts.total_bytes)
-    members, peak, total = max(shares.values(), key=lambda each: each[1] / max(each[2], 1.0))
-    is_full = peak > _FULL * total
+        by_place.setdefault(place, []).append(rank)
+    members = max(by_place.values(), key=_fullness)
+    peak, predicted, total = _memory(members)
+    found = f"at most {_size(peak)} of {_size(total)} memory were taken ({members[0].device})"
+    heaviest = max(members, key=lambda rank: _step(rank).taken_bytes or 0)
+    taken = _step(heaviest).taken_bytes
+    found += f"; {_size(_step(heaviest).predicted_bytes)} are predicted for a rank's run"
+    if taken is not None:
+        found += f", {_size(taken)} came with these steps"
+    is_full = _fullness(members) > _FULL
     return Finding(
         check="step",
         status="warning" if is_full else "ok",
         where=_where(members, ranks),
-        found=f"at most {_size(peak)} of {_size(total)} memory were taken ({members[0].device})",
+        found=found,
         advice=_LESS_MEMORY if is_full else "",
-        numbers={"peak_bytes": peak, "total_bytes": total},
+        numbers={
+            "peak_bytes": peak,
+            "predicted_bytes": predicted,
+            "total_bytes": total,
+            **({} if taken is None else {"taken_bytes": float(taken)}),
+        },
     )
+
+
+def _memory(members: Sequence[RankFacts]) -> tuple[float, float, float]:
+    """Bytes that ranks of one place took at most, that are predicted for them, and that it has."""
+    facts = [_step(rank) for rank in members]
+    return (
+        float(sum(each.peak_bytes for each in facts)),
+        float(sum(each.predicted_bytes for each in facts)),
+        float(facts[0].total_bytes),
+    )
+
+
+def _fullness(members: Sequence[RankFacts]) -> float:
+    """Part of the memory of a place that is taken, or will be."""
+    peak, predicted, total = _memory(members)
+    return max(peak, predicted) / total if total else 0.0
 
 
 def _judge_slow(ranks: Sequence[RankFacts]) -> list[Finding]:

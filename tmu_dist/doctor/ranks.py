@@ -39,6 +39,7 @@ from tmu_dist.doctor.rank_facts import (
 from tmu_dist.teachers.bank import held_bytes
 from tmu_dist.teachers.placement import plan_placement
 from tmu_dist.training.loop import Run
+from tmu_dist.training.memory_room import process_peak, room_of
 from tmu_dist.training.parts import open_loaders
 from tmu_dist.transfer.base import TaughtMethod, TrainingBatch
 from tmu_dist.transfer.prepare import planned_teachers
@@ -253,6 +254,7 @@ class _Look:
             losses.append(run.training_step(batch, following)["loss/total"])
             self._wait()
             seconds.append(time.perf_counter() - started)
+        room = room_of(self._device)
         trained = [each for each in run.trainee.parameters() if each.requires_grad]
         return StepFacts(
             first_seconds=seconds[0],
@@ -261,8 +263,10 @@ class _Look:
             losses=tuple(losses),
             exchanges=2 if self._config.training.reverse_input == "update" else 1,
             gradient_bytes=sum(each.nbytes for each in trained),
-            peak_bytes=_peak_bytes(self._device),
-            total_bytes=_total_bytes(self._device),
+            peak_bytes=process_peak(self._device),
+            total_bytes=0 if room is None else room.total_bytes,
+            taken_bytes=run.meter.peak_bytes(),
+            predicted_bytes=run.memory.peak_bytes,
         )
 
     @torch.no_grad()
@@ -355,27 +359,3 @@ def _link_speed(interface: str) -> float | None:
         megabits = int(Path(f"/sys/class/net/{interface}/speed").read_text())
         return megabits * 1e6 if megabits > 0 else None
     return None
-
-
-def _peak_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_reserved(device)
-    return _kilobytes(Path("/proc/self/status"), "VmHWM:")
-
-
-def _total_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    node = _kilobytes(Path("/proc/meminfo"), "MemTotal:")
-    with suppress(OSError, ValueError):  # no limit, or none that is told here
-        return min(node, int(Path("/sys/fs/cgroup/memory.max").read_text()))
-    return node
-
-
-def _kilobytes(file: Path, name: str) -> int:
-    """A value of one of Linux's tables, in bytes; 0 on other systems."""
-    with suppress(OSError):
-        for line in file.read_text().splitlines():
-            if line.startswith(name):
-                return 1024 * int(line.split()[1])
-    return 0

@@ -86,7 +86,7 @@ class _Library(ctypes.CDLL):
     def __init__(self, path: str) -> None:
         super().__init__(path)
 
-        class Function(self._FuncPtr):  # type: ignore[misc, name-defined]
+        class Function(self._FuncPtr):  # type: ignore[name-defined]
             _flags_, _restype_ = self._FuncPtr._flags_, self._FuncPtr._restype_
 
             def __call__(self, *arguments: Any) -> Any:

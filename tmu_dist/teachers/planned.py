@@ -7,13 +7,14 @@ much memory and work it takes. So every rank plans with all teachers and loads o
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from tmu_dist.collectives import RankGroup
-from tmu_dist.config import AdapterConfig, PlacementConfig
+from tmu_dist.config import AdapterConfig, ComputeConfig, PlacementConfig
 from tmu_dist.config.compute import Choice
+from tmu_dist.models.arrange import arrange
 from tmu_dist.models.build import backbones_with_zigzag, count_parameters
 from tmu_dist.models.layer import RecurrentLayer
 from tmu_dist.models.rollout import Predictor
@@ -47,6 +48,8 @@ class TeacherUse:
     """As in `FrozenTeacher.hide_targets`."""
     precision: Precision = "student"
     memories: Memories = "full"
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
+    """How the numbers of their networks are computed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +110,26 @@ def plan_use(
     )
 
 
+def plan_bank(
+    teachers: Sequence[PlannedTeacher],
+    placement: PlacementConfig,
+    group_size: int,
+    device: torch.device,
+) -> Placement:
+    """Where the teachers of a group of ranks are to lie; arguments as of `build_bank`.
+
+    Raises:
+        ConfigError: they do not fit.
+    """
+    assert placement.kind != "cached"
+    return plan_placement(
+        placement.kind,
+        [teacher.cost for teacher in teachers],
+        group_size,
+        _budget(placement.memory_gib, device),
+    )
+
+
 def build_bank(
     teachers: Sequence[PlannedTeacher],
     placement: PlacementConfig,
@@ -129,13 +152,7 @@ def build_bank(
         ConfigError: they do not fit, or there are none to run as one network.
         TeacherError: weights that are needed here are missing or damaged.
     """
-    assert placement.kind != "cached"
-    plan = plan_placement(
-        placement.kind,
-        [teacher.cost for teacher in teachers],
-        group.size,
-        _budget(placement.memory_gib, device),
-    )
+    plan = plan_bank(teachers, placement, group.size, device)
     is_batched = run_together(batch, [teacher.likeness for teacher in teachers], plan, device)
     if plan.kind == "placed":
         use = teachers[0].use
@@ -160,6 +177,7 @@ def build_bank(
 
 
 def _frozen(network: Predictor, plan: TeacherPlan, use: TeacherUse) -> FrozenTeacher:
+    arrange(network, use.compute)
     teacher = FrozenTeacher(
         network, plan, use.wanted, precision=use.precision, memories=use.memories
     )

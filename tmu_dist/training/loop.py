@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, replace
+from functools import cached_property
 from itertools import chain, islice, pairwise
 
 import torch
@@ -25,6 +26,7 @@ from tmu_dist.data.transforms import check_long_enough, window_frames
 from tmu_dist.evaluation.metrics import ERROR_METRIC_NAMES
 from tmu_dist.evaluation.runner import score_predictor
 from tmu_dist.folders import write_text
+from tmu_dist.models.arrange import arrange
 from tmu_dist.models.build import count_trained
 from tmu_dist.provenance import command_line
 from tmu_dist.run_folder import CONFIG_FILE, RESULT_FILE, Event, RunResult
@@ -32,6 +34,8 @@ from tmu_dist.teachers.card import DataFacts, frame_shape
 from tmu_dist.training.build import build_step
 from tmu_dist.training.checkpoint import CheckpointStore, Progress, rng_state, set_rng_state
 from tmu_dist.training.checkpoint_writer import CheckpointWriter
+from tmu_dist.training.memory import TrainingMemory, memory_at_most, training_memory
+from tmu_dist.training.memory_room import MemoryMeter, check_fits, room_of
 from tmu_dist.training.parts import check_same_teachers, open_loaders, untrained_card
 from tmu_dist.training.run_lock import RunLock, claim_run, lock_run
 from tmu_dist.training.run_log import RunLog, write_provenance
@@ -105,6 +109,8 @@ class Run:
         self.collectives = collectives
         self.device = device
         self.folder = config.output
+        self.meter = MemoryMeter(device)
+        self._room = room_of(device, len(collectives.ranks.on_node))
         # Whatever goes wrong on one rank alone, such as an unreachable store, ends all of them.
         self.group = collectives.group(config.placement.group)
         check_same_teachers(collectives.on_all(self._prepare_parts))
@@ -163,11 +169,13 @@ class Run:
         self.transfer = prepare_transfer(config, frame, data, self.device, self.group)
         torch.manual_seed(config.training.seed)
         student, self.start_report = self.transfer.build_student()
+        arrange(student, config.compute)
         self.student = student.to(self.device)
         trainee = self.transfer.method.trainee(self.student)
         self.trainee = trainee.to(self.device)
         beside = count_trained(self.trainee) - count_trained(self.student)
         self.card = untrained_card(config, frame, data, self.transfer, beside)
+        self._check_memory()
         teacher_hashes = [card.weights_sha256 for card in self.transfer.teachers]
         self.checkpoints = CheckpointStore(
             self.folder,
@@ -181,6 +189,38 @@ class Run:
             max_failed=config.faults.max_failed_checkpoints,
         )
         return teacher_hashes
+
+    @cached_property
+    def memory(self) -> TrainingMemory:
+        """What this rank will take, as it is predicted; no collectives."""
+        ranks = self.collectives.ranks
+        with self.meter.paused():
+            return training_memory(
+                self.config,
+                self.card.frame,
+                self.transfer.teachers,
+                device=self.device,
+                world_size=ranks.world_size,
+                group=self.group,
+                has_missing=self.units.missing_code is not None,
+            )
+
+    @property
+    def _is_memory_known(self) -> bool:
+        """Whether the prediction was needed; it takes seconds."""
+        return "memory" in vars(self)
+
+    def _check_memory(self) -> None:
+        """Look whether this rank has the memory that it will take, where that is in question.
+
+        Raises:
+            ConfigError: there is clearly not as much.
+        """
+        world_size = self.collectives.ranks.world_size
+        teachers = len(self.transfer.teachers)
+        at_most = memory_at_most(self.config, self.card.frame, teachers, world_size)
+        if self._room is not None and at_most > self._room.free_bytes:
+            check_fits(self.memory, self._room, self.config, world_size)
 
     def batches(self) -> Iterator[tuple[Batch, Batch | None]]:
         """The batches that are left, each with the one after it."""
@@ -314,6 +354,8 @@ class Run:
             seconds_per_batch=progress.seconds / progress.step,
             best_step=progress.best_step,
             best_mse_per_frame=progress.best_mse_per_frame,
+            predicted_peak_bytes=self.memory.peak_bytes if self._is_memory_known else None,
+            measured_peak_bytes=self.meter.peak_bytes(),
         )
         text = json.dumps(asdict(result), indent=2) + "\n"
 
@@ -373,6 +415,10 @@ class Run:
             self._write("start", **asdict(self.start_report))
         if (placement := self.transfer.placement) is not None:
             self._write("placement", **asdict(placement), group=list(self.group.ranks))
+        if self._is_memory_known:
+            room = {} if self._room is None else asdict(self._room)
+            parts = self.memory.parts
+            self._write("memory", peak_bytes=self.memory.peak_bytes, parts=parts, **room)
         self._interval.ready = time.perf_counter()
 
     def close(self) -> None:

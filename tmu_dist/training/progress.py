@@ -205,8 +205,19 @@ def _resume(event: Event) -> str:
 
 def _placement(event: Event) -> str:
     held = event["resident_bytes"]
-    text = f"teachers are {event['kind']}: at most {max(held) / 2**20:,.0f} MiB of weights a rank"
+    text = f"teachers are {event['kind']}: at most {_mib(max(held))} of weights a rank"
     return text + (f" in a group of {len(held)}" if len(held) > 1 else "")
+
+
+def _memory(event: Event) -> str:
+    parts = sorted(event["parts"].items(), key=lambda part: -part[1])
+    most = ", ".join(f"{name} {_mib(size)}" for name, size in parts[:3])
+    room = f" of {_mib(event['total_bytes'])}" if "total_bytes" in event else ""
+    return f"predicted peak memory of a rank: {_mib(event['peak_bytes'])}{room} ({most}, ...)"
+
+
+def _mib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**20:,.0f} MiB"
 
 
 _SENTENCES: dict[str, Callable[[Event], str]] = {
@@ -215,6 +226,7 @@ _SENTENCES: dict[str, Callable[[Event], str]] = {
     "start": _start,
     "resume": _resume,
     "placement": _placement,
+    "memory": _memory,
     "checkpoint_failed": lambda event: f"step {event['step']}: {event['reason']}",
     "stop": lambda event: f"step {event['step']}: asked to stop ({event['reason']})",
 }

@@ -5,7 +5,7 @@ The only place that branches on a method's name.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -49,6 +49,8 @@ from tmu_dist.transfer.l2_sp import L2SP
 from tmu_dist.transfer.scratch import Scratch
 from tmu_dist.transfer.start import Start, StartReport
 from tmu_dist.transfer.tmu import MemoryDistillation
+
+_META = torch.device("meta")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,26 +140,33 @@ def prepare_transfer(
 
 
 def outline_method(
-    config: RunConfig, frame: FrameShape, teachers: Sequence[TeacherCard]
+    config: RunConfig,
+    frame: FrameShape,
+    teachers: Sequence[TeacherCard],
+    *,
+    device: torch.device = _META,
+    make_bank: Callable[[Sequence[PlannedTeacher]], TeacherBank] | None = None,
 ) -> TransferMethod:
-    """A run's method as its teachers' cards describe it, on the device "meta": without numbers.
+    """A run's method as its teachers' cards describe it, without numbers in its weights.
 
     Args:
         config: of the run; what lies at the addresses of its teachers is not looked at.
         frame: of its archive.
         teachers: their cards.
+        device: "meta", or where tensors without numbers pretend to lie.
+        make_bank: makes the bank of teachers that run beside the student; None: all of them here.
 
     Raises:
         ConfigError, TeacherError: they do not fit.
     """
-    meta, transfer = torch.device("meta"), config.transfer
-    with torch.random.fork_rng(devices=[]), meta:
+    transfer = config.transfer
+    with torch.random.fork_rng(devices=[]), device:
         sources = [_Source(card, partial(_outline, card)) for card in teachers]
         # Where the numbers of student and teachers differ in meaning, that is declared.
         planned = _planned(config, sources, frame, teachers[0].data) if teachers else ()
         bank = start = None
         if transfer.runs_teachers_beside:
-            bank = ReplicatedBank(teacher.load(meta) for teacher in planned)
+            bank = (make_bank or partial(_all_here, device=device))(planned)
         if transfer.starting_teacher is not None:
             first = teachers[transfer.starting_teacher]
             start = Start(
@@ -166,7 +175,11 @@ def outline_method(
                 unmatched=transfer.start.unmatched,
             )
         task = _task(config, frame, skeleton(frame, config.model))
-        return _make_method(config, task, planned, bank, start, meta)
+        return _make_method(config, task, planned, bank, start, device)
+
+
+def _all_here(teachers: Sequence[PlannedTeacher], *, device: torch.device) -> TeacherBank:
+    return ReplicatedBank(teacher.load(device) for teacher in teachers)
 
 
 def planned_teachers(
@@ -256,6 +269,7 @@ def _planned(
         hides_targets=transfer.method == "knowledge_flow",
         precision=config.placement.precision,
         memories=config.placement.memories,
+        compute=config.compute,
     )
     return tuple(plan_use(card, load, use, student, transfer.adapter) for card, load in sources)
 
