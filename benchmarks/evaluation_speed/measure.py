@@ -156,7 +156,7 @@ def _of_draws(given: Sequences, size: int) -> Score:
 
 
 def compare(case: Case, rounds: int) -> dict[str, Any]:
-    """Seconds of every score by round, plain and now, in one thread; and their difference."""
+    """Seconds of every score by round, plain and now; and their difference."""
     ways = scores(case)
     found: dict[str, Any] = {}
     for name, score in ways.items():
@@ -241,25 +241,16 @@ class Evaluation:
                     plain.fss(pair, RADAR.numbers, RADAR.scales)
 
 
-def evaluate(case: Case, device: str, rounds: int, threads: int) -> dict[str, Any]:
-    """Seconds of a batch by round: its forecast, and its scores, plain, in one thread, in all."""
-    torch.set_num_threads(threads)
+def evaluate(case: Case, device: str, rounds: int) -> dict[str, Any]:
+    """Seconds of a batch by round: its forecast, and its scores, plain and now."""
     evaluation = Evaluation(case, device)
     found: dict[str, Any] = {
         "sequences": case.batch_size,
         "frames": len(FORECASTS) * case.batch_size * LEAD_TIMES,
-        "threads": threads,
     }
-
-    def in_one_thread() -> None:
-        torch.set_num_threads(1)
-        evaluation.score()
-        torch.set_num_threads(threads)
-
     ways = {
         "forecast": evaluation.forecast,
         "plain": evaluation.score_plainly,
-        "one_thread": in_one_thread,
         "now": evaluation.score,
     }
     for name, run in ways.items():
@@ -274,17 +265,15 @@ def evaluate(case: Case, device: str, rounds: int, threads: int) -> dict[str, An
 
 def measure(cases: Mapping[str, Case], device: str, rounds: int) -> dict[str, Any]:
     """All that the record says of each case."""
-    threads, found = torch.get_num_threads(), {}
+    found = {}
     for name, case in cases.items():
         say(f"{name}: evaluation of {case.batch_size} sequences of {case.size}x{case.size}")
-        evaluation = evaluate(case, device, rounds, threads)
+        evaluation = evaluate(case, device, rounds)
         say(f"{name}: single scores")
-        torch.set_num_threads(1)
         found[name] = {
             "size": case.size,
             "missing": case.is_radar,
             "scores": compare(case, rounds),
             "evaluation": evaluation,
         }
-    torch.set_num_threads(threads)
     return found

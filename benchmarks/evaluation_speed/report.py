@@ -15,9 +15,9 @@ def table(record: Mapping[str, Any]) -> str:
     cases = record["cases"]
     lines = [
         f"{machine['cpu']}, {record['rounds']} round(s): median (least - most). Networks on "
-        f"{machine['processor']}.",
+        f"{machine['processor']}, {machine['threads']} thread(s) of the CPU.",
         "",
-        "| frames | score, one thread | plain [frames/s] | now [frames/s] | × | difference |",
+        "| frames | score | plain [frames/s] | now [frames/s] | × | difference |",
         "|---" * 6 + "|",
     ]
     for name, case in cases.items():
@@ -34,16 +34,15 @@ def table(record: Mapping[str, Any]) -> str:
             lines.append(f"| {' | '.join(columns)} |")
     lines += [
         "",
-        "| evaluation | forecast [s/batch] | scores, plain | now, one thread | now | threads | × "
+        "| evaluation | forecast [s/batch] | scores, plain [s/batch] | now [s/batch] | × "
         "| scores' share, plain | now |",
-        "|---" * 9 + "|",
+        "|---" * 7 + "|",
     ]
     for name, case in cases.items():
         row = case["evaluation"]
         columns = [
             f"{name}, {row['sequences']} sequences",
-            *(median_and_range(row[way], 3) for way in ("forecast", "plain", "one_thread", "now")),
-            str(row["threads"]),
+            *(median_and_range(row[way], 3) for way in ("forecast", "plain", "now")),
             median_and_range(_ratios(row["plain"], row["now"]), 1),
             *(f"{_share(row, way):.0%}" for way in ("plain", "now")),
         ]

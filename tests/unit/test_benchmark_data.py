@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from benchmarks import loader_share
 from benchmarks.evaluation_speed import measure as evaluation
@@ -42,12 +41,12 @@ def test_the_fields_have_the_rain_that_is_said() -> None:
 
 def test_a_share_is_of_forecast_and_scores() -> None:
     score = {"frames": 10, "difference": 1e-16, "plain": [1.0, 2.0], "now": [0.1, 0.5]}
-    row = {"sequences": 4, "frames": 80, "threads": 2, "forecast": [3.0, 3.0]}
-    row |= {"plain": [1.0, 1.0], "one_thread": [0.2, 0.2], "now": [0.1, 0.1]}
+    row = {"sequences": 4, "frames": 80, "forecast": [3.0, 3.0]}
+    row |= {"plain": [1.0, 1.0], "now": [0.1, 0.1]}
     case = {"size": 64, "missing": True, "scores": {"SSIM": score}, "evaluation": row}
     text = evaluation_report.table({"machine": MACHINE, "rounds": 2, "cases": {"radar": case}})
     assert "| radar, 64x64, masked | SSIM | 8 (5 - 10) | 60 (20 - 100) | 7.0 (4.0 - 10.0) |" in text
-    assert "| 2 | 10.0 (10.0 - 10.0) | 25% | 3% |" in text
+    assert "| 10.0 (10.0 - 10.0) | 25% | 3% |" in text
 
 
 def test_every_form_of_the_archive_holds_the_same_sequences(tmp_path: Path) -> None:
@@ -101,9 +100,8 @@ def test_rates_are_of_wall_time() -> None:
     assert "- digits: few" in text and "`f` 50%" in text
 
 
-def test_threads_are_put_back() -> None:
-    before = torch.get_num_threads()
-    case = evaluation.QUICK_CASES["digits"]
-    found = evaluation.measure({"digits": case}, "cpu", rounds=1)
-    assert torch.get_num_threads() == before
-    assert found["digits"]["evaluation"]["frames"] == 2 * 2 * evaluation.LEAD_TIMES
+def test_an_evaluation_is_measured_with_its_forecast(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluation, "seconds_of", lambda run, least=0.0: 1.0)
+    found = evaluation.evaluate(evaluation.QUICK_CASES["radar"], "cpu", rounds=2)
+    assert found["frames"] == 2 * 2 * evaluation.LEAD_TIMES
+    assert [len(found[way]) for way in ("forecast", "plain", "now")] == [2, 2, 2]

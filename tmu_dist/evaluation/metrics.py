@@ -37,8 +37,8 @@ _TRUNCATED = "both images truncated to 8 bits, floor(255 v)"
 class FramePair:
     """Predicted and true frames [T, C, H, W] of one sample, in the forms that metrics need.
 
-    Where nothing was observed, both frames are 0. Every form is made when it is first asked for, so
-    that a pair costs nothing until a thread scores it. Sums are taken in float64.
+    Where nothing was observed, both frames are 0. Every form is made when it is first asked for.
+    Sums are taken in float64.
 
     Args:
         predicted_TCHW: finite, nominally in [0, 1].

@@ -238,8 +238,6 @@ def frame_pairs(
             f"The mask must have the shape of the frames, {list(truth_BTCHW.shape)}, got "
             f"{list(observed_BTCHW.shape)}."
         )
-    # NumPy from here on: threads that score compete with PyTorch's for the cores, and PyTorch's
-    # burn time while they wait for each other.
     predictions, truths = in_numpy(prediction_BTCHW), in_numpy(truth_BTCHW)
     masks = None if observed_BTCHW is None else observed_BTCHW.cpu().numpy()
     kept = (weights_B > 0).tolist()
