@@ -32,6 +32,11 @@ SCRIPTS = {
     "search-curves": "search_curves",
     "search-simulation": "search_simulation/report",
     "startup": "startup/report",
+    **{
+        f"speed-{question}{device}": f"speed/{question}"
+        for question in ("training", "inference", "teachers", "shapes", "compile", "curves")
+        for device in ("", "-cuda")
+    },
 }
 """Which benchmark made which record."""
 LEDGERS, SEARCHES = {"ledger-digits"}, {"search-digits"}
