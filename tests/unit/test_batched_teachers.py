@@ -115,6 +115,7 @@ def assert_alike(found: Sequence[Teaching], expected: Sequence[Teaching], tolera
         for told, values in one.tensors().items():
             wanted = other.tensors()[told]
             assert (values.shape, values.dtype) == (wanted.shape, wanted.dtype)
+            assert values.is_contiguous() and wanted.is_contiguous()
             assert not values.requires_grad
             difference = (values - wanted).norm() / wanted.norm()
             assert difference <= tolerance, (told, float(difference))

@@ -227,7 +227,8 @@ class FrozenTeacher(nn.Module):
             for name in self.wanted
             if name != "predictions"
         }
-        return Teaching(states, kept.get(("predictions", None)))
+        # In one order in memory, as from every bank: sums over them are then the same bits.
+        return Teaching(states, kept.get(("predictions", None))).map(Tensor.contiguous)
 
 
 class ReplicatedBank:
