@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Choice = Literal["auto", "on", "off"]
-"""auto: on where it was measured to be faster on this kind of device (docs/performance.md)."""
+"""auto: on where it is faster on this kind of device (docs/performance.md)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,9 +21,11 @@ class ComputeConfig:
     """Of gates and memories between convolutions. plain: one operation after the other; compiled:
     each layer by torch.compile; auto: in one pass by C code on CPUs, plain elsewhere."""
     batch_teachers: Choice = "auto"
-    """Run teachers of one architecture as one network with stacked weights."""
-    cuda_graph: Choice = "auto"
-    """CUDA, one rank: record forward and backward pass once and launch them as one graph."""
+    """Run teachers of one architecture as one network with stacked weights. auto: on GPUs that hold
+    all teachers, as so many fewer operations are launched; on CPUs it was measured to be slower."""
+    cuda_graph: Literal["off", "on"] = "off"
+    """CUDA, one rank: record forward and backward pass once and launch them as one graph. Off by
+    default: it was not tried on any card yet."""
     recompute: bool = False
     """Keep only each layer's inputs and compute the rest again in the backward pass: far less
     memory for about a third more time."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from functools import partial
 from typing import Any, TypeVar
 
@@ -21,8 +20,6 @@ from tmu_dist.training.step import TrainingStep
 from tmu_dist.transfer.base import TransferMethod
 
 Module = TypeVar("Module", bound=nn.Module)
-
-log = logging.getLogger(__name__)
 
 
 def build_step(
@@ -87,19 +84,13 @@ def uses_graph(
     Raises:
         ConfigError: it is to be, and cannot.
     """
-    choice = config.compute.cuda_graph
-    if choice == "off":
+    if config.compute.cuda_graph == "off":
         return False
-    obstacle = _obstacle(config, method, device, world_size)
-    if obstacle is None:
-        return True
-    if choice == "on":
+    if obstacle := _obstacle(config, method, device, world_size):
         raise ConfigError(
-            f"compute.cuda_graph=on is not possible: {obstacle}. Leave it auto, or change that."
+            f"compute.cuda_graph=on is not possible: {obstacle}. Leave it off, or change that."
         )
-    if device.type == "cuda":
-        log.info("The step is not recorded as a CUDA graph: %s.", obstacle)
-    return False
+    return True
 
 
 def _obstacle(
