@@ -20,6 +20,7 @@ from tmu_dist.models.build import build_predictor
 from tmu_dist.models.rollout import Predictor
 from tmu_dist.models.tmu import MemoryTransfer
 from tmu_dist.run_folder import read_log
+from tmu_dist.teachers.bank import FrozenTeacher
 
 CPU, CARD = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -64,6 +65,16 @@ def test_other_devices_have_no_such_switches(precision: Precision) -> None:
     before = switches()
     with float32_products(precision, CPU):
         assert switches() == before
+
+
+def test_teachers_in_fp32_multiply_in_full_beside_a_student_in_tf32() -> None:
+    torch.manual_seed(0)
+    network = build_predictor(suite.FRAME, suite.small("convlstm"))
+    with float32_products("tf32", CARD):
+        with FrozenTeacher(network, precision="student").arithmetic(CARD):
+            assert switches() == ("tf32", "tf32")
+        with FrozenTeacher(network, precision="fp32").arithmetic(CARD):
+            assert switches() == ("ieee", "ieee")
 
 
 def test_tf32_has_no_effect_on_a_cpu_and_is_refused(tiny_config: RunConfig) -> None:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from tmu_dist import arithmetic
 from tmu_dist.models.build import count_parameters
 from tmu_dist.models.rollout import Predictor, Rollout, StateName
 from tmu_dist.teachers.adapter import TeacherPlan, adapt_frames, adapt_memory
@@ -203,7 +204,7 @@ class FrozenTeacher(nn.Module):
         """The precision in which its network runs."""
         if self.precision == "student":
             return nullcontext()
-        return torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16")
+        return arithmetic.arithmetic(self.precision, device)
 
     def keeps(self, rollout: Rollout) -> dict[Told, Tensor]:
         """What is wanted of a rollout of its network, by that network's own layers."""
