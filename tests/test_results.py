@@ -31,6 +31,9 @@ SCRIPTS = {
     "killed-search": "killed_search",
     "search-curves": "search_curves",
     "search-simulation": "search_simulation/report",
+    "evaluation-speed": "evaluation_speed/report",
+    "loader-share": "loader_share",
+    "preparation-speed": "preparation_speed/report",
     "startup": "startup/report",
     **{
         f"speed-{question}{device}": f"speed/{question}"
