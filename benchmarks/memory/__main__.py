@@ -5,9 +5,9 @@
 
 Of every experiment of `tmu_dist.recipes` the first teacher and the student `tmu` are trained for
 two iterations at their real size by the real loop, each in a fresh process on one core, from
-archives of a few sequences that are made first; all in a temporary folder. Teachers are
-untrained: they take as much. Batches are the recipe's, or as many sequences as take about
-`--operations` an iteration. Some settings that change the memory are tried on one recipe beside.
+archives of a few sequences that are made first; all in a temporary folder. Teachers are untrained:
+they take as much. Batches are the recipe's, or as many sequences as take about `--operations` an
+iteration. Some settings that change the memory are tried on one recipe beside.
 
 - predicted: `tmu_dist.training.memory.training_memory`, from settings and cards alone;
 - measured: the most that the process had, less what it had before, when all libraries were loaded

@@ -52,6 +52,8 @@ STEP = StepFacts(
     gradient_bytes=10**8,
     peak_bytes=10 * GB,
     total_bytes=80 * GB,
+    taken_bytes=8 * GB,
+    predicted_bytes=9 * GB,
 )
 
 
@@ -118,6 +120,7 @@ def test_facts_of_one_rank_are_what_a_run_meets(tmu_config: RunConfig) -> None:
     assert facts.step is not None and list(facts.step.losses) == logged[:3]
     assert facts.step.exchanges == 2
     assert 10**7 < facts.step.peak_bytes < facts.step.total_bytes
+    assert 10**5 < facts.step.predicted_bytes < 10**8
     assert json.loads(json.dumps(asdict(facts)))["step"]["losses"] == logged[:3]
 
     findings = judge_ranks(RanksSeen(ranks=(facts,)))
@@ -269,12 +272,27 @@ def test_memory_is_of_a_gpu_or_shared_by_the_ranks_of_a_node() -> None:
     full = replace(STEP, peak_bytes=73 * GB)
     finding = only(judged(rank(0), rank(1, step=full)), "step", "warning")
     assert finding.where == "rank 1 on 10.0.0.1"
-    assert finding.numbers == {"peak_bytes": 73.0 * GB, "total_bytes": 80.0 * GB}
+    assert finding.numbers == {
+        "peak_bytes": 73.0 * GB,
+        "total_bytes": 80.0 * GB,
+        "taken_bytes": 8.0 * GB,
+        "predicted_bytes": 9.0 * GB,
+    }
     half = replace(STEP, peak_bytes=37 * GB)
     on_gpus = [rank(n, node="10.0.0.1", step=half) for n in range(2)]
     assert not judged(*on_gpus)
     finding = only(judged(*[replace(each, device="cpu") for each in on_gpus]), "step", "warning")
     assert finding.numbers["peak_bytes"] == 74.0 * GB
+
+
+def test_memory_that_a_run_will_take_counts_before_it_is_taken() -> None:
+    heavy = replace(STEP, predicted_bytes=73 * GB)
+    finding = only(judged(rank(0), rank(1, step=heavy)), "step", "warning")
+    assert finding.where == "rank 1 on 10.0.0.1"
+    assert "73 GB are predicted for a rank's run, 8 GB came with these steps" in finding.found
+    assert "scale.sequences_at_once" in finding.advice
+    unknown = replace(heavy, taken_bytes=None, total_bytes=0)
+    assert not judged(*[rank(n, step=unknown) for n in range(2)])
 
 
 def test_a_slow_rank_is_named() -> None:

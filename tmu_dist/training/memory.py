@@ -10,7 +10,6 @@ Legend: B batch, T time, C channels, Z noise, H, W height, width.
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -34,6 +33,7 @@ from tmu_dist.teachers.bank import (
 from tmu_dist.teachers.batched import run_together
 from tmu_dist.teachers.card import TeacherCard
 from tmu_dist.teachers.planned import PlannedTeacher, build_bank, plan_bank
+from tmu_dist.teachers.store import build_network
 from tmu_dist.training.build import build_step
 from tmu_dist.training.memory_trace import GRADIENTS, Tracing
 from tmu_dist.training.step import TrainingStep
@@ -110,10 +110,9 @@ def training_memory(
     )
     wanted = config.window
     if _is_even(config) and wanted.num_frames > _LONGER.num_frames:
-        short, longer = _traced(rank, (_SHORT, _LONGER))
-        peak = _extended(short, longer, wanted)
+        peak = _extended(_traced(rank, _SHORT), _traced(rank, _LONGER), wanted)
     else:
-        peak = dict(*_traced(rank, (wanted,)))
+        peak = _traced(rank, wanted)
     return TrainingMemory(parts={part: peak.get(part, 0) for part in PARTS})
 
 
@@ -177,7 +176,7 @@ def _is_even(config: RunConfig) -> bool:
 
 def _extended(
     short: Mapping[str, int], longer: Mapping[str, int], wanted: WindowConfig
-) -> dict[str, int]:
+) -> Mapping[str, int]:
     """What a window takes whose bytes grow as between `_SHORT` and `_LONGER`, by part."""
     added = _LONGER.num_frames - _SHORT.num_frames
     steps = wanted.num_frames - _SHORT.num_frames
@@ -187,10 +186,11 @@ def _extended(
     }
 
 
-def _traced(rank: _Rank, windows: Sequence[WindowConfig]) -> list[Mapping[str, int]]:
-    """The peaks of a rank in windows of several lengths, by part."""
-    config, device = rank.config, rank.device
+def _traced(rank: _Rank, window: WindowConfig) -> Mapping[str, int]:
+    """The peak of a rank in a window, by part."""
+    config, device = replace(rank.config, window=window), rank.device
     with Tracing(device) as tracing:
+        tracing.hold(WEIGHTS, _start_bytes(config, rank.teachers))
         with tracing.of(WEIGHTS):
             banks = _Banks(rank, tracing)
             method = outline_method(
@@ -204,7 +204,7 @@ def _traced(rank: _Rank, windows: Sequence[WindowConfig]) -> list[Mapping[str, i
             method.ahead = TeachingAhead(torch.device("cpu"))  # without a stream, but as long
         with tracing.of(OPTIMIZER):
             _update_once(step)
-        return [_peak(rank, tracing, step, student.latent_size, window) for window in windows]
+        return _peak(rank, tracing, step, student.latent_size, window)
 
 
 def _peak(
@@ -216,8 +216,6 @@ def _peak(
     iteration takes less, unless it has more on its hands.
     """
     method, at_once = step.method, slice(rank.config.scale.sequences_at_once)
-    method.task = replace(method.task, num_input_frames=window.num_input_frames)
-    gc.collect()  # nothing of a shorter window is to be left in a cycle of references
     with tracing.of(BATCH):
         # The last batch is kept for liveness, and the next one is prepared ahead.
         last, batch, following = (_batch(rank, window, noise_size) for _ in range(3))
@@ -231,6 +229,14 @@ def _peak(
         if not looks or has_more or rank.config.training.adversarial.is_on:
             step(batch, following)
     return tracing.peak
+
+
+def _start_bytes(config: RunConfig, teachers: Sequence[TeacherCard]) -> int:
+    """Of the weights that a student started from, which a run keeps; L2-SP's method has its own."""
+    number = config.transfer.starting_teacher
+    if number is None or config.transfer.method == "l2_sp":
+        return 0
+    return sum(values.nbytes for values in build_network(teachers[number]).state_dict().values())
 
 
 def _update_once(step: TrainingStep) -> None:

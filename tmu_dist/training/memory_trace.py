@@ -115,7 +115,7 @@ class Tracing:
 
 
 class _Counting(TorchDispatchMode):
-    """Shows a tracing every tensor that an operation makes; whoever asks for a number gets 1."""
+    """Shows a tracing every tensor that is made; whoever asks for a number gets 1, or no."""
 
     def __init__(self, tracing: Tracing) -> None:
         super().__init__()
@@ -156,5 +156,5 @@ def _ones(shape: tuple[int, ...], dtype: torch.dtype) -> Any:
 
 def _one(dtype: torch.dtype) -> float | int | bool:
     if dtype == torch.bool:
-        return True
+        return False  # what asks for exceptions finds none: some ask until there are no more
     return 1.0 if dtype.is_floating_point else 1
