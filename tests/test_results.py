@@ -27,6 +27,7 @@ SCRIPTS = {
     "data-parallel": "data_parallel",
     "recovery": "recovery",
     "costs": "costs/report",
+    "memory": "memory/report",
     "scaling": "scaling/report",
     "killed-search": "killed_search",
     "search-curves": "search_curves",
