@@ -1,17 +1,17 @@
 """Where is Winograd's minimal filtering faster than the library's convolution, and how exact is it?
 
-    python -m benchmarks.convolutions [--rounds 5] [--threads 2] [--install]
+    python -m benchmarks.convolutions [--rounds 5] [--install]
 
 Convolutions of a recurrence in float32: several time steps with the same filters, forward and
 backward (with gradients of maps, filters and bias), by the library (PyTorch with oneDNN, channels
 innermost, which it prefers) and by Winograd's filtering, in turns; the filters are transformed once
-per pass, as in a training step. bfloat16 by the library stands beside. Errors are of the output and
-of the worst gradient, norm by norm, relative to float64.
+per pass, as in a training step. bfloat16 by the library stands beside. Times are the processor's,
+of one thread: other work on the machine disturbs them little. Errors are of the output and of the
+worst gradient, norm by norm, relative to float64.
 
 Prints the table and writes results.json and table.md to docs/results/convolutions. --install also
 writes the ratios to tmu_dist/models/winograd/measured.json, from which compute.convolution=auto
-chooses: commit it only from a machine that does nothing else. CPUs only; runs without Ray,
-WebDataset and Zarr.
+chooses. CPUs only; runs without Ray, WebDataset and Zarr.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from benchmarks.provenance import command_line, provenance, publish, say
 from benchmarks.speed.measure import Run, alternate, ratios, relative_difference, spread
 from tmu_dist.models.winograd.filters import Filters
 
-STEPS = 6
+STEPS = 19
 """Of the recurrence."""
 BATCH = 4
 INSTALLED = Path("tmu_dist/models/winograd/measured.json")
@@ -48,9 +48,8 @@ class Shape(NamedTuple):
 SHAPES = [
     Shape(taps, side, in_channels, out_channels)
     for taps, side, (in_channels, out_channels) in product(
-        (5, 3), (4, 8, 16, 32, 64), ((16, 32), (32, 64), (64, 128), (80, 256), (128, 256))
+        (5, 3), (4, 8, 16, 32), ((16, 32), (32, 64), (64, 128), (128, 256))
     )
-    if side < 64 or in_channels <= 64
 ]
 """Maps and layers of the backbones' sizes: 16 x 16 and 32 x 32 are the paper's."""
 QUICK = [Shape(5, 8, 16, 32), Shape(3, 8, 16, 32)]
@@ -130,8 +129,8 @@ def measure(shape: Shape, rounds: int, seconds: float) -> dict[str, Any]:
 def table(record: dict[str, Any]) -> str:
     """Markdown: a row for every shape."""
     lines = [
-        f"Ratios of times, forward and backward, batch {BATCH}, {record['threads']} threads, of "
-        f"{record['rounds']} rounds: median (least to most). Errors of output and worst gradient.",
+        f"Ratios of processor times, forward and backward, batch {BATCH}, one thread, of "
+        f"{record['rounds']} rounds: least (median, most). Errors of output and worst gradient.",
         "",
         "| filter | map | channels | direct [ms] | direct / Winograd | direct / bf16 "
         "| error: Winograd | direct | bf16 |",
@@ -155,17 +154,14 @@ def main() -> None:
     parser = command_line(__doc__)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=0.15, help="of a turn, at least")
-    parser.add_argument("--threads", type=int)
     parser.add_argument("--quick", action="store_true", help="two small shapes, one round")
     parser.add_argument("--install", action="store_true", help="choose by these ratios from now on")
     chosen = parser.parse_args()
-    if chosen.threads is not None:
-        torch.set_num_threads(chosen.threads)
+    torch.set_num_threads(1)
     rounds, seconds = (1, 0.0) if chosen.quick else (chosen.rounds, chosen.seconds)
     found = [measure(shape, rounds, seconds) for shape in (QUICK if chosen.quick else SHAPES)]
     record = {
         **provenance("benchmarks.convolutions", "cpu", chosen.revision),
-        "threads": torch.get_num_threads(),
         "rounds": rounds,
         "shapes": found,
     }

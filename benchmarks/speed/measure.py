@@ -54,15 +54,21 @@ def alternate(
 
 
 def timed(run: Run, device: str, seconds: float) -> float:
-    """Seconds of a call, over as many calls as take so long; at least one."""
+    """Seconds of a call, over as many calls as take so long; at least one.
+
+    Of one thread on a CPU these are the processor's, which other work disturbs little.
+    """
     wait: Run = torch.cuda.synchronize if device == "cuda" else lambda: None
+    clock = time.perf_counter
+    if device == "cpu" and torch.get_num_threads() == 1:
+        clock = time.process_time
     wait()
-    count, started = 0, time.perf_counter()
-    while count == 0 or time.perf_counter() - started < seconds:
+    count, started = 0, clock()
+    while count == 0 or clock() - started < seconds:
         run()
         wait()
         count += 1
-    return (time.perf_counter() - started) / count
+    return (clock() - started) / count
 
 
 def ratios(base: Sequence[float], other: Sequence[float]) -> list[float]:
