@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from fractions import Fraction
 
 import pytest
@@ -105,6 +107,21 @@ def test_a_gradient_that_is_not_asked_for_leaves_no_trace() -> None:
     alone = torch.autograd.grad(output, weight, retain_graph=True)[0]
     torch.autograd.grad(output, x, retain_graph=True)
     assert torch.equal(torch.autograd.grad(output, weight)[0], alone)
+
+
+def test_filters_are_gone_with_their_graph() -> None:
+    """They are large: none may wait for the collector of cycles."""
+    weight, bias = layer(4, 6, 3)
+    filters = Filters(weight, bias)
+    seen = weakref.ref(filters)
+    gc.disable()
+    try:
+        torch.autograd.grad(filters(draw(1, 4, 8, 8)).sum(), weight)
+        filters(draw(1, 4, 8, 8))  # without a backward pass
+        del filters
+        assert seen() is None
+    finally:
+        gc.enable()
 
 
 def test_frozen_filters_still_give_their_maps_a_gradient() -> None:

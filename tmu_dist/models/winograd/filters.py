@@ -6,6 +6,7 @@ C input channels, K output channels, I, J taps of a filter, H, W map height and 
 
 from __future__ import annotations
 
+import weakref
 from typing import Any, cast
 
 import torch
@@ -144,12 +145,13 @@ class _Token(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, weight_KCIJ: Tensor, bias_K: Tensor | None, filters: Filters) -> Tensor:
-        ctx.filters = filters
+        # The filters hold the token: held here as well, both would outlive their use.
+        ctx.filters = weakref.ref(filters)
         return weight_KCIJ.new_zeros(())
 
     @staticmethod
     def backward(ctx: Any, *_: Any) -> tuple[Tensor | None, Tensor | None, None]:
-        filters: Filters = ctx.filters
+        filters: Filters = ctx.filters()  # alive, as every use of it in the graph holds it
         gradient, filters.gradient = filters.gradient, None
         if gradient is None or gradient.task != _task():
             return None, None, None
