@@ -173,8 +173,7 @@ def main() -> None:
 def install(found: list[dict[str, Any]]) -> None:
     """Write the table that the default chooses by."""
     rows = [
-        {name: row[name] for name in Shape._fields}
-        | {"ratio": round(statistics.median(row["ratio"]), 2)}
+        {name: row[name] for name in Shape._fields} | {"ratio": round(min(row["ratio"]), 2)}
         for row in found
     ]
     lines = ",\n".join(f"  {json.dumps(row)}" for row in rows)

@@ -24,6 +24,7 @@ SCRIPTS = {
     "methods": "methods",
     "methods-paper": "methods",
     "checkpoints": "checkpoints",
+    "convolutions": "convolutions",
     "data-parallel": "data_parallel",
     "recovery": "recovery",
     "costs": "costs/report",

@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 _WORTH = 1.1
 """Least ratio of times, forward and backward together, that counts as faster."""
+_FEWEST_CHANNELS = 32
+"""With fewer input channels a convolution is too small a part of a step to be worth the choice."""
 
 
 class _Measured(NamedTuple):
@@ -20,7 +22,7 @@ class _Measured(NamedTuple):
     in_channels: int
     out_channels: int
     ratio: float
-    """Time of the direct convolution over that of Winograd's filtering."""
+    """Time of the direct convolution over that of Winograd's filtering, in the worst round."""
 
 
 @cache
@@ -29,6 +31,8 @@ def is_faster(taps: int, height: int, width: int, in_channels: int, out_channels
 
     The choice does not depend on the batch, so that ranks and batch sizes compute alike.
     """
+    if in_channels < _FEWEST_CHANNELS:
+        return False
     side = min(height, width)
     covered = [
         each
