@@ -12,6 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from tmu_dist.config import WindowConfig
+from tmu_dist.models.convolution import counted
 from tmu_dist.models.rollout import Predictor
 from tmu_dist.models.shapes import FrameShape
 
@@ -19,7 +20,7 @@ from tmu_dist.models.shapes import FrameShape
 def count_operations(run: Callable[[], object]) -> int:
     """Operations of convolutions and matrix products; a product with its sum is two."""
     # The counter does not know the fused attention of every device, but knows its products.
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+    with counted(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         run()
     return counter.get_total_flops()
 

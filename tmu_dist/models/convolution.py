@@ -5,6 +5,9 @@ Legend: B batch, C channels, H, W map height and width.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from typing import Any, Literal
 
@@ -20,6 +23,19 @@ from tmu_dist.models.winograd.kernels import kernels
 
 Algorithm = Literal["auto", "direct", "winograd"]
 """config.ComputeConfig.convolution."""
+
+
+_IS_COUNTED: ContextVar[bool] = ContextVar("_IS_COUNTED", default=False)
+
+
+@contextmanager
+def counted() -> Iterator[None]:
+    """Let all convolutions be the library's, whose operations can be counted."""
+    token = _IS_COUNTED.set(True)
+    try:
+        yield
+    finally:
+        _IS_COUNTED.reset(token)
 
 
 class Convolution(nn.Conv2d):
@@ -84,7 +100,7 @@ class Convolution(nn.Conv2d):
         Raises:
             ConfigError: that was asked for where it cannot be.
         """
-        if self.algorithm == "direct" or torch.compiler.is_compiling():
+        if self.algorithm == "direct" or torch.compiler.is_compiling() or _IS_COUNTED.get():
             return False
         can = self.weight.device.type == "cpu" and self.weight.dtype == torch.float32
         if self.algorithm == "winograd":
