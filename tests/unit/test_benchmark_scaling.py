@@ -330,6 +330,6 @@ def test_the_document_has_the_facts_of_the_papers_network() -> None:
     assert paper.weights == 2_971_648  # docs/methods.md
     assert paper.memory_numbers == 19 * 4 * 64 * 16 * 16
     document = (Path(__file__).parents[2] / "docs" / "scaling.md").read_text()
-    # What a student saves for its backward pass is of the record's revision: it changes with the code.
+    # What a student saves for its backward pass changes with the code; the record has its own.
     row = next(r for r in report._traffic({"paper": paper}).splitlines() if "paper" in r)
     assert row in document
