@@ -122,6 +122,17 @@ def in_python(machine: Machine, program: str, **variables: str) -> None:
     machine.run([sys.executable, "-c", program], **variables)
 
 
+def reaches(machine: Machine, address: str) -> bool:
+    """Whether a machine can speak to a port of another one; waits a second for it."""
+    knock = f"</dev/tcp/{address.replace(':', '/')}"
+    words = ["timeout", "1", "bash", "-c", f"({knock}) 2>/dev/null || sleep 2"]
+    try:
+        machine.run(words)
+    except RuntimeError:
+        return False
+    return True
+
+
 def under_torchrun(config: RunConfig, folder: Path) -> str:
     """The same run on two ranks of this machine; returns its folder."""
     plain = replace(config, output=str(folder / "torchrun"), scale=ScaleConfig())
@@ -167,16 +178,17 @@ def test_trains_across_machines_and_over_a_short_cut_of_a_link(
     training = begin(cluster, in_store, tmp_path, **variables)
     training.wait_for(lambda: "step 1/300" in training.said, _SECONDS)
     assert [len(node.processes(_WORKER)) for node in cluster.nodes] == [1, 1]
+    assert reaches(cluster.nodes[1], cluster.address)
     cluster.nodes[1].cut()
-    time.sleep(3)
+    time.sleep(2)
+    assert not reaches(cluster.nodes[1], cluster.address)
     cluster.nodes[1].restore()
+    assert training.is_running and "step 300/300" not in training.said
     assert training.wait(_SECONDS) == 0, training.said
 
     run = str(tmp_path / "fetched")
     fetch = f"import pyarrow.fs as f; f.copy_files('s3://bucket/run', {run!r})"
     in_python(cluster.head, fetch, **variables)
-    slowest = min(event["samples_per_second"] for event in of_kind(run, "train")[1:])
-    assert 2 < config.training.batch_size / slowest < 30, "no step waited for the link"
     assert of_kind(run, "resume") == []
     plain = under_torchrun(config, tmp_path)
     assert losses(run) == losses(plain)

@@ -31,7 +31,7 @@ from tmu_dist.folders import (
     sweep_unfinished,
     write_folder,
 )
-from tmu_dist.run_folder import Event, read_json, read_log
+from tmu_dist.run_folder import Event, RunResult, read_json, read_log
 from tmu_dist.teachers.card import TeacherError
 from tmu_dist.teachers.store import load_card, load_model, load_weights, locate
 from tmu_dist.training import run_lock
@@ -322,9 +322,7 @@ def test_a_run_in_a_store_equals_one_on_a_disk(
     for stop in stops:
         run_until(config, stop)
     result = run(config)
-    assert replace(result, run="", seconds=0, seconds_per_batch=0) == replace(
-        local, run="", seconds=0, seconds_per_batch=0
-    )
+    assert facts(result) == facts(local)
     assert_same(weights_of(url), weights_of(local.run))
     assert_same(load_weights(url)[1], load_weights(local.run)[1])
     steps, losses = (
@@ -340,6 +338,11 @@ def test_a_run_in_a_store_equals_one_on_a_disk(
     assert len(files) - len(without_tensorboard(files)) == len(stops) + 1
     assert len(read_json(url, "run.json")["starts"]) == len(stops) + 1
     assert read_json(url, "result.json")["steps"] == 7
+
+
+def facts(result: RunResult) -> RunResult:
+    """What does not depend on where and how fast it ran."""
+    return replace(result, run="", seconds=0, seconds_per_batch=0, measured_peak_bytes=None)
 
 
 def without_tensorboard(paths: list[str]) -> set[str]:

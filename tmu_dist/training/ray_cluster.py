@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import socket
 import threading
 from collections.abc import Iterable, Iterator, Mapping
@@ -189,8 +190,14 @@ def watched_nodes() -> Iterator[None]:
 
 
 def alive_nodes() -> list[dict[str, Any]]:
-    """What Ray says of each node that is there."""
-    return [node for node in ray.nodes() if node["Alive"]]
+    """What Ray says of each node that is there, by address: Ray's own order is any."""
+    alive = [node for node in ray.nodes() if node["Alive"]]
+    return sorted(alive, key=lambda node: (_natural(node["NodeManagerAddress"]), node["NodeID"]))
+
+
+def _natural(address: str) -> list[tuple[int, str]]:
+    """What sorts 10.0.0.9 before 10.0.0.10."""
+    return [(int(part) if part.isdigit() else -1, part) for part in re.split(r"(\d+)", address)]
 
 
 def _watch_nodes(ended: threading.Event) -> None:
