@@ -19,6 +19,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 log = logging.getLogger(__name__)
 
 _FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fopenmp", "-fPIC", "-std=gnu11")
@@ -95,6 +97,11 @@ class _Library(ctypes.CDLL):
                 return super().__call__(*arguments)
 
         self._FuncPtr = Function
+
+
+def pointer(values: Tensor) -> ctypes.c_void_p:
+    """Where a tensor's numbers begin, as functions of C code are given them."""
+    return ctypes.c_void_p(values.data_ptr())
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from tmu_dist.models.native import VECTORS, is_there, load
+from tmu_dist.models.native import VECTORS, is_there, load, pointer
 
 
 def can_fuse(map_BCHW: Tensor, channels: int, peepholes: Tensor | None = None) -> bool:
@@ -168,7 +168,7 @@ def _call(name: str, *arguments: Any) -> None:
     converted: list[Any] = []
     for each in given:
         if isinstance(each, Tensor):
-            converted.append(ctypes.c_void_p(each.data_ptr()))
+            converted.append(pointer(each))
         else:
             converted.append(None if each is None else ctypes.c_float(each))
     sizes = [ctypes.c_long(size) for size in (batch * height * width, *channels)]

@@ -38,17 +38,9 @@ class Filters:
         self.kernels: Kernels = kernels(taps)
         self.widths = self.kernels.padded(in_channels), self.kernels.padded(out_channels)
         self.bias_K = None if bias_K is None else bias_K.detach()
-        g = torch.tensor([[float(value) for value in row] for row in transforms(taps).filters])
-        self.both_axes_PN = torch.kron(g, g)
-        """G along both axes at once: from the taps of a filter to its points."""
-        # Transforms amplify rounding, so none is ever computed in half precision.
-        with torch.no_grad(), torch.autocast("cpu", enabled=False):
-            filters_PCK = self._transformed(weight_KCIJ)
-        self.shape_PCK = filters_PCK.shape
-        self.packed = self.kernels.pack(filters_PCK)
-        self._filters_PCK: Tensor | None = filters_PCK
+        self.packed = self.kernels.transform_filters(weight_KCIJ)
         self._packed_back: Tensor | None = None
-        self._weight_KCIJ, self._learned_bias_K = weight_KCIJ, bias_K
+        self.weight_KCIJ, self._learned_bias_K = weight_KCIJ, bias_K
         self._token: Tensor | None = None
         self.gradient: FilterGradient | None = None
 
@@ -56,19 +48,17 @@ class Filters:
         """Convolve one or two maps, as if their channels lay one after the other."""
         learns = torch.is_grad_enabled() and any(
             values is not None and values.requires_grad
-            for values in (self._weight_KCIJ, self._learned_bias_K)
+            for values in (self.weight_KCIJ, self._learned_bias_K)
         )
         if learns and self._token is None:
-            self._token = cast(Tensor, _Token.apply(self._weight_KCIJ, self._learned_bias_K, self))
+            self._token = cast(Tensor, _Token.apply(self.weight_KCIJ, self._learned_bias_K, self))
         return cast(Tensor, _Convolve.apply(self._token if learns else None, self, *maps_BCHW))
 
     @property
     def packed_back(self) -> Tensor:
         """Transposed, for the gradient of the maps; made when it is first asked for."""
         if self._packed_back is None:
-            assert self._filters_PCK is not None
-            self._packed_back = self.kernels.pack(self._filters_PCK.transpose(1, 2))
-            self._filters_PCK = None
+            self._packed_back = self.kernels.transform_filters(self.weight_KCIJ, back=True)
         return self._packed_back
 
     def rows(self, map_BCHW: Tensor) -> int:
@@ -79,16 +69,6 @@ class Filters:
     def scratch(self, rows: int, width: int) -> Tensor:
         """Room for transformed maps."""
         return torch.empty(self.kernels.num_points, rows, width)
-
-    def _transformed(self, weight_KCIJ: Tensor) -> Tensor:
-        """G g G^T of every filter, padded with zeros."""
-        filters_NP = weight_KCIJ.detach().flatten(2).flatten(0, 1) @ self.both_axes_PN.T
-        in_width, out_width = self.widths
-        padded = torch.zeros(self.kernels.num_points, in_width, out_width)
-        in_channels, out_channels = self.channels
-        filters_KCP = filters_NP.unflatten(0, (out_channels, in_channels))
-        padded[:, :in_channels, :out_channels] = filters_KCP.permute(2, 1, 0)
-        return padded
 
 
 class FilterGradient:
@@ -105,7 +85,7 @@ class FilterGradient:
         in_width, out_width = filters.widths
         self._correlate = filters.kernels.correlate
         self._has_sum = False
-        self._sum_PCK = torch.empty(filters.shape_PCK)
+        self._sum_PCK = torch.empty(filters.kernels.shape_PCK(filters.weight_KCIJ))
         self._bias_sum_K = torch.zeros(filters.channels[1])
         self._room = max(rows, _ROWS_AT_ONCE)
         self._inputs_PRC = filters.scratch(self._room, in_width)
@@ -156,11 +136,9 @@ class _Token(torch.autograd.Function):
         if gradient is None or gradient.task != _task():
             return None, None, None
         sum_PCK, bias_sum_K = gradient.total()
-        in_channels, out_channels = filters.channels
         weight_KCIJ = None
         if ctx.needs_input_grad[0]:
-            sum_NP = sum_PCK[:, :in_channels, :out_channels].permute(2, 1, 0).flatten(0, 1)
-            weight_KCIJ = (sum_NP @ filters.both_axes_PN).view(filters.weight_shape)
+            weight_KCIJ = filters.kernels.filters_gradient(sum_PCK, filters.weight_KCIJ)
         return weight_KCIJ, bias_sum_K if ctx.needs_input_grad[1] else None, None
 
 

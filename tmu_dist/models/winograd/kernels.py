@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Sequence
 from fractions import Fraction
 from functools import cache
@@ -11,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tmu_dist.models.native import VECTORS, load
+from tmu_dist.models.native import VECTORS, load, pointer
 from tmu_dist.models.winograd.matrices import TILE, Matrix, transforms, transposed
 
 _long = ctypes.c_long
@@ -32,7 +33,6 @@ class Kernels:
         self._library = load("winograd", _source(taps))
         self._library.scratch_size.restype = _long
         self.lanes = _long.in_dll(self._library, "lanes").value
-        self._panel = _long.in_dll(self._library, "panel").value
 
     def padded(self, channels: int) -> int:
         """Channels of a row: a multiple of what a register holds."""
@@ -52,16 +52,43 @@ class Kernels:
         """Transform the gradient of an output."""
         batch, channels, height, width = map_BCHW.shape
         self._library.transform_gradient(
-            _pointer(map_BCHW),
+            pointer(map_BCHW),
             *_rows(rows_PRC),
             *map(_long, (batch, height, width, channels)),
             torch.get_num_threads(),
         )
 
-    def pack(self, filters_PCK: Tensor) -> Tensor:
-        """Filters at all points, as `convolve` reads them; in and out are multiples of `lanes`."""
-        panels = filters_PCK.split(self._panel, dim=2)
-        return torch.cat([panel.reshape(-1) for panel in panels])
+    def transform_filters(self, weight_KCIJ: Tensor, *, back: bool = False) -> Tensor:
+        """Filters at all points, packed as `convolve` reads them; `back`: `convolve_back`."""
+        out_channels, in_channels, taps, _ = weight_KCIJ.shape
+        inputs = _long(in_channels), _long(taps**2)
+        outputs = _long(out_channels), _long(in_channels * taps**2)
+        packed = torch.empty(math.prod(self.shape_PCK(weight_KCIJ)))
+        self._library.transform_filters(
+            pointer(weight_KCIJ.contiguous()),
+            *(outputs + inputs if back else inputs + outputs),
+            pointer(packed),
+            torch.get_num_threads(),
+        )
+        return packed
+
+    def shape_PCK(self, weight_KCIJ: Tensor) -> tuple[int, int, int]:  # noqa: N802
+        """Of transformed filters, with the channels that they are padded to."""
+        out_channels, in_channels = weight_KCIJ.shape[:2]
+        return self.num_points, self.padded(in_channels), self.padded(out_channels)
+
+    def filters_gradient(self, sum_PCK: Tensor, weight_KCIJ: Tensor) -> Tensor:
+        """The gradient of filters, from that of the transformed ones."""
+        gradient_KCIJ = torch.empty(weight_KCIJ.shape)
+        out_channels, in_channels = weight_KCIJ.shape[:2]
+        self._library.transform_filters_back(
+            pointer(sum_PCK),
+            pointer(gradient_KCIJ),
+            _long(in_channels),
+            _long(out_channels),
+            torch.get_num_threads(),
+        )
+        return gradient_KCIJ
 
     def convolve(
         self, rows_PRC: Tensor, packed: Tensor, bias_K: Tensor | None, map_BKHW: Tensor
@@ -80,7 +107,7 @@ class Kernels:
         self._library.correlate(
             *_rows(inputs_PRC),
             *_rows(gradients_PRK),
-            _pointer(sum_PCK),
+            pointer(sum_PCK),
             _long(inputs_PRC.shape[1]),
             int(add),
             torch.get_num_threads(),
@@ -102,9 +129,9 @@ class Kernels:
         scratch = torch.empty(self._library.scratch_size(*sizes, channels, threads))
         self._library.convolve(
             *_rows(rows),
-            _pointer(packed),
-            None if bias is None else _pointer(bias),
-            _pointer(scratch),
+            pointer(packed),
+            None if bias is None else pointer(bias),
+            pointer(scratch),
             *_one_or_two(maps),
             *sizes,
             int(back),
@@ -119,18 +146,14 @@ def kernels(taps: int) -> Kernels:
 
 
 def _rows(rows_PRC: Tensor) -> tuple[ctypes.c_void_p, ctypes.c_long, ctypes.c_long]:
-    return _pointer(rows_PRC), _long(rows_PRC.stride(0)), _long(rows_PRC.stride(1))
+    return pointer(rows_PRC), _long(rows_PRC.stride(0)), _long(rows_PRC.stride(1))
 
 
 def _one_or_two(maps: Sequence[Tensor]) -> list[ctypes.c_void_p | ctypes.c_long | None]:
     arguments: list[ctypes.c_void_p | ctypes.c_long | None] = []
     for each in maps:
-        arguments += [_pointer(each), _long(each.shape[1])]
+        arguments += [pointer(each), _long(each.shape[1])]
     return arguments if len(maps) == 2 else [*arguments, None, _long(0)]
-
-
-def _pointer(values: Tensor) -> ctypes.c_void_p:
-    return ctypes.c_void_p(values.data_ptr())
 
 
 def _source(taps: int) -> str:
@@ -148,6 +171,7 @@ def _source(taps: int) -> str:
             VECTORS,
             _BLOCKS,
             *(_axis(name, matrix) for name, matrix in axes.items()),
+            _table("FILTER_AXIS", each.filters),
             Path(__file__).with_name("winograd.c").read_text(),
         ]
     )
@@ -156,7 +180,7 @@ def _source(taps: int) -> str:
 # A block of ROWS x COLUMNS vectors leaves a few of the 32 or 16 registers for its operands.
 _BLOCKS = """
 enum { COLUMNS = LANES == 16 ? 4 : 2, ROWS = 6 };
-const long lanes = LANES, panel = COLUMNS * LANES;
+const long lanes = LANES;
 """
 
 
@@ -178,6 +202,11 @@ def _axis(name: str, matrix: Matrix) -> str:
         lines.append(f"  {{ vec even = {even}, odd = {odd};")
         lines.append(f"    y[{i} * sy] = even + odd; y[{mate} * sy] = even - odd; }}")
     return "\n".join([*lines, "}"])
+
+
+def _table(name: str, matrix: Matrix) -> str:
+    rows = ", ".join(f"{{{', '.join(repr(float(value)) for value in row)}}}" for row in matrix)
+    return f"static const double {name}[{len(matrix)}][{len(matrix[0])}] = {{{rows}}};"
 
 
 def _opposite(row: Sequence[Fraction], other: Sequence[Fraction]) -> bool:

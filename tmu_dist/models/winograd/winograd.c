@@ -2,7 +2,8 @@
 
    Before this text stand VECTORS of native.py and, written by kernels.py from the exact matrices:
      TILE, POINTS, PAD and the functions of one axis, y[i * sy] = sum_j matrix[i][j] x[j * sx]:
-     input_axis (B^T), input_axis_back (B), output_axis (A^T), output_axis_back (A).
+     input_axis (B^T), input_axis_back (B), output_axis (A^T), output_axis_back (A);
+     FILTER_AXIS[POINTS][TAPS] (G).
 
    Transformed maps are [POINTS * POINTS][rows][channels], a row for every tile; the distance from a
    point to the next is an argument, so that rows can be parts of a longer buffer. Channels of rows
@@ -17,8 +18,9 @@
 
 
 #define SQUARE (POINTS * POINTS)
-enum { PANEL = COLUMNS * LANES };
+enum { PANEL = COLUMNS * LANES, TAPS = 2 * PAD + 1 };
 
+static inline long padded(long channels) { return (channels + LANES - 1) / LANES * LANES; }
 static inline long tiles(long size) { return (size + TILE - 1) / TILE; }
 
 typedef void axis(const vec *x, long sx, vec *y, long sy);
@@ -87,13 +89,60 @@ void transform_gradient(const float *dy, float *to, long point_stride, long widt
       }
 }
 
+/* LANES filters side by side, in double: each of them is used many times. */
+typedef double wide __attribute__((vector_size(8 * LANES)));
+
+/* Filters of D inputs and N outputs, packed: tap (i, j) of the one from d to n lies at
+   w + d * sd + n * sn + i * TAPS + j, so inputs and outputs can change places. */
+void transform_filters(const float *w, long D, long sd, long N, long sn, float *packed, int threads) {
+  long depth = padded(D), width = padded(N);
+#pragma omp parallel for num_threads(threads) collapse(2)
+  for (long n = 0; n < width; n += LANES)
+    for (long d = 0; d < depth; d++) {
+      wide g[TAPS * TAPS] = {0}, half[POINTS * TAPS] = {0}, u[SQUARE] = {0};
+      if (d < D)
+        for (long k = 0; k < min(LANES, N - n); k++)
+          for (long t = 0; t < TAPS * TAPS; t++) g[t][k] = w[d * sd + (n + k) * sn + t];
+      for (long i = 0; i < POINTS; i++)
+        for (long j = 0; j < TAPS; j++)
+          for (long t = 0; t < TAPS; t++) half[i * TAPS + j] += FILTER_AXIS[i][t] * g[t * TAPS + j];
+      for (long i = 0; i < POINTS; i++)
+        for (long j = 0; j < POINTS; j++)
+          for (long t = 0; t < TAPS; t++) u[i * POINTS + j] += FILTER_AXIS[j][t] * half[i * TAPS + t];
+      long panel = n / PANEL * PANEL, columns = min(PANEL, width - panel);
+      float *to = packed + panel * SQUARE * depth + d * columns + n - panel;
+      for (long p = 0; p < SQUARE; p++) store(to + p * depth * columns, __builtin_convertvector(u[p], vec));
+    }
+}
+
+/* dw [K][C][TAPS][TAPS] = G^T du G, from the gradient of transformed filters [points][in][out]. */
+void transform_filters_back(const float *du, float *dw, long C, long K, int threads) {
+  long in = padded(C), out = padded(K);
+#pragma omp parallel for num_threads(threads) collapse(2)
+  for (long k = 0; k < K; k += LANES)
+    for (long c = 0; c < C; c++) {
+      wide u[SQUARE], half[TAPS * POINTS] = {0}, g[TAPS * TAPS] = {0};
+      for (long p = 0; p < SQUARE; p++)
+        u[p] = __builtin_convertvector(load(du + (p * in + c) * out + k), wide);
+      for (long i = 0; i < TAPS; i++)
+        for (long j = 0; j < POINTS; j++)
+          for (long t = 0; t < POINTS; t++) half[i * POINTS + j] += FILTER_AXIS[t][i] * u[t * POINTS + j];
+      for (long i = 0; i < TAPS; i++)
+        for (long j = 0; j < TAPS; j++)
+          for (long t = 0; t < POINTS; t++) g[i * TAPS + j] += FILTER_AXIS[t][j] * half[i * POINTS + t];
+      for (long lane = 0; lane < min(LANES, K - k); lane++)
+        for (long t = 0; t < TAPS * TAPS; t++)
+          dw[((k + lane) * C + c) * TAPS * TAPS + t] = g[t][lane];
+    }
+}
+
 /* c (+)= a b for a block of at most ROWS x COLUMNS vectors that stays in registers. */
 static inline __attribute__((always_inline)) void block(int rows, int columns, const float *a, long ai,
                                                         long ak, const float *b, long ldb, float *c,
                                                         long ldc, long depth, int add) {
   vec sums[ROWS][COLUMNS];
   for (int i = 0; i < rows; i++)
-    for (int q = 0; q < columns; q++) sums[i][q] = add ? load(c + i * ldc + q * LANES) : ZERO;
+    for (int q = 0; q < columns; q++) sums[i][q] = ZERO;
   for (long k = 0; k < depth; k++) {
     vec line[COLUMNS];
     for (int q = 0; q < columns; q++) line[q] = load(b + k * ldb + q * LANES);
@@ -101,7 +150,10 @@ static inline __attribute__((always_inline)) void block(int rows, int columns, c
       for (int q = 0; q < columns; q++) sums[i][q] += a[i * ai + k * ak] * line[q];
   }
   for (int i = 0; i < rows; i++)
-    for (int q = 0; q < columns; q++) store(c + i * ldc + q * LANES, sums[i][q]);
+    for (int q = 0; q < columns; q++) {
+      float *to = c + i * ldc + q * LANES;
+      store(to, add ? load(to) + sums[i][q] : sums[i][q]);
+    }
 }
 
 #define BLOCK(r, q) \
@@ -120,15 +172,14 @@ static void any_block(long rows, long columns, const float *a, long ai, long ak,
 
 /* c (+)= a b, [rows][depth] by [depth][columns], at most PANEL columns and a multiple of LANES.
    a's element (i, k) lies at i * ai + k * ak, so a can be transposed. A part of b that fits the first
-   cache is used for all rows before the next one. */
+   cache is used for all rows before the next one; each part has its own sum, as one long sum would
+   round so much that it decided how exact the whole convolution is. */
 static void multiply(const float *a, long ai, long ak, const float *b, long ldb, float *c, long ldc,
-                     long rows, long columns, long depth, int add) {
-  const long at_once = 64;
-  for (long k = 0; k < depth; k += at_once)
+                     long rows, long columns, long depth, long part, int add) {
+  for (long k = 0; k < depth; k += part)
     for (long i = 0; i < rows; i += ROWS)
       any_block(rows - i < ROWS ? rows - i : ROWS, columns / LANES, a + i * ai + k * ak, ai, ak,
-                b + k * ldb, ldb, c + i * ldc, ldc, depth - k < at_once ? depth - k : at_once,
-                add || k);
+                b + k * ldb, ldb, c + i * ldc, ldc, min(part, depth - k), add || k);
 }
 
 /* The products of one panel of filters with the rows of images n0 to n1, at all points. */
@@ -136,7 +187,7 @@ static void multiply_panel(const float *v, long point_stride, long depth, const 
                            long columns, float *m, long rows) {
   for (long p = 0; p < SQUARE; p++)
     multiply(v + p * point_stride, depth, 1, packed + p * depth * columns, columns,
-             m + p * rows * columns, columns, rows, columns, depth, 0);
+             m + p * rows * columns, columns, rows, columns, depth, 32, 0);
 }
 
 /* Threads share the panels, or if these do not divide among them, the images. */
@@ -210,7 +261,7 @@ long scratch_size(long N, long H, long W, long C, int threads) {
 void convolve(const float *v, long point_stride, long depth, const float *packed, const float *bias,
               float *scratch, float *y, long C, float *h, long Ch, long N, long H, long W, int back,
               int threads) {
-  long width = (C + Ch + LANES - 1) / LANES * LANES, panels = (width + PANEL - 1) / PANEL;
+  long width = padded(C + Ch), panels = (width + PANEL - 1) / PANEL;
   long groups = image_groups(panels, N, threads), tiles_each = tiles(H) * tiles(W);
   long size = scratch_size(N, H, W, C + Ch, threads) / threads;
 #pragma omp parallel for num_threads(threads) collapse(2) schedule(dynamic)
@@ -233,5 +284,5 @@ void correlate(const float *v, long v_stride, long in, const float *g, long g_st
   for (long p = 0; p < SQUARE; p++)
     for (long c = 0; c < out; c += PANEL)
       multiply(v + p * v_stride, 1, in, g + p * g_stride + c, out, sum + p * in * out + c, out, in,
-               min(PANEL, out - c), rows, add);
+               min(PANEL, out - c), rows, 64, add);
 }
