@@ -14,12 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.scaling.model import Network
-from tmu_dist.config import ModelConfig, TMUConfig, WindowConfig
+from tmu_dist.config import ComputeConfig, ModelConfig, TMUConfig, WindowConfig
 from tmu_dist.evaluation.operations import count_operations, forward_operations
+from tmu_dist.models.arrange import arrange
 from tmu_dist.models.build import build_predictor, count_parameters, skeleton
 from tmu_dist.models.shapes import FrameShape
 from tmu_dist.teachers.adapter import LayerPlan, TeacherPlan
 from tmu_dist.teachers.bank import FrozenTeacher, ReplicatedBank, TeacherBank
+from tmu_dist.training.memory_trace import Tracing
 from tmu_dist.transfer.base import Objective, Task, TrainingBatch, TransferMethod
 from tmu_dist.transfer.tmu import MemoryDistillation
 
@@ -132,16 +134,20 @@ def make_batch(size: Size, sequences: int, ranks: int = 1) -> TrainingBatch:
 
 
 class _Student:
-    """One student on the meta device, counted."""
+    """One student of tensors without numbers, counted as GPUs compute it: by plain operations."""
 
     def __init__(self, size: Size, teachers: int) -> None:
-        with torch.device("meta"):
+        with Tracing(torch.device("cpu")):
             method = make_method(size, ReplicatedBank([make_teacher(size)] * teachers))
             trainee = method.trainee(method.build_student())
-            batch = make_batch(size, 1)
+            arrange(trainee, ComputeConfig(convolution="direct", arithmetic="plain"))
+            single, double = (make_batch(size, sequences) for sequences in (1, 2))
             self.weights = count_parameters(trainee)
-            self.operations = count_operations(lambda: method.unroll(trainee, batch))
-            self.saved_bytes = saved_bytes(method, trainee, batch)
+            self.operations = count_operations(lambda: method.unroll(trainee, single))
+            # Of one more sequence: some weights are saved, too, however many there are.
+            self.saved_bytes = saved_bytes(method, trainee, double) - saved_bytes(
+                method, trainee, single
+            )
 
 
 def saved_bytes(method: TransferMethod, trainee: nn.Module, batch: TrainingBatch) -> int:

@@ -232,9 +232,9 @@ def test_each_uses_the_convolutions_that_its_network_was_arranged_for() -> None:
     # Winograd's filtering is ten times as far from exact as the library's convolutions.
     assert_alike(BatchedBank(teachers).teach(given), ReplicatedBank(teachers).teach(given), 1e-5)
     convolutions = [each for each in teachers[2].modules() if isinstance(each, Convolution)]
-    before = [each._transformed for each in convolutions]
+    before = [each._filters() for each in convolutions]
     BatchedBank(teachers).teach(given)
-    assert before and all(a is b._transformed for a, b in zip(before, convolutions, strict=True))
+    assert before and all(a is b._filters() for a, b in zip(before, convolutions, strict=True))
 
 
 def test_compiled_layers_stay_compiled(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,14 @@ from benchmarks.scaling.model import (
     reading_break_even,
     traffic,
 )
-from benchmarks.scaling.networks import SIZES, make_batch, make_method, make_teacher, measure
+from benchmarks.scaling.networks import (
+    SIZES,
+    make_batch,
+    make_method,
+    make_teacher,
+    measure,
+    saved_bytes,
+)
 from benchmarks.scaling.report import first_choice, held_out_errors, local_seconds, table
 from benchmarks.scaling.simulate import (
     CLUSTERS,
@@ -160,21 +167,10 @@ def test_networks_are_counted_as_real_tensors_are() -> None:
     for teaching in method.teach(batch):
         told = sum(state.numel() for state in teaching.states["memory"].values())
         assert told == 2 * found.memory_numbers
-    own = {each.data_ptr() for each in [*trainee.parameters(), *trainee.buffers()]}
-    kept: dict[int, torch.UntypedStorage] = {}
-
-    def note(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        method.loss(trainee, batch).total()
-    expected = 2 * (found.saved_bytes + teachers * found.saved_bytes_per_slot)
-    # What is saved once a batch, such as weights of sequences, is counted for each; and real maps
-    # are sometimes saved in another order, too.
-    assert sum(each.nbytes() for each in kept.values()) == pytest.approx(expected, rel=3e-2)
+    of_one, of_three = (
+        saved_bytes(method, trainee, make_batch(size, sequences)) for sequences in (1, 3)
+    )
+    assert of_three - of_one == 2 * (found.saved_bytes + teachers * found.saved_bytes_per_slot)
 
 
 def test_tasks_run_side_by_side_one_a_lane_first_come_first_served() -> None:
@@ -330,6 +326,6 @@ def test_the_document_has_the_facts_of_the_papers_network() -> None:
     assert paper.weights == 2_971_648  # docs/methods.md
     assert paper.memory_numbers == 19 * 4 * 64 * 16 * 16
     document = (Path(__file__).parents[2] / "docs" / "scaling.md").read_text()
-    # What a student saves for its backward pass changes with the code; the record has its own.
-    row = next(r for r in report._traffic({"paper": paper}).splitlines() if "paper" in r)
-    assert row in document
+    for made in (report._facts, report._traffic, report._memory):
+        row = next(line for line in made({"paper": paper}).splitlines() if "paper" in line)
+        assert row in document

@@ -8,6 +8,7 @@ from tmu_dist.config import ComputeConfig
 from tmu_dist.models.cells.convlstm import ConvLSTMCell
 from tmu_dist.models.convolution import Convolution
 from tmu_dist.models.layer import RecurrentLayer
+from tmu_dist.models.norm import MapLayerNorm
 from tmu_dist.models.tmu import MemoryTransfer
 
 
@@ -20,7 +21,7 @@ def arrange(network: nn.Module, compute: ComputeConfig) -> None:
     for module in network.modules():
         if isinstance(module, Convolution):
             module.algorithm = compute.convolution
-        elif isinstance(module, ConvLSTMCell | MemoryTransfer):
+        elif isinstance(module, ConvLSTMCell | MapLayerNorm | MemoryTransfer):
             module.fuses = compute.arithmetic == "auto"
         elif isinstance(module, RecurrentLayer):
             module.recomputes = compute.recompute

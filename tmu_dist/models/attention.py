@@ -103,7 +103,10 @@ class StateMerge(nn.Module):
         update = torch.sigmoid(of_input[1] + of_state[1] + of_source[1])
         of_reset_state = self.of_reset_state(reset * state_BPHW)
         new = torch.tanh(of_input[2] + of_reset_state + of_source[2])
-        return Merged((1 - update) * state_BPHW + update * new, update)
+        merged = (1 - update) * state_BPHW + update * new
+        # Lying as the state did, so that cells round as they do without a merge.
+        lies = torch.contiguous_format if state_BPHW.is_contiguous() else torch.channels_last
+        return Merged(merged.contiguous(memory_format=lies), update)
 
     def transferred(self, state_BPHW: Tensor, seen: SourceStates) -> Tensor:
         """R: u = s(Uo A + Co Pc) mixes (1 - u) . A + u . Pc, or Pc alone where there is no gate."""

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from tmu_dist.config import ConfigError
 from tmu_dist.models.native import is_there
+from tmu_dist.models.per_rollout import PerRollout
 from tmu_dist.models.winograd.choice import is_faster
 from tmu_dist.models.winograd.filters import Filters
 from tmu_dist.models.winograd.kernels import kernels
@@ -58,7 +59,7 @@ class Convolution(nn.Conv2d):
             in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=bias
         )
         self.algorithm: Algorithm = "auto"
-        self._transformed: tuple[tuple[Any, ...], Tensor, Filters] | None = None
+        self._per_rollout = PerRollout[Filters]()
 
     def forward(self, *maps_BCHW: Tensor) -> Tensor:
         """Convolve one or two maps, as if their channels lay one after the other."""
@@ -66,17 +67,12 @@ class Convolution(nn.Conv2d):
             return self._pointwise(maps_BCHW)
         if self.uses_winograd(maps_BCHW[0]):
             return self._filters()(*maps_BCHW)
-        return super().forward(maps_BCHW[0] if len(maps_BCHW) == 1 else torch.cat(maps_BCHW, dim=1))
-
-    def begin_rollout(self) -> None:
-        """Transform learned filters anew: not every optimiser leaves a trace of its updates."""
-        if self.weight.requires_grad:
-            self._transformed = None
+        return super().forward(_as_one(maps_BCHW))
 
     def _pointwise(self, maps_BCHW: tuple[Tensor, ...]) -> Tensor:
         """A matrix product for each map, where channels lie innermost; nothing is put together."""
         if not all(each.is_contiguous(memory_format=torch.channels_last) for each in maps_BCHW):
-            return super().forward(torch.cat(maps_BCHW, dim=1))
+            return super().forward(_as_one(maps_BCHW))
         weights = self.weight.flatten(1).split([each.shape[1] for each in maps_BCHW], dim=1)
         total_BHWC: Tensor | None = None
         # On CPUs half precision costs more in conversions than it saves in so small a product.
@@ -89,10 +85,6 @@ class Convolution(nn.Conv2d):
                 total_BHWC = product_BHWC if total_BHWC is None else total_BHWC + product_BHWC
         assert total_BHWC is not None
         return total_BHWC.permute(0, 3, 1, 2)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Copies transform their filters themselves."""
-        return super().__getstate__() | {"_transformed": None}
 
     def uses_winograd(self, map_BCHW: Tensor) -> bool:
         """Whether maps like this one are convolved by Winograd's filtering.
@@ -120,11 +112,11 @@ class Convolution(nn.Conv2d):
 
     def _filters(self) -> Filters:
         numbers = [self.weight] if self.bias is None else [self.weight, self.bias]
-        key = tuple((each._version, each.data_ptr(), each.requires_grad) for each in numbers)
-        if self._transformed is None or self._transformed[0] != key:
-            # The weight is held, so that no other one can come to lie at its address.
-            self._transformed = key, self.weight.detach(), Filters(self.weight, self.bias)
-        return self._transformed[2]
+        return self._per_rollout.get(numbers, lambda: Filters(self.weight, self.bias))
+
+
+def _as_one(maps_BCHW: tuple[Tensor, ...]) -> Tensor:
+    return maps_BCHW[0] if len(maps_BCHW) == 1 else torch.cat(maps_BCHW, dim=1)
 
 
 @cache

@@ -81,6 +81,11 @@ class RecurrentLayer(nn.Module):
         """Whether a backward pass computes again what happens inside a step (compute.recompute)."""
         self._step_as_chosen: Callable[[Tensor, CellState, Carry], LayerStep] = self._step
 
+    @property
+    def is_compiled(self) -> bool:
+        """Whether steps run as torch.compile fuses them."""
+        return self._step_as_chosen != self._step
+
     def compile_step(self) -> None:
         """Run steps as torch.compile fuses them; the first of each shape takes a while."""
         self._step_as_chosen = torch.compile(self._step)

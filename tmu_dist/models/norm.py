@@ -11,6 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tmu_dist.models.fused import EPSILON, can_fuse, normalise
+from tmu_dist.models.per_rollout import PerRollout
+
 Affine = Literal["full", "channel", "none"]
 
 
@@ -31,6 +34,9 @@ class MapLayerNorm(nn.Module):
         super().__init__()
         self.groups = groups
         self.affine = affine
+        self.fuses = True
+        """Whether it is one pass over memory where it can be (compute.arithmetic)."""
+        self._per_rollout = PerRollout[tuple[Tensor, Tensor]]()
         if affine == "none":
             return
         shape = (channels, *map_size) if affine == "full" else (channels,)
@@ -44,21 +50,33 @@ class MapLayerNorm(nn.Module):
             ValueError: a "full" normalisation meets another map size than it was built for.
         """
         if self.affine == "none":
-            return F.group_norm(x_BCHW, self.groups)
+            return F.group_norm(x_BCHW, self.groups, eps=EPSILON)
         if self.affine == "channel":
-            return F.group_norm(x_BCHW, self.groups, self.gain, self.shift)
+            return F.group_norm(x_BCHW, self.groups, self.gain, self.shift, EPSILON)
         if x_BCHW.shape[1:] != self.gain.shape:
             raise ValueError(
                 f"This layer normalisation was built for maps of shape {tuple(self.gain.shape)}, "
                 f"got {tuple(x_BCHW.shape[1:])}. Use frames of the trained size, or train with "
                 "model.norm_affine=channel, which works at any size."
             )
-        gain: Tensor = self.gain
-        shift: Tensor = self.shift
-        if x_BCHW.is_contiguous(memory_format=torch.channels_last):
-            # Arithmetic on maps that lie in different order takes several times as long.
-            gain, shift = _channels_last(gain), _channels_last(shift)
-        return torch.addcmul(shift, F.group_norm(x_BCHW, self.groups), gain)
+        gain, shift = self._lying_like(x_BCHW)
+        if self.fuses and can_fuse(x_BCHW, x_BCHW.shape[1] // self.groups):
+            return normalise(x_BCHW, gain, shift, self.groups)
+        return torch.addcmul(shift, F.group_norm(x_BCHW, self.groups, eps=EPSILON), gain)
+
+    def _lying_like(self, x_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+        """Gain and shift in the maps' order: arithmetic across orders takes several times as long.
+
+        They are turned around once for all time steps of a rollout.
+        """
+        gain, shift = self.gain, self.shift
+        if not x_BCHW.is_contiguous(memory_format=torch.channels_last):
+            return gain, shift
+        if torch.compiler.is_compiling():
+            return _channels_last(gain), _channels_last(shift)
+        return self._per_rollout.get(
+            (gain, shift), lambda: (_channels_last(gain), _channels_last(shift))
+        )
 
 
 def _channels_last(weight_CHW: Tensor) -> Tensor:

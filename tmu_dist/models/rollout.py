@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from tmu_dist.models.cells.base import FrameLoss
-from tmu_dist.models.convolution import Convolution
 from tmu_dist.models.layer import Guide, LayerStep
+from tmu_dist.models.per_rollout import begin_rollout
 from tmu_dist.models.shapes import MemoryShape
 
 StateName = Literal["memory", "hidden", "zigzag"]
@@ -188,9 +188,7 @@ class Predictor(nn.Module, ABC):
                 shape.
         """
         self._check(frames_BTCHW, num_input_frames, num_frames, sampling_mask_BT, noise_BTZ)
-        for module in self.modules():
-            if isinstance(module, Convolution):
-                module.begin_rollout()
+        begin_rollout(self)
         unroll = partial(
             self._unroll,
             frames_BTCHW,

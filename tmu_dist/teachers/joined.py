@@ -16,14 +16,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tmu_dist.models.cells.base import RecurrentCell
 from tmu_dist.models.cells.convlstm import ConvLSTMCell
 from tmu_dist.models.cells.mim import MemoryCore
 from tmu_dist.models.convolution import Convolution
@@ -80,15 +78,11 @@ class JoinedNetworks:
         """Called with N sequences, as each is with its own."""
         for module in networks[0].modules():
             # Copies of layers that are compiled are not.
-            if isinstance(module, RecurrentLayer) and module._step_as_chosen != module._step:
+            if isinstance(module, RecurrentLayer) and module.is_compiled:
                 memo[id(module)].compile_step()
         for cell, stack in cells:
             joined: nn.Module = memo[id(cell)]
             del joined.peepholes
-            if isinstance(joined, ConvLSTMCell):
-                # Its own also compares its peepholes' size with the maps': here it is another.
-                start = partial(RecurrentCell.initial_state, joined)
-                joined.initial_state = start  # type: ignore[method-assign]
             self._of_cells.append((joined, stack))
 
     def __call__(

@@ -79,12 +79,12 @@ class ConvLSTMCell(RecurrentCell):
         Raises:
             ValueError: "full" peepholes meet another map size than they were built for.
         """
-        if self.peepholes is not None and self.peepholes.shape[2:] not in (
+        if self.peepholes is not None and self.peepholes.shape[-2:] not in (
             (1, 1),
             x_BCHW.shape[2:],
         ):
             raise ValueError(
-                f"These peepholes were built for maps of {tuple(self.peepholes.shape[2:])}, got "
+                f"These peepholes were built for maps of {tuple(self.peepholes.shape[-2:])}, got "
                 f"{tuple(x_BCHW.shape[2:])}. Use frames of the trained size, or train with "
                 "model.peephole=channel, which works at any size."
             )

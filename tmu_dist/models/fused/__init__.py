@@ -12,6 +12,7 @@ Legend: B batch, M teachers, P hidden channels, H, W map height and width.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from functools import cache
 from importlib.resources import files
 from typing import Any, cast
@@ -21,13 +22,16 @@ from torch import Tensor
 
 from tmu_dist.models.native import VECTORS, is_there, load, pointer
 
+EPSILON = 1e-5
+"""Of normalisations."""
+
 
 def can_fuse(map_BCHW: Tensor, channels: int, peepholes: Tensor | None = None) -> bool:
     """Whether this arithmetic can be computed here, without turning maps around.
 
     Args:
         map_BCHW: what the last convolution gave; all maps lie like it.
-        channels: of the hidden state (P).
+        channels: of the hidden state, or of a group that is normalised (P).
         peepholes: of the cell, if it has any: they must be one number a channel.
     """
     return (
@@ -85,6 +89,18 @@ def fuse(
     )
 
 
+def normalise(x_BCHW: Tensor, gain_CHW: Tensor, shift_CHW: Tensor, groups: int) -> Tensor:
+    """Each sample's groups of channels to mean 0 and variance 1, then gain and shift (`norm`).
+
+    Args:
+        x_BCHW: maps; a group's channels are a multiple of 16.
+        gain_CHW: for each element, lying as the maps do.
+        shift_CHW: likewise.
+        groups: of channels that are normalised together.
+    """
+    return cast(Tensor, _Normalise.apply(x_BCHW, gain_CHW, shift_CHW, groups))
+
+
 class _Propose(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -92,7 +108,9 @@ class _Propose(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         gates, memory = _dense(gates), _dense(memory)
         candidate, forget, output = (torch.empty_like(memory) for _ in range(3))
-        _call("propose", gates, memory, peepholes, forget_bias, candidate, forget, output, memory)
+        made = (candidate, forget, output)
+        given = (gates, memory, peepholes, forget_bias)
+        _call("propose", *given, *made, sizes=_sizes(memory))
         ctx.save_for_backward(gates, memory, peepholes)
         ctx.forget_bias = forget_bias
         ctx.mark_non_differentiable(forget)
@@ -105,7 +123,7 @@ class _Propose(torch.autograd.Function):
         d_gates, d_memory = torch.empty_like(gates), torch.empty_like(memory)
         d_peepholes = None if peepholes is None else torch.zeros_like(peepholes)
         given = (gates, memory, peepholes, ctx.forget_bias, _dense(d_candidate), _dense(d_output))
-        _call("propose_back", *given, d_gates, d_memory, d_peepholes, memory)
+        _call("propose_back", *given, d_gates, d_memory, d_peepholes, sizes=_sizes(memory))
         return d_gates, d_memory, d_peepholes, None
 
 
@@ -114,7 +132,7 @@ class _Emit(torch.autograd.Function):
     def forward(ctx: Any, output: Tensor, memory: Tensor, peepholes: Tensor | None) -> Tensor:
         output, memory = _dense(output), _dense(memory)
         hidden = torch.empty_like(memory)
-        _call("emit", output, memory, _last(peepholes), hidden, memory)
+        _call("emit", output, memory, _last(peepholes), hidden, sizes=_sizes(memory))
         ctx.save_for_backward(output, memory, peepholes)
         return hidden
 
@@ -124,7 +142,8 @@ class _Emit(torch.autograd.Function):
         d_output, d_memory = torch.empty_like(output), torch.empty_like(memory)
         d_peepholes = None if peepholes is None else torch.zeros_like(peepholes)
         given = (output, memory, _last(peepholes), _dense(gradients[0]))
-        _call("emit_back", *given, d_output, d_memory, _last(d_peepholes), memory)
+        made = (d_output, d_memory, _last(d_peepholes))
+        _call("emit_back", *given, *made, sizes=_sizes(memory))
         return d_output, d_memory, d_peepholes
 
 
@@ -135,7 +154,8 @@ class _Fuse(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         own, imitations, gates = _dense(own), _dense(imitations), _dense(gates)
         fused, open_gates = torch.empty_like(own), torch.empty_like(gates)
-        _call("fuse", own, imitations, gates, scale, fused, open_gates, imitations)
+        given = (own, imitations, gates, scale)
+        _call("fuse", *given, fused, open_gates, sizes=_sizes(imitations))
         ctx.save_for_backward(own, imitations, open_gates)
         ctx.scale = scale
         ctx.mark_non_differentiable(open_gates)
@@ -146,8 +166,28 @@ class _Fuse(torch.autograd.Function):
         own, imitations, open_gates = ctx.saved_tensors
         d_own, d_imitations, d_gates = map(torch.empty_like, (own, imitations, open_gates))
         given = (own, imitations, open_gates, ctx.scale, _dense(gradients[0]))
-        _call("fuse_back", *given, d_own, d_imitations, d_gates, imitations)
+        made = (d_own, d_imitations, d_gates)
+        _call("fuse_back", *given, *made, sizes=_sizes(imitations))
         return d_own, d_imitations, d_gates, None
+
+
+class _Normalise(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gain: Tensor, shift: Tensor, groups: int) -> Tensor:
+        x = _dense(x)
+        y, statistics = torch.empty_like(x), torch.empty(len(x), groups, 2)
+        ctx.sizes = (len(x), x[0, 0].numel(), groups, x.shape[1] // groups)
+        _call("normalise", x, gain, shift, y, statistics, EPSILON, sizes=ctx.sizes)
+        ctx.save_for_backward(x, gain, statistics)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
+        x, gain, statistics = ctx.saved_tensors
+        d_x, d_gain, d_shift = torch.empty_like(x), torch.empty_like(gain), torch.empty_like(gain)
+        given = (x, gain, statistics, _dense(gradients[0]))
+        _call("normalise_back", *given, d_x, d_gain, d_shift, sizes=ctx.sizes)
+        return d_x, d_gain, d_shift, None
 
 
 def _dense(maps: Tensor) -> Tensor:
@@ -161,18 +201,21 @@ def _last(peepholes: Tensor | None) -> Tensor | None:
     return None if peepholes is None else peepholes[2]
 
 
-def _call(name: str, *arguments: Any) -> None:
-    """Call a C function; the last argument is a map that tells the sizes: B, H, W, ([M,] P)."""
-    *given, sized = arguments
-    batch, *channels, height, width = sized.shape
+def _sizes(maps: Tensor) -> tuple[int, ...]:
+    """Pixels of all maps [B, ([M,] P, H, W], and their channels."""
+    batch, *channels, height, width = maps.shape
+    return batch * height * width, *channels
+
+
+def _call(name: str, *arguments: Any, sizes: Sequence[int]) -> None:
+    """Call a C function."""
     converted: list[Any] = []
-    for each in given:
+    for each in arguments:
         if isinstance(each, Tensor):
             converted.append(pointer(each))
         else:
             converted.append(None if each is None else ctypes.c_float(each))
-    sizes = [ctypes.c_long(size) for size in (batch * height * width, *channels)]
-    getattr(_library(), name)(*converted, *sizes, torch.get_num_threads())
+    getattr(_library(), name)(*converted, *map(ctypes.c_long, sizes), torch.get_num_threads())
 
 
 @cache

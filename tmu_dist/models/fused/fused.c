@@ -1,8 +1,10 @@
 /* The arithmetic between convolutions, each formula in one pass over memory.
 
    Maps are float and lie with their channels innermost, [pixels][channels]; before this text stands
-   VECTORS of native.py. Channels are multiples of LANES. In backward passes a thread has some of the
-   channels and all pixels, so that sums over pixels are never split. */
+   VECTORS of native.py. Channels are multiples of LANES. No sum is split among threads, so results do
+   not depend on their number. */
+
+#include <math.h>
 
 typedef int ivec __attribute__((vector_size(4 * LANES), aligned(4)));
 
@@ -147,4 +149,93 @@ void fuse_back(const float *own, const float *imitations, const float *open, flo
       }
       store(d_own + n * P + c, d * kept);
     }
+}
+
+static inline float sum_of(vec v) {
+  double sum = 0;
+  for (long lane = 0; lane < LANES; lane++) sum += v[lane];
+  return sum;
+}
+
+/* Each sample's groups of P channels, over all S pixels: y = (x - mean) / deviation * gain + shift.
+   Gains and shifts are [S][G * P]; statistics, [N][G][2], are for the backward pass. */
+void normalise(const float *x, const float *gain, const float *shift, float *y, float *statistics,
+               float epsilon, long N, long S, long G, long P, int threads) {
+  const float count = S * P;
+#pragma omp parallel for num_threads(threads) collapse(2)
+  for (long n = 0; n < N; n++)
+    for (long g = 0; g < G; g++) {
+      const long begin = n * S * G * P + g * P;
+      vec sum = ZERO, squares = ZERO;
+      for (long s = 0; s < S; s++) {
+        vec pixel = ZERO;
+        for (long c = 0; c < P; c += LANES) pixel += load(x + begin + s * G * P + c);
+        sum += pixel;
+      }
+      const float mean = sum_of(sum) / count;
+      for (long s = 0; s < S; s++) {
+        vec pixel = ZERO;
+        for (long c = 0; c < P; c += LANES) {
+          vec d = load(x + begin + s * G * P + c) - mean;
+          pixel += d * d;
+        }
+        squares += pixel;
+      }
+      const float scale = 1.0f / sqrtf(sum_of(squares) / count + epsilon);
+      statistics[(n * G + g) * 2] = mean;
+      statistics[(n * G + g) * 2 + 1] = scale;
+      for (long s = 0; s < S; s++)
+        for (long c = 0; c < P; c += LANES) {
+          long k = s * G * P + g * P + c, at = begin + s * G * P + c;
+          store(y + at, (load(x + at) - mean) * scale * load(gain + k) + load(shift + k));
+        }
+    }
+}
+
+void normalise_back(const float *x, const float *gain, const float *statistics, const float *dy,
+                    float *dx, float *d_gain, float *d_shift, long N, long S, long G, long P,
+                    int threads) {
+  const float count = S * P;
+#pragma omp parallel num_threads(threads)
+  {
+#pragma omp for collapse(2) nowait
+    for (long n = 0; n < N; n++)
+      for (long g = 0; g < G; g++) {
+        const long begin = n * S * G * P + g * P;
+        const float mean = statistics[(n * G + g) * 2], scale = statistics[(n * G + g) * 2 + 1];
+        vec sum = ZERO, along = ZERO;
+        for (long s = 0; s < S; s++) {
+          vec pixel = ZERO, pixel_along = ZERO;
+          for (long c = 0; c < P; c += LANES) {
+            long at = begin + s * G * P + c;
+            vec d = load(dy + at) * load(gain + s * G * P + g * P + c);
+            pixel += d;
+            pixel_along += d * ((load(x + at) - mean) * scale);
+          }
+          sum += pixel;
+          along += pixel_along;
+        }
+        const float mean_d = sum_of(sum) / count, mean_along = sum_of(along) / count;
+        for (long s = 0; s < S; s++)
+          for (long c = 0; c < P; c += LANES) {
+            long at = begin + s * G * P + c;
+            vec d = load(dy + at) * load(gain + s * G * P + g * P + c);
+            store(dx + at, scale * (d - mean_d - (load(x + at) - mean) * scale * mean_along));
+          }
+      }
+#pragma omp for
+    for (long s = 0; s < S; s++)
+      for (long c = 0; c < G * P; c += LANES) {
+        vec of_gain = ZERO, of_shift = ZERO;
+        for (long n = 0; n < N; n++) {
+          const float *of = statistics + (n * G + c / P) * 2;
+          long at = (n * S + s) * G * P + c;
+          vec d = load(dy + at);
+          of_gain += d * ((load(x + at) - of[0]) * of[1]);
+          of_shift += d;
+        }
+        store(d_gain + s * G * P + c, of_gain);
+        store(d_shift + s * G * P + c, of_shift);
+      }
+  }
 }

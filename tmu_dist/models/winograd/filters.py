@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tmu_dist.models.winograd.kernels import Kernels, kernels
-from tmu_dist.models.winograd.matrices import TILE, transforms
+from tmu_dist.models.winograd.matrices import TILE
 
 _ROWS_AT_ONCE = 256
 """Rows that the filters' gradient is computed from at a time: of several time steps, so that the

@@ -72,7 +72,7 @@ class Kernels:
         )
         return packed
 
-    def shape_PCK(self, weight_KCIJ: Tensor) -> tuple[int, int, int]:  # noqa: N802
+    def shape_PCK(self, weight_KCIJ: Tensor) -> tuple[int, int, int]:
         """Of transformed filters, with the channels that they are padded to."""
         out_channels, in_channels = weight_KCIJ.shape[:2]
         return self.num_points, self.padded(in_channels), self.padded(out_channels)
