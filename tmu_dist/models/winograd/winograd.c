@@ -171,23 +171,27 @@ static void any_block(long rows, long columns, const float *a, long ai, long ak,
 }
 
 /* c (+)= a b, [rows][depth] by [depth][columns], at most PANEL columns and a multiple of LANES.
-   a's element (i, k) lies at i * ai + k * ak, so a can be transposed. A part of b that fits the first
-   cache is used for all rows before the next one; each part has its own sum, as one long sum would
-   round so much that it decided how exact the whole convolution is. */
+   a's element (i, k) lies at i * ai + k * ak, so a can be transposed. Each part of the depth has its
+   own sum: one long sum would round so much that it decided how exact the whole convolution is. */
 static void multiply(const float *a, long ai, long ak, const float *b, long ldb, float *c, long ldc,
-                     long rows, long columns, long depth, long part, int add) {
-  for (long k = 0; k < depth; k += part)
-    for (long i = 0; i < rows; i += ROWS)
-      any_block(rows - i < ROWS ? rows - i : ROWS, columns / LANES, a + i * ai + k * ak, ai, ak,
-                b + k * ldb, ldb, c + i * ldc, ldc, min(part, depth - k), add || k);
+                     long rows, long columns, long depth, int add) {
+  const long part = 64;
+  for (long i = 0; i < rows; i += ROWS)
+    for (long k = 0; k < depth; k += part)
+      any_block(min(ROWS, rows - i), columns / LANES, a + i * ai + k * ak, ai, ak, b + k * ldb, ldb,
+                c + i * ldc, ldc, min(part, depth - k), add || k);
 }
+
+/* From a point to the next in products [points][rows][columns]: not a power of two, or all points of a
+   tile would want the same place in the cache. */
+static inline long product_stride(long rows, long columns) { return rows * columns + LANES; }
 
 /* The products of one panel of filters with the rows of images n0 to n1, at all points. */
 static void multiply_panel(const float *v, long point_stride, long depth, const float *packed,
                            long columns, float *m, long rows) {
   for (long p = 0; p < SQUARE; p++)
     multiply(v + p * point_stride, depth, 1, packed + p * depth * columns, columns,
-             m + p * rows * columns, columns, rows, columns, depth, 32, 0);
+             m + p * product_stride(rows, columns), columns, rows, columns, depth, 0);
 }
 
 /* Threads share the panels, or if these do not divide among them, the images. */
@@ -205,7 +209,7 @@ static void transform_outputs(const float *m, long rows, long columns, const flo
       for (long t = 0; t < tiles(W); t++, row += columns)
         for (long c = 0; c < count; c += LANES) {
           vec d[SQUARE], u[TILE * TILE], b = bias ? load_part(bias + c0 + c, count - c) : ZERO;
-          for (long p = 0; p < SQUARE; p++) d[p] = load(row + p * rows * columns + c);
+          for (long p = 0; p < SQUARE; p++) d[p] = load(row + p * product_stride(rows, columns) + c);
           both_axes(output_axis, d, POINTS, u, TILE);
           for (long i = 0; i < TILE; i++)
             for (long j = 0; j < TILE; j++) {
@@ -238,7 +242,7 @@ static void transform_back(const float *m, long rows, long columns, float *dx, l
       for (long t = 0; t < tiles(W); t++, row += columns)
         for (long c = 0; c < count; c += LANES) {
           vec d[SQUARE], u[SQUARE];
-          for (long p = 0; p < SQUARE; p++) d[p] = load(row + p * rows * columns + c);
+          for (long p = 0; p < SQUARE; p++) d[p] = load(row + p * product_stride(rows, columns) + c);
           both_axes(input_axis_back, d, POINTS, u, POINTS);
           for (long i = 0; i < POINTS; i++)
             for (long j = 0; j < POINTS; j++) {
@@ -252,7 +256,7 @@ static void transform_back(const float *m, long rows, long columns, float *dx, l
 /* Floats that `convolve` and `convolve_back` need to write to for C output channels. */
 long scratch_size(long N, long H, long W, long C, int threads) {
   long groups = image_groups((C + PANEL - 1) / PANEL, N, threads);
-  return threads * SQUARE * ((N + groups - 1) / groups) * tiles(H) * tiles(W) * PANEL;
+  return threads * SQUARE * product_stride((N + groups - 1) / groups * tiles(H) * tiles(W), PANEL);
 }
 
 /* From transformed inputs to outputs y of C channels (back = 0), or from transformed gradients of
@@ -284,5 +288,5 @@ void correlate(const float *v, long v_stride, long in, const float *g, long g_st
   for (long p = 0; p < SQUARE; p++)
     for (long c = 0; c < out; c += PANEL)
       multiply(v + p * v_stride, 1, in, g + p * g_stride + c, out, sum + p * in * out + c, out, in,
-               min(PANEL, out - c), rows, 64, add);
+               min(PANEL, out - c), rows, add);
 }
