@@ -42,7 +42,7 @@ def options(
     parser.add_argument("--settings", choices=tuple(SETTINGS), nargs="+")
     if rounds is not None:
         parser.add_argument("--rounds", type=int, default=rounds)
-        parser.add_argument("--seconds", type=float, default=1.0, help="of a turn, at least")
+        parser.add_argument("--seconds", type=float, default=2.0, help="of a turn, at least")
     parser.add_argument("--threads", type=int, help="of the CPU")
     parser.add_argument("--quick", action="store_true", help="a tiny network, one round")
     return parser
