@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.provenance import command_line, provenance, publish, say
+from benchmarks.provenance import command_line, provenance, publish, record_folder, say
 from benchmarks.speed.measure import Run, alternate, ratios, relative_difference, spread
 from tmu_dist.models.winograd.filters import Filters
 
@@ -165,7 +165,7 @@ def main() -> None:
         "rounds": rounds,
         "shapes": found,
     }
-    publish(record, table(record), chosen.out or Path("docs/results/convolutions"))
+    publish(record, table(record), record_folder(chosen, "convolutions"))
     if chosen.install:
         install(found)
 

@@ -32,7 +32,14 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks.provenance import command_line, median_and_range, provenance, publish, say
+from benchmarks.provenance import (
+    command_line,
+    median_and_range,
+    provenance,
+    publish,
+    record_folder,
+    say,
+)
 from benchmarks.streaming.data import write_zarr_archive
 from data_prep.moving_mnist import MovingMNISTConfig, write_moving_mnist
 from tmu_dist.collectives import Collectives
@@ -223,10 +230,7 @@ def main() -> None:
         "rounds": chosen.rounds,
         "sizes": found,
     }
-    out: Path | None = chosen.out
-    if out is None and not chosen.quick:
-        out = Path("docs/results/loader-share")
-    publish(record, table(record), out)
+    publish(record, table(record), record_folder(chosen, "loader-share"))
 
 
 if __name__ == "__main__":

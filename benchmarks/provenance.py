@@ -119,6 +119,19 @@ def publish(record: Mapping[str, Any], table: str, out: Path | None) -> None:
         (out / "table.md").write_text(table)
 
 
+def record_folder(chosen: argparse.Namespace, default: str) -> Path | None:
+    """Where a record goes: to --out, or to its place among the results, but not what is --quick.
+
+    Args:
+        chosen: the options.
+        default: its folder in docs/results.
+    """
+    if chosen.out is None and not chosen.quick:
+        return Path("docs/results", default)
+    out: Path | None = chosen.out
+    return out
+
+
 def say(text: str) -> None:
     """Tell a person how far it is."""
     print(time.strftime("%H:%M:%S"), text, file=sys.stderr, flush=True)

@@ -43,23 +43,17 @@ from typing import Any, NamedTuple
 import yaml
 
 from benchmarks.provenance import command_line, median_and_range, provenance, publish, say
-from data_prep.moving_mnist import MovingMNISTConfig, write_moving_mnist
+from benchmarks.small_run import prepare_student
 from tests.hosts.machines import QUICK_HEALTH_CHECKS, Cluster, machines, why_not
 from tmu_dist.config import (
-    DataConfig,
     FaultConfig,
     LaunchConfig,
-    ModelConfig,
     RunConfig,
     ScaleConfig,
     ScheduleConfig,
-    TrainingConfig,
-    TransferConfig,
-    WindowConfig,
     to_json,
 )
 from tmu_dist.run_folder import read_log_lines
-from tmu_dist.training.launch import launch
 
 FAULTS = ("worker", "node", "link", "head")
 GOALS = {"worker": ("after", 15.0), "node": ("in all", 40.0), "link": ("in all", 40.0)}
@@ -184,30 +178,11 @@ class _Look(NamedTuple):
 
 
 def prepare_run(folder: Path) -> RunConfig:
-    """Make an archive and two teachers, and say how a student is trained with them."""
-    settings = MovingMNISTConfig(
-        digits=2, train=64, val=8, test=8, frames=10, frame_size=32, digit_size=14
-    )
-    url = str(folder / "archive")
-    write_moving_mnist(settings, url, workers=1, show_progress=False)
-    teacher = RunConfig(
-        output="",
-        window=WindowConfig(num_input_frames=5, num_target_frames=5),
-        data=DataConfig(url=url),
-        model=ModelConfig(num_layers=2, hidden_channels=16, kernel_size=5, patch_size=4),
-        training=TrainingConfig(num_steps=2, batch_size=8),
-        launch=LaunchConfig(launcher="local"),
-    )
-    teachers = []
-    for seed in (1, 2):
-        training = replace(teacher.training, seed=seed)
-        output = str(folder / f"teacher-{seed}")
-        teachers.append(launch(replace(teacher, output=output, training=training)).run)
+    """A student that trains until it is ended, on as many ranks as there are."""
+    student = prepare_student(folder, hidden_channels=16, num_steps=2)
     return replace(
-        teacher,
-        output=str(folder / "run"),
-        training=replace(teacher.training, num_steps=1_000_000),
-        transfer=TransferConfig(method="tmu", teachers=tuple(teachers)),
+        student,
+        training=replace(student.training, num_steps=1_000_000),
         schedule=ScheduleConfig(
             log_every=1, validate_every=1_000_000, checkpoint_every=CHECKPOINT_EVERY
         ),

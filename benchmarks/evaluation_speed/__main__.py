@@ -19,11 +19,9 @@ Ray, WebDataset and Zarr.
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from benchmarks.evaluation_speed.measure import CASES, QUICK_CASES, measure
 from benchmarks.evaluation_speed.report import table
-from benchmarks.provenance import command_line, provenance, publish
+from benchmarks.provenance import command_line, provenance, publish, record_folder
 
 
 def main() -> None:
@@ -38,10 +36,7 @@ def main() -> None:
             QUICK_CASES if chosen.quick else CASES, chosen.device, rounds=chosen.rounds
         ),
     }
-    out: Path | None = chosen.out
-    if out is None and not chosen.quick:
-        out = Path("docs/results/evaluation-speed")
-    publish(record, table(record), out)
+    publish(record, table(record), record_folder(chosen, "evaluation-speed"))
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from typing import Any
 
 from benchmarks.preparation_speed.build import WAYS, write_clips, write_radar
 from benchmarks.preparation_speed.report import table
-from benchmarks.provenance import command_line, provenance, publish, say
+from benchmarks.provenance import command_line, provenance, publish, record_folder, say
 
 _CHILD = "from benchmarks.preparation_speed.build import main; main()"
 _ROOT = Path(__file__).parents[2]
@@ -105,10 +105,7 @@ def main() -> None:
         "sources": {way: words for way, (_, words) in sources.items()},
         "ways": found,
     }
-    out: Path | None = chosen.out
-    if out is None and not chosen.quick:
-        out = Path("docs/results/preparation-speed")
-    publish(record, table(record), out)
+    publish(record, table(record), record_folder(chosen, "preparation-speed"))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
     python -m benchmarks.scaling
     python -m benchmarks.scaling --quick
 
-A cost model (model.py) of networks that are counted on the meta device (networks.py), played
+A cost model (model.py) of networks that are counted without numbers (networks.py), played
 through event by event on assumed clusters (simulate.py), and held against what this machine can
 measure: collectives between 2 to 8 processes (collectives.py), memory and step time of placements
 (placements.py). docs/scaling.md says what comes out. Writes results.json, table.md and figures; a
@@ -39,7 +39,7 @@ def main() -> None:
 
 def measurements(network: str, quick: bool, rounds: int) -> dict[str, Any]:
     """Everything that the record says, but where it was made."""
-    say("networks, on the meta device")
+    say("networks, of tensors without numbers")
     names = [name for name in SIZES if quick or name != "tiny"]
     networks = {name: measure(SIZES[name]) for name in names}
     found: list[collectives.Timing] = []

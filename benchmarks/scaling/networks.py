@@ -1,7 +1,7 @@
 """What a network of this project weighs, computes and keeps: the numbers that the cost model needs.
 
-Nothing is typed in: the project's own modules are built and unrolled on torch's meta device, which
-has shapes and no numbers, while operations and tensors saved for the backward pass are counted.
+Nothing is typed in: the project's own modules are built and unrolled on tensors that have shapes
+and no numbers, while operations and tensors saved for the backward pass are counted.
 
 Legend: B batch, T time, C channels, H, W height and width.
 """

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks.provenance import command_line, provenance, publish
+from benchmarks.provenance import command_line, provenance, publish, record_folder
 from benchmarks.speed.measure import Floors
 from benchmarks.speed.work import SETTINGS, SIZES, Work, with_peephole
 
@@ -93,6 +92,9 @@ def record_of(
 
 
 def write(question: str, chosen: argparse.Namespace, record: Mapping[str, Any], text: str) -> None:
-    """Print the table; write it and the record to --out or docs/results/speed-QUESTION[-cuda]."""
+    """Print the table; write it and the record to --out or docs/results/speed-QUESTION[-cuda].
+
+    What is --quick goes nowhere by itself.
+    """
     default = f"speed-{question}" if chosen.device == "cpu" else f"speed-{question}-{chosen.device}"
-    publish(record, text, chosen.out or Path("docs/results") / default)
+    publish(record, text, record_folder(chosen, default))

@@ -25,59 +25,19 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from benchmarks.provenance import command_line, provenance, publish, say
+from benchmarks.small_run import prepare_student
 from benchmarks.startup import marks
 from benchmarks.startup.report import STAGES, table
-from data_prep.moving_mnist import MovingMNISTConfig, write_moving_mnist
-from tmu_dist.config import (
-    DataConfig,
-    LaunchConfig,
-    ModelConfig,
-    RunConfig,
-    ScheduleConfig,
-    TrainingConfig,
-    TransferConfig,
-    WindowConfig,
-    to_json,
-)
+from tmu_dist.config import to_json
 from tmu_dist.provenance import versions
-from tmu_dist.training.launch import launch
 
 ROOT = Path(__file__).parents[2]
 _NOT_PASSED_ON = ("PYTHONDONTWRITEBYTECODE", "RAY_ADDRESS")
 _TIMEOUT_SECONDS = 600.0
-
-
-def prepare_run(folder: Path) -> Path:
-    """Make an archive and two teachers, and write down how a student is trained with them."""
-    settings = MovingMNISTConfig(
-        digits=2, train=64, val=8, test=8, frames=10, frame_size=32, digit_size=14
-    )
-    url = str(folder / "archive")
-    write_moving_mnist(settings, url, workers=1, show_progress=False)
-    teacher = RunConfig(
-        output="",
-        window=WindowConfig(num_input_frames=5, num_target_frames=5),
-        data=DataConfig(url=url),
-        model=ModelConfig(num_layers=2, hidden_channels=32),
-        training=TrainingConfig(num_steps=1, batch_size=8),
-        schedule=ScheduleConfig(log_every=1),
-        launch=LaunchConfig(launcher="local"),
-    )
-    teachers = []
-    for seed in (1, 2):
-        training = replace(teacher.training, seed=seed)
-        output = str(folder / f"teacher-{seed}")
-        teachers.append(launch(replace(teacher, output=output, training=training)).run)
-    transfer = TransferConfig(method="tmu", teachers=tuple(teachers))
-    file = folder / "student.yaml"
-    student = replace(teacher, output=str(folder / "student"), transfer=transfer)
-    file.write_text(to_json(student))  # JSON is YAML, too
-    return file
 
 
 def words(launcher: str, file: Path) -> list[str]:
@@ -162,7 +122,9 @@ def measure(launchers: list[str], number: int, *, is_cold: bool) -> dict[str, An
     starts: dict[str, list[Mapping[str, float]]] = {launcher: [] for launcher in launchers}
     loads = []
     with tempfile.TemporaryDirectory(prefix="startup-") as work:
-        file = prepare_run(Path(work))
+        student = prepare_student(Path(work), hidden_channels=32, num_steps=1)
+        file = Path(work, "student.yaml")
+        file.write_text(to_json(student))  # JSON is YAML, too
         for launcher in launchers:
             say(f"{launcher}: not counted")
             start(launcher, file)

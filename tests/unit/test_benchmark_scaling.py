@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from benchmarks.scaling import report
 from benchmarks.scaling.collectives import COLLECTIVES, Timing, fit, fitted, held_out
