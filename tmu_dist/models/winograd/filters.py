@@ -34,7 +34,6 @@ class Filters:
     def __init__(self, weight_KCIJ: Tensor, bias_K: Tensor | None) -> None:
         out_channels, in_channels, taps, _ = weight_KCIJ.shape
         self.channels = in_channels, out_channels
-        self.weight_shape = weight_KCIJ.shape
         self.kernels: Kernels = kernels(taps)
         self.widths = self.kernels.padded(in_channels), self.kernels.padded(out_channels)
         self.bias_K = None if bias_K is None else bias_K.detach()

@@ -92,6 +92,25 @@ void transform_gradient(const float *dy, float *to, long point_stride, long widt
 /* LANES filters side by side, in double: each of them is used many times. */
 typedef double wide __attribute__((vector_size(8 * LANES)));
 
+/* y = M x M^T, from [inner][inner] to [outer][outer]; M's element (i, t) lies at m + i * si + t * st. */
+static inline __attribute__((always_inline)) void both_axes_wide(const double *m, long si, long st,
+                                                                 const wide *x, long inner, wide *y,
+                                                                 long outer) {
+  wide half[POINTS * POINTS];
+  for (long i = 0; i < outer; i++)
+    for (long j = 0; j < inner; j++) {
+      wide sum = {0};
+      for (long t = 0; t < inner; t++) sum += m[i * si + t * st] * x[t * inner + j];
+      half[i * inner + j] = sum;
+    }
+  for (long i = 0; i < outer; i++)
+    for (long j = 0; j < outer; j++) {
+      wide sum = {0};
+      for (long t = 0; t < inner; t++) sum += m[j * si + t * st] * half[i * inner + t];
+      y[i * outer + j] = sum;
+    }
+}
+
 /* Filters of D inputs and N outputs, packed: tap (i, j) of the one from d to n lies at
    w + d * sd + n * sn + i * TAPS + j, so inputs and outputs can change places. */
 void transform_filters(const float *w, long D, long sd, long N, long sn, float *packed, int threads) {
@@ -99,16 +118,11 @@ void transform_filters(const float *w, long D, long sd, long N, long sn, float *
 #pragma omp parallel for num_threads(threads) collapse(2)
   for (long n = 0; n < width; n += LANES)
     for (long d = 0; d < depth; d++) {
-      wide g[TAPS * TAPS] = {0}, half[POINTS * TAPS] = {0}, u[SQUARE] = {0};
+      wide g[TAPS * TAPS] = {0}, u[SQUARE];
       if (d < D)
         for (long k = 0; k < min(LANES, N - n); k++)
           for (long t = 0; t < TAPS * TAPS; t++) g[t][k] = w[d * sd + (n + k) * sn + t];
-      for (long i = 0; i < POINTS; i++)
-        for (long j = 0; j < TAPS; j++)
-          for (long t = 0; t < TAPS; t++) half[i * TAPS + j] += FILTER_AXIS[i][t] * g[t * TAPS + j];
-      for (long i = 0; i < POINTS; i++)
-        for (long j = 0; j < POINTS; j++)
-          for (long t = 0; t < TAPS; t++) u[i * POINTS + j] += FILTER_AXIS[j][t] * half[i * TAPS + t];
+      both_axes_wide(&FILTER_AXIS[0][0], TAPS, 1, g, TAPS, u, POINTS);
       long panel = n / PANEL * PANEL, columns = min(PANEL, width - panel);
       float *to = packed + panel * SQUARE * depth + d * columns + n - panel;
       for (long p = 0; p < SQUARE; p++) store(to + p * depth * columns, __builtin_convertvector(u[p], vec));
@@ -121,15 +135,10 @@ void transform_filters_back(const float *du, float *dw, long C, long K, int thre
 #pragma omp parallel for num_threads(threads) collapse(2)
   for (long k = 0; k < K; k += LANES)
     for (long c = 0; c < C; c++) {
-      wide u[SQUARE], half[TAPS * POINTS] = {0}, g[TAPS * TAPS] = {0};
+      wide u[SQUARE], g[TAPS * TAPS];
       for (long p = 0; p < SQUARE; p++)
         u[p] = __builtin_convertvector(load(du + (p * in + c) * out + k), wide);
-      for (long i = 0; i < TAPS; i++)
-        for (long j = 0; j < POINTS; j++)
-          for (long t = 0; t < POINTS; t++) half[i * POINTS + j] += FILTER_AXIS[t][i] * u[t * POINTS + j];
-      for (long i = 0; i < TAPS; i++)
-        for (long j = 0; j < TAPS; j++)
-          for (long t = 0; t < POINTS; t++) g[i * TAPS + j] += FILTER_AXIS[t][j] * half[i * POINTS + t];
+      both_axes_wide(&FILTER_AXIS[0][0], 1, TAPS, u, POINTS, g, TAPS);
       for (long lane = 0; lane < min(LANES, K - k); lane++)
         for (long t = 0; t < TAPS * TAPS; t++)
           dw[((k + lane) * C + c) * TAPS * TAPS + t] = g[t][lane];
