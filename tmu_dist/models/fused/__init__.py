@@ -202,7 +202,7 @@ def _last(peepholes: Tensor | None) -> Tensor | None:
 
 
 def _sizes(maps: Tensor) -> tuple[int, ...]:
-    """Pixels of all maps [B, ([M,] P, H, W], and their channels."""
+    """Pixels of all maps [B, (M,) P, H, W], and their channels."""
     batch, *channels, height, width = maps.shape
     return batch * height * width, *channels
 

@@ -1,7 +1,7 @@
 """The convolution and its gradients: filters, transformed once and used at every time step.
 
 Legend: P points of a tile (both axes in one), R rows (tiles of all maps of a batch), B batch,
-C input channels, K output channels, I, J taps of a filter, H, W map height and width, N any axes.
+C input channels, K output channels, I, J taps of a filter, H, W map height and width.
 """
 
 from __future__ import annotations
