@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -55,20 +56,56 @@ def test_a_convlstm_computes_the_same(peephole: str) -> None:
     assert used == [True, False]
 
 
-@pytest.mark.parametrize("combine", ["paper", "mean"])
+@pytest.mark.parametrize(
+    ("settings", "operation"),
+    [
+        ({}, "_Transfer"),
+        ({"combine": "mean"}, "_Transfer"),
+        ({"gate_norm": "none"}, "_Fuse"),
+        ({"gate_kernel_size": 3}, "_Fuse"),
+        ({"norm_affine": "channel"}, "_Fuse"),
+    ],
+)
 @pytest.mark.parametrize("num_teachers", [1, 3])
-def test_a_transfer_computes_the_same(combine: str, num_teachers: int) -> None:
+def test_a_transfer_computes_the_same(
+    settings: dict[str, Any], operation: str, num_teachers: int
+) -> None:
     torch.manual_seed(0)
-    transfer = MemoryTransfer(16, P, num_teachers, map_size=(6, 5), combine=combine)
+    transfer = MemoryTransfer(16, P, num_teachers, map_size=(6, 5), **settings)
+    for parameter in transfer.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
     memory, x, hidden = maps(P), maps(16), maps(P)
+    used: list[bool] = []
 
-    def step(fuses: bool) -> Tensor:
+    def step(fuses: bool) -> tuple[Tensor, Tensor]:
         transfer.fuses = fuses
         memory_after, imitations, gates = transfer(memory, x, hidden)
-        return torch.cat([memory_after, imitations.flatten(1, 2)], 1) + gates.detach().mean()
+        used.append(operation in str(memory_after.grad_fn))
+        return memory_after + gates.detach().mean(), imitations.flatten(1, 2)
 
     inputs = [memory, x, hidden, *transfer.parameters()]
-    check(lambda: step(True), lambda: step(False), inputs)
+    check(lambda: torch.cat(step(True), 1), lambda: torch.cat(step(False), 1), inputs)
+    assert used == [True, False]
+    # Gradients of either alone: the last step's memory is read by nobody, and with beta = 0 no
+    # imitation is.
+    check(lambda: step(True)[0], lambda: step(False)[0], inputs)
+    of_imitation = [memory, *transfer.distillers.parameters()]
+    check(lambda: step(True)[1], lambda: step(False)[1], of_imitation)
+
+
+def test_a_transfer_is_float32_also_in_half_precision() -> None:
+    torch.manual_seed(0)
+    transfer = MemoryTransfer(16, P, 2, map_size=(6, 5))
+    given = maps(P), maps(16), maps(P)
+
+    def gradients() -> list[Tensor]:
+        total = sum(each.sum() for each in transfer(*given))
+        return list(torch.autograd.grad(total, [*given, *transfer.parameters()]))
+
+    expected = gradients()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = gradients()  # backward, too
+    assert all(map(torch.equal, found, expected))
 
 
 @pytest.mark.parametrize("groups", [1, 3])

@@ -53,22 +53,29 @@ class MapLayerNorm(nn.Module):
             return F.group_norm(x_BCHW, self.groups, eps=EPSILON)
         if self.affine == "channel":
             return F.group_norm(x_BCHW, self.groups, self.gain, self.shift, EPSILON)
-        if x_BCHW.shape[1:] != self.gain.shape:
-            raise ValueError(
-                f"This layer normalisation was built for maps of shape {tuple(self.gain.shape)}, "
-                f"got {tuple(x_BCHW.shape[1:])}. Use frames of the trained size, or train with "
-                "model.norm_affine=channel, which works at any size."
-            )
-        gain, shift = self._lying_like(x_BCHW)
+        gain, shift = self.lying_like(x_BCHW)
         if self.fuses and can_fuse(x_BCHW, x_BCHW.shape[1] // self.groups):
             return normalise(x_BCHW, gain, shift, self.groups)
         return torch.addcmul(shift, F.group_norm(x_BCHW, self.groups, eps=EPSILON), gain)
 
-    def _lying_like(self, x_BCHW: Tensor) -> tuple[Tensor, Tensor]:
-        """Gain and shift in the maps' order: arithmetic across orders takes several times as long.
+    def lying_like(self, x_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+        """Gain and shift of a "full" normalisation, in the order in which maps like these lie.
 
-        They are turned around once for all time steps of a rollout.
+        Arithmetic across orders takes several times as long; these are turned around once for all
+        time steps of a rollout.
+
+        Args:
+            x_BCHW: maps of the same size and order; their channels may be others.
+
+        Raises:
+            ValueError: the maps have another size than it was built for.
         """
+        if x_BCHW.shape[2:] != self.gain.shape[1:]:
+            raise ValueError(
+                f"This layer normalisation was built for maps of {tuple(self.gain.shape[1:])}, "
+                f"got {tuple(x_BCHW.shape[2:])}. Use frames of the trained size, or train with "
+                "model.norm_affine=channel, which works at any size."
+            )
         gain, shift = self.gain, self.shift
         if not x_BCHW.is_contiguous(memory_format=torch.channels_last):
             return gain, shift

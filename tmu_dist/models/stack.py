@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tmu_dist.models.cells.base import Carry, CellState
+from tmu_dist.models.convolution import Convolution
 from tmu_dist.models.layer import Guide, LayerStep, RecurrentLayer
 from tmu_dist.models.patches import patchify, unpatchify
 from tmu_dist.models.rollout import Predictor, Step
@@ -102,7 +103,7 @@ class StackedPredictor(Predictor):
         self.patch_size = patch_size
         out_channels = image_channels * patch_size**2
         self.output: nn.Module = (
-            nn.Conv2d(top.hidden_channels, out_channels, 1, bias=top.output_bias)
+            Convolution(top.hidden_channels, out_channels, 1, bias=top.output_bias)
             if self.window == 1
             else nn.Conv3d(
                 top.hidden_channels, out_channels, (self.window, 1, 1), bias=top.output_bias

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tmu_dist.models.convolution import Convolution
-from tmu_dist.models.fused import can_fuse, fuse
+from tmu_dist.models.fused import TransferWeights, can_fuse, fuse, transfer
 from tmu_dist.models.norm import Affine, MapLayerNorm
 
 
@@ -71,6 +71,9 @@ class MemoryTransfer(nn.Module):
             (Eq. 3) and how much of each flows in, in [0, 1] (Eq. 5, line 1), both
             [B, M, P, H, W].
         """
+        scale = 1 / (1 + self.num_teachers) if self.combine == "mean" else 1.0
+        if self._is_one_operation(memory_BPHW, x_BCHW, hidden_BPHW):
+            return transfer(memory_BPHW, x_BCHW, hidden_BPHW, self._weights(memory_BPHW), scale)
         device = "cpu" if memory_BPHW.is_meta else memory_BPHW.device.type  # it knows no "meta"
         with torch.autocast(device, enabled=False):
             # Frozen teachers may keep their filters in bfloat16.
@@ -79,7 +82,6 @@ class MemoryTransfer(nn.Module):
         gates = self.gates(x_BCHW, hidden_BPHW)
         if self.gate_norm is not None:
             gates = self.gate_norm(gates)
-        scale = 1 / (1 + self.num_teachers) if self.combine == "mean" else 1.0
         imitations_BMPHW = imitations.unflatten(1, (self.num_teachers, -1))
         gates_BMPHW = gates.unflatten(1, (self.num_teachers, -1))
         if self.fuses and can_fuse(gates, memory_BPHW.shape[1]):
@@ -93,3 +95,32 @@ class MemoryTransfer(nn.Module):
             open_BMPHW.to(own_BMPHW.dtype),
         )
         return scale * (memory_BPHW + mixed.sum(dim=1)), imitations_BMPHW, open_BMPHW
+
+    def _is_one_operation(self, *maps_BCHW: Tensor) -> bool:
+        """Whether distillers, gates and normalisations are of the kinds that `transfer` has."""
+        is_usual = (
+            self.fuses
+            and self.gates.kernel_size == (1, 1)
+            and self.gate_norm is not None
+            and self.distiller_norm.affine == "full"
+            and self.distillers.weight.dtype == torch.float32
+        )
+        return (
+            is_usual
+            and all(each.dtype == torch.float32 for each in maps_BCHW)
+            and can_fuse(maps_BCHW[0], maps_BCHW[0].shape[1])
+        )
+
+    def _weights(self, memory_BPHW: Tensor) -> TransferWeights:
+        assert self.gates.bias is not None and self.gate_norm is not None
+        imitation_gain, imitation_shift = self.distiller_norm.lying_like(memory_BPHW)
+        gate_gain, gate_shift = self.gate_norm.lying_like(memory_BPHW)
+        return TransferWeights(
+            distillers=self.distillers.weight,
+            gates=self.gates.weight,
+            gates_bias=self.gates.bias,
+            imitation_gain=imitation_gain,
+            imitation_shift=imitation_shift,
+            gate_gain=gate_gain,
+            gate_shift=gate_shift,
+        )
