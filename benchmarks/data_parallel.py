@@ -37,7 +37,14 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.backbones.costs import SIZES, Size, make_method, training_batch
-from benchmarks.provenance import command_line, median_and_range, provenance, publish, say
+from benchmarks.provenance import (
+    command_line,
+    median_and_range,
+    provenance,
+    publish,
+    record_folder,
+    say,
+)
 from tmu_dist.collectives import Collectives, joined_ranks, torchrun_here
 from tmu_dist.config import RunConfig, with_overrides
 from tmu_dist.models.build import count_trained
@@ -203,7 +210,7 @@ def table(record: Mapping[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = command_line(__doc__, sizes=SIZES, out="docs/results/data-parallel")
+    parser = command_line(__doc__, sizes=SIZES)
     parser.add_argument(
         "--precisions", choices=("fp32", "bf16"), nargs="+", default=["fp32", "bf16"]
     )
@@ -226,7 +233,7 @@ def main() -> None:
             for precision in chosen.precisions
         },
     }
-    publish(record, table(record), chosen.out)
+    publish(record, table(record), record_folder(chosen, "data-parallel"))
 
 
 if __name__ == "__main__":

@@ -42,7 +42,14 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from benchmarks.provenance import command_line, median_and_range, provenance, publish, say
+from benchmarks.provenance import (
+    command_line,
+    median_and_range,
+    provenance,
+    publish,
+    record_folder,
+    say,
+)
 from benchmarks.small_run import prepare_student
 from tests.hosts.machines import QUICK_HEALTH_CHECKS, Cluster, machines, why_not
 from tmu_dist.config import (
@@ -249,7 +256,7 @@ def _wanted(fault: str, after: Sequence[float], total: Sequence[float]) -> str:
 
 
 def main() -> None:
-    parser = command_line(__doc__, out="docs/results/recovery")
+    parser = command_line(__doc__)
     parser.add_argument("--faults", choices=FAULTS, nargs="+", default=list(FAULTS))
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--quick", action="store_true", help="one repeat")
@@ -273,7 +280,7 @@ def main() -> None:
         },
         "seconds": measure(chosen.faults, repeats, health_checks),
     }
-    publish(record, table(record), chosen.out)
+    publish(record, table(record), record_folder(chosen, "recovery"))
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from benchmarks.provenance import command_line, provenance, publish
+from benchmarks.provenance import command_line, provenance, publish, record_folder
 from tmu_dist.config import LaunchConfig, RunConfig, with_overrides
 from tmu_dist.ledger.arms import stretched
 from tmu_dist.ledger.runs import train_teachers
@@ -68,7 +68,7 @@ QUICK = Size(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Record, or continue to."""
-    parser = command_line(__doc__, out="docs/results/search-curves")
+    parser = command_line(__doc__)
     parser.add_argument("--quick", action="store_true", help="4 short runs")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="two at least")
     parser.add_argument("--processes", type=int, help="runs at once; default: one a CPU")
@@ -89,7 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "curves": curves,
         **provenance("benchmarks.search_curves", "cpu", chosen.revision),
     }
-    publish(record, table(record), chosen.out)
+    publish(record, table(record), record_folder(chosen, "search-curves"))
 
 
 def record_curves(

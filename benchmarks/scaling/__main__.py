@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.provenance import command_line, provenance, publish, say
+from benchmarks.provenance import command_line, provenance, publish, record_folder, say
 from benchmarks.scaling import collectives, placements
 from benchmarks.scaling.networks import SIZES, measure
 from benchmarks.scaling.report import FIGURES, PAPER_TEACHERS, figure, networks_of, table
@@ -24,7 +24,7 @@ from tmu_dist.evaluation.plots import svg_text
 
 
 def main() -> None:
-    parser = command_line(__doc__, out="docs/results/scaling")
+    parser = command_line(__doc__)
     parser.add_argument("--quick", action="store_true", help="tiny networks: a smoke test")
     parser.add_argument("--rounds", type=int, default=7)
     chosen = parser.parse_args()
@@ -34,7 +34,7 @@ def main() -> None:
         **measurements("tiny" if chosen.quick else "paper", chosen.quick, chosen.rounds),
     }
     record["minutes"] = round((time.monotonic() - started) / 60, 1)
-    write(record, chosen.out)
+    write(record, record_folder(chosen, "scaling"))
 
 
 def measurements(network: str, quick: bool, rounds: int) -> dict[str, Any]:
@@ -78,9 +78,11 @@ def timed(network: str, quick: bool, rounds: int) -> dict[str, Any]:
     }
 
 
-def write(record: dict[str, Any], out: Path) -> None:
-    """The record, its tables and its figures."""
+def write(record: dict[str, Any], out: Path | None) -> None:
+    """The record, its tables and its figures; without a folder they are printed only."""
     publish(record, table(record), out)
+    if out is None:
+        return
     networks = networks_of(record)
     for name, (network, cluster) in FIGURES.items():
         (out / f"{name}.svg").write_text(svg_text(figure(networks[network], cluster)))

@@ -23,7 +23,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.provenance import command_line, provenance, publish
+from benchmarks.provenance import command_line, provenance, publish, record_folder
 from benchmarks.search_simulation.landscape import Landscape
 from benchmarks.search_simulation.report import table
 from benchmarks.search_simulation.study import HOURS_OF_TRIAL, SCENARIOS, Scenario, compare
@@ -31,7 +31,7 @@ from benchmarks.search_simulation.study import HOURS_OF_TRIAL, SCENARIOS, Scenar
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Simulate, and write what came out."""
-    parser = command_line(__doc__, out="docs/results/search-simulation")
+    parser = command_line(__doc__)
     parser.add_argument("--quick", action="store_true", help="a smoke test")
     parser.add_argument(
         "--curves", type=Path, default=Path("docs/results/search-curves/results.json")
@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         },
         **provenance("benchmarks.search_simulation", "cpu", chosen.revision),
     }
-    publish(record, table(record), chosen.out)
+    publish(record, table(record), record_folder(chosen, "search-simulation"))
 
 
 def about(recorded: Mapping[str, Any]) -> dict[str, Any]:

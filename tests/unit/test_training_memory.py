@@ -185,8 +185,12 @@ def test_settings_that_take_less(changes: dict[str, Any], part: str, tmu_config:
     assert after.peak_bytes < before.peak_bytes
 
 
-def test_half_precision_keeps_less_of_a_step(tiny_config: RunConfig) -> None:
-    config = with_overrides(tiny_config, {**LARGER, "compute.convolution": "direct"})
+@pytest.mark.parametrize("kind", ["tiny_config", "tmu_config"])
+def test_half_precision_keeps_less_of_a_step(kind: str, request: pytest.FixtureRequest) -> None:
+    """Also where whether teachers teach is looked at, which keeps most of all."""
+    config = with_overrides(
+        request.getfixturevalue(kind), {**LARGER, "compute.convolution": "direct"}
+    )
     halved = predicted(with_overrides(config, {"training.precision": "bf16"}))
     assert halved.parts[ACTIVATIONS] < predicted(config).parts[ACTIVATIONS]
 

@@ -489,9 +489,7 @@ class Run:
         # Teachers may lie on other ranks, so all ranks look at the same sequences.
         probe = self.collectives.broadcast_object(self._probe.on("cpu")).on(self.device)
         at_once = slice(self.config.scale.sequences_at_once)
-        report = self.collectives.together(
-            lambda: self.transfer.method.liveness(self.training_step.trainee, probe.rows(at_once))
-        )
+        report = self.collectives.together(lambda: self.training_step.look(probe.rows(at_once)))
         if report is not None:
             self._write("liveness", **asdict(report))
 

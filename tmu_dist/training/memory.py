@@ -224,7 +224,7 @@ def _peak(
         last, batch, following = (replace(b, step=last_step) for b in (last, batch, following))
     tracing.forget_peak()
     with tracing.of(ACTIVATIONS):
-        looks = method.liveness(step.trainee, last.rows(at_once)) is not None
+        looks = step.look(last.rows(at_once)) is not None
         has_more = isinstance(method, TaughtMethod) and method.ahead is not None
         if not looks or has_more or rank.config.training.adversarial.is_on:
             step(batch, following)

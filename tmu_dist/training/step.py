@@ -19,7 +19,7 @@ from tmu_dist.models.rollout import Predictor
 from tmu_dist.training.graphed import Learn, RecordedParts, Recorder
 from tmu_dist.training.rates import rate_groups
 from tmu_dist.training.scaling import LossScaling
-from tmu_dist.transfer.base import Forward, LossTerms, TrainingBatch, TransferMethod
+from tmu_dist.transfer.base import Forward, Liveness, LossTerms, TrainingBatch, TransferMethod
 
 
 class StepTerms(Mapping[str, float]):
@@ -151,6 +151,14 @@ class TrainingStep:
     def loss(self, batch: TrainingBatch) -> LossTerms:
         """What the trainee minimises on this batch."""
         return self.method.loss(self.forward, batch)
+
+    def look(self, batch: TrainingBatch) -> Liveness | None:
+        """Whether knowledge flows (`TransferMethod.liveness`), in the precision of the updates.
+
+        But float16's gradients vanish unless they are scaled, so theirs are looked at in float32.
+        """
+        with nullcontext() if self.precision == "fp16" else self.autocast():
+            return self.method.liveness(self.trainee, batch)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that training has beside the student's weights."""

@@ -415,7 +415,8 @@ def gradient_norm(loss: Tensor, parameters: Iterable[Tensor]) -> float:
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     if not trained:
         return 0.0
-    gradients = torch.autograd.grad(loss, trained, retain_graph=True, allow_unused=True)
+    with torch.autocast(loss.device.type, enabled=False):  # it has its precision already
+        gradients = torch.autograd.grad(loss, trained, retain_graph=True, allow_unused=True)
     squares = [g.float().square().sum() for g in gradients if g is not None]
     return float(torch.stack(squares).sum().sqrt()) if squares else 0.0
 
