@@ -97,7 +97,7 @@ def _machine(device: str) -> dict[str, Any]:
 
 def _without_folder(arguments: Sequence[str]) -> list[str]:
     """The arguments as they would be on another machine."""
-    folders = ("--out", "--work")
+    folders = ("--out", "--work", "--kth", "--knmi")
     return ["FOLDER" if b in folders else a for b, a in itertools.pairwise(["", *arguments])]
 
 

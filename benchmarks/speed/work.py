@@ -364,6 +364,7 @@ class Ours(Contender):
         return self.step(self.batch)
 
     def forecast(self) -> Tensor:
+        self.student.requires_grad_(False)  # as those of a model that is loaded from its run
         return self._maps(self.predict(self.batch.frames_BTCHW))
 
     def predict(self, frames_BTCHW: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ H, W height and width.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
@@ -58,7 +58,7 @@ class Rollout(NamedTuple):
     """What the network saw at each step: true frames, or its own predictions where masked out."""
     steps: Sequence[Sequence[LayerStep]]
     """What every layer did, by time, then by layer; `states` stacks it."""
-    imitations: dict[int, tuple[Tensor, ...]]
+    imitations: Mapping[int, tuple[Tensor, ...]]
     """Per TMU layer (by layer number), an imitation of each teacher's memory [B, T, P, h, w]."""
     zigzag_imitations: Mapping[int, tuple[Tensor, ...]] = MappingProxyType({})
     """The same of ST-LSTM's memory M, where that is transferred, too."""
@@ -246,8 +246,8 @@ class Predictor(nn.Module, ABC):
             _over_time(predictions),
             _over_time(inputs),
             steps=layers,
-            imitations=_imitations(layers, "imitations_BMPHW"),
-            zigzag_imitations=_imitations(layers, "zigzag_imitations_BMPHW"),
+            imitations=_Imitations(layers, "imitations_BMPHW"),
+            zigzag_imitations=_Imitations(layers, "zigzag_imitations_BMPHW"),
             objectives={name: _over_time([o[name] for o in objectives]) for name in objectives[-1]},
             diagnostics=_diagnose(layers) if diagnostics else None,
         )
@@ -358,14 +358,31 @@ def _state(step: LayerStep, name: StateName) -> Tensor:
     return step.state.memory_BPHW if name == "memory" else step.state.hidden_BPHW
 
 
-def _imitations(
-    steps: list[Sequence[LayerStep]], name: Literal["imitations_BMPHW", "zigzag_imitations_BMPHW"]
-) -> dict[int, tuple[Tensor, ...]]:
-    return {
-        k: _over_time([getattr(step, name) for step in over_time]).unbind(2)
-        for k, over_time in enumerate(zip(*steps))
-        if getattr(over_time[0], name) is not None
-    }
+class _Imitations(Mapping[int, tuple[Tensor, ...]]):
+    """By layer, of each teacher; stacked over time when asked for, which forecasts never do."""
+
+    def __init__(
+        self,
+        steps: Sequence[Sequence[LayerStep]],
+        name: Literal["imitations_BMPHW", "zigzag_imitations_BMPHW"],
+    ) -> None:
+        self._over_time = {
+            k: [getattr(step, name) for step in over_time]
+            for k, over_time in enumerate(zip(*steps))
+            if getattr(over_time[0], name) is not None
+        }
+        self._stacked: dict[int, tuple[Tensor, ...]] = {}
+
+    def __getitem__(self, layer: int) -> tuple[Tensor, ...]:
+        if layer not in self._stacked:
+            self._stacked[layer] = _over_time(self._over_time[layer]).unbind(2)
+        return self._stacked[layer]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._over_time)
+
+    def __len__(self) -> int:
+        return len(self._over_time)
 
 
 @torch.no_grad()
