@@ -76,8 +76,10 @@ def shortened(trial: Trial, sequences: int) -> RunConfig:
     """A run of few iterations and few sequences."""
     config = get_recipe(trial.name).config
     training, schedule = config.training, config.schedule
+    changes = (f"{name}={value}" for name, value in trial.changes.items())
     short = replace(
         config,
+        output="-".join([config.output, *changes]),
         data=replace(config.data, max_validation_samples=1),
         training=replace(training, num_steps=STEPS, batch_size=sequences, decay_from=None),
         schedule=replace(schedule, log_every=1, validate_every=STEPS, checkpoint_every=STEPS),

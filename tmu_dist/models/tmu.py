@@ -100,6 +100,7 @@ class MemoryTransfer(nn.Module):
         """Whether distillers, gates and normalisations are of the kinds that `transfer` has."""
         is_usual = (
             self.fuses
+            and isinstance(self.gates, Convolution)  # not those of several networks as one
             and self.gates.kernel_size == (1, 1)
             and self.gate_norm is not None
             and self.distiller_norm.affine == "full"
