@@ -56,6 +56,34 @@ def relative(ours: Tensor, exact: Tensor) -> float:
     return float(((ours - exact).norm() / exact.norm()).detach())
 
 
+@pytest.mark.parametrize("taps", [3, 5])
+def test_filters_may_lie_in_any_order(taps: int) -> None:
+    torch.manual_seed(0)
+    weight, bias = layer(64, 256, taps)
+    x = draw(2, 64, 8, 8)
+
+    def results(weight: Tensor, bias: Tensor) -> list[Tensor]:
+        y = Filters(weight, bias)(x)
+        gradients = torch.autograd.grad(y.sum(), [weight, bias, x])
+        return [each.contiguous() for each in (y, *gradients)]
+
+    turned = weight.detach().to(memory_format=torch.channels_last).requires_grad_()
+    spread = torch.stack([bias.detach(), bias.detach()], 1)[:, 0].requires_grad_()
+    assert not turned.is_contiguous() and not spread.is_contiguous()
+    for expected, found in zip(results(weight, bias), results(turned, spread), strict=True):
+        assert torch.equal(expected, found)
+
+
+def test_an_address_keeps_what_lies_there() -> None:
+    values = torch.zeros(3)
+    kept = weakref.ref(values)
+    address = native.pointer(values)
+    del values
+    assert kept() is not None
+    del address
+    assert kept() is None
+
+
 @pytest.mark.parametrize(
     ("batch", "channels", "out_channels", "height", "width", "taps"),
     [

@@ -100,8 +100,10 @@ class _Library(ctypes.CDLL):
 
 
 def pointer(values: Tensor) -> ctypes.c_void_p:
-    """Where a tensor's numbers begin, as functions of C code are given them."""
-    return ctypes.c_void_p(values.data_ptr())
+    """Where a tensor's numbers begin, as functions of C code are given them; keeps them there."""
+    address = ctypes.c_void_p(values.data_ptr())
+    address.values = values  # type: ignore[attr-defined]
+    return address
 
 
 @contextmanager

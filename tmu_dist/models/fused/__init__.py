@@ -248,11 +248,10 @@ class _Transfer(torch.autograd.Function):
     @staticmethod
     @torch.autocast("cpu", enabled=False)
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        own, x, hidden, distilled, distilled_statistics, gates, gate_statistics = ctx.saved_tensors[
-            :7
-        ]
-        imitations, opened = ctx.saved_tensors[7:9]
-        weights = TransferWeights(*ctx.saved_tensors[9:])
+        kept = ctx.saved_tensors  # asked once: recomputation gives each a single time
+        own, x, hidden, distilled, distilled_statistics, gates, gate_statistics = kept[:7]
+        imitations, opened = kept[7:9]
+        weights = TransferWeights(*kept[9:])
         d_fused, d_told, _ = gradients
         d_fused = torch.zeros_like(own) if d_fused is None else dense(d_fused)
 

@@ -36,7 +36,7 @@ class Filters:
         self.channels = in_channels, out_channels
         self.kernels: Kernels = kernels(taps)
         self.widths = self.kernels.padded(in_channels), self.kernels.padded(out_channels)
-        self.bias_K = None if bias_K is None else bias_K.detach()
+        self.bias_K = None if bias_K is None else bias_K.detach().contiguous()
         self.packed = self.kernels.transform_filters(weight_KCIJ)
         self._packed_back: Tensor | None = None
         self.weight_KCIJ, self._learned_bias_K = weight_KCIJ, bias_K
