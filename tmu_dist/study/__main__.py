@@ -188,14 +188,14 @@ def run_study(wanted: Wanted, study: Study, recipes: Mapping[str, Recipe]) -> in
     from tmu_dist.study.verdicts import find
 
     folder = wanted.folder(study)
-    folder.mkdir(parents=True, exist_ok=True)
     outcomes = train_all_teachers(list(recipes.values()), wanted.parallel)
+    folder.mkdir(parents=True, exist_ok=True)
     if any(outcome.error for outcome in outcomes.values()):
         return report_failures(folder, outcomes)
     seeds = sorted({*wanted.seeds, *_known_seeds(folder)})
     plan = make_plan(study, recipes, seeds, wanted.out)
     rows = [row.key for row in study.rows if not wanted.only or row.key in wanted.only]
-    if rows:
+    if rows:  # of several studies, some may have none that is wanted
         keys = [(key, seed) for seed in wanted.seeds for key in rows]
         samples = study.samples.get(wanted.scale)
         outcomes = run_missing(plan, keys, wanted.parallel, num_samples=samples)
