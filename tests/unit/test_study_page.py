@@ -21,8 +21,8 @@ from tmu_dist.study.summary import SUMMARY_FILE, record_name, table, write_summa
 
 TABLE_1 = STUDIES["table1"]
 RESULTS = Path(__file__).parents[2] / "docs" / "results"
-OURS = {key: mse / 4 for key, mse in as_published(TABLE_1).items()} | {"art": 20.0}
-"""A quarter of the paper's errors; but for ART, which is the best."""
+OURS = {key: 0.9 * mse for key, mse in as_published(TABLE_1).items()} | {"art": 80.0}
+"""Nine tenths of the paper's errors; but for ART, which is the best."""
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,7 @@ def test_a_claim_that_fails_is_shown_as_failing(page: PageText, record: StudyRec
     cells = row(page, beaten.text)
     assert cells[2] == "DOES NOT HOLD: the opposite does"
     assert cells[3] == "of 12: 10 hold, 2 the opposite"
-    assert "Of 6 claims: 5 hold, of 1 the opposite holds." in page.text
+    assert "Of 6 claims: 5 holding, 1 turned round." in page.text
     pair = row(page, "memory transfer (both) / ART (both)", "beats-others")
     assert pair[3].startswith("−") and pair[-1].startswith("DOES NOT HOLD")
     order = row(page, "all rows")
@@ -123,9 +123,7 @@ def test_a_figure_shows_each_point_once(tmp_path: Path) -> None:
     write_study(tmp_path, fake_record(study, fake_ledger(study, means)))
     page = PageText((tmp_path / PAGE_FILE).read_text())
     line = next(c for c in page.rows if c[0] == "memory transfer (both)" and len(c) == 7)
-    assert [cell[:4] for cell in line[1:]] == ["31.0", "32.0", "33.0", "34.0", "35.0", "36.0"] or [
-        round(float(cell.split()[0])) for cell in line[1:]
-    ] == [31, 32, 33, 34, 35, 36]
+    assert [round(float(cell.split()[0])) for cell in line[1:]] == [31, 32, 33, 34, 35, 36]
 
 
 def test_partial_studies_have_a_page(tmp_path: Path) -> None:
@@ -140,7 +138,7 @@ def test_partial_studies_have_a_page(tmp_path: Path) -> None:
     cells = row(page, "memory transfer", "both")
     assert "±" not in cells[3] and cells[-1] == "1"
     assert row(page, "memory transfer", "1 digit")[3] == "–"
-    assert "Of 6 claims: 1 are undecided, 5 lack runs." in page.text
+    assert "Of 6 claims: 1 undecided, 5 without runs." in page.text
 
 
 # The table of all claims

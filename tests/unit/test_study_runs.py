@@ -191,6 +191,7 @@ def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("table1 --parallel 0", "at least one run"),
         ("table1 --output here", "--output has no effect here: say with --out"),
         ("table1 --training.seed 4", "say --seeds 0 1 2"),
+        ("--scale small table1", "the name of a study comes first"),
         ("table1 --transfer.beta 0.3", "transfer.beta only has an effect with"),
     ):
         with pytest.raises((ConfigError, SystemExit), match=None if "beta" in bad else named):

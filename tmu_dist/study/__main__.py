@@ -14,7 +14,7 @@ on the test split, and writes OUT/NAME-SCALE/report.html, table.md and results.j
 every table and figure, one after another. --record copies what was written to FOLDER/study-NAME.
 `list` says which studies there are and what they need; `page` writes a page again from its record;
 `check` takes every score again from the saved predictions; `summary` writes the table of claims
-that docs/results/README.md leads with.
+that docs/results/README.md leads with. Settings of the runs are those of `tmu_dist.train --help`.
 """
 
 from __future__ import annotations
@@ -126,6 +126,8 @@ def parse(words: Sequence[str]) -> Wanted:
     parser.add_argument("--record", type=Path, metavar="FOLDER")
     parser.add_argument("--launcher", choices=("ray", "local"))
     parser.add_argument("--parallel", type=int)
+    if words and words[0].startswith("-") and words[0] not in ("-h", "--help"):
+        raise ConfigError(f"{words[0]}: the name of a study comes first, or all.")
     known, flags = parser.parse_known_args(words)
     studies = tuple(STUDIES[name] for name in ALL) if known.name == "all" else (
         get_study(known.name),

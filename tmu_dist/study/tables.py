@@ -59,13 +59,9 @@ def lead(record: StudyRecord) -> str:
     counts = dict.fromkeys(VERDICTS, 0)
     for claim in record.claims:
         counts[claim.verdict] += 1
-    words = {
-        "holds": "{} hold",
-        "opposite": "of {} the opposite holds",
-        "undecided": "{} are undecided",
-        "not run": "{} lack runs",
-    }
-    found = [text.format(counts[verdict]) for verdict, text in words.items() if counts[verdict]]
+    words = {"holds": "holding", "opposite": "turned round", "undecided": "undecided",
+             "not run": "without runs"}  # fmt: skip
+    found = [f"{counts[verdict]} {text}" for verdict, text in words.items() if counts[verdict]]
     total = len(record.claims)
     return f"Of {total} claim{'' if total == 1 else 's'}: {', '.join(found)}."
 

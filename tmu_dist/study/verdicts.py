@@ -23,7 +23,6 @@ from tmu_dist.ledger.statistics import (
     NUM_RESAMPLES,
     Difference,
     Measurement,
-    difference,
     gain,
 )
 from tmu_dist.study.design import GATE, Claim, Row, Study
@@ -212,20 +211,6 @@ def order(
         opposite=tuple(decided["opposite"]),
         undecided=(*decided["undecided"], *decided["not run"]),
     )
-
-
-def from_reference(study: Study, values: Mapping[str, Measurement]) -> dict[str, Difference]:
-    """Each row minus its group's reference, of rows that share a seed with it."""
-    found = {}
-    for row in study.rows:
-        reference = study.reference_of(row.group)
-        if reference is None or row.key == reference.key:
-            continue
-        if row.key in values and reference.key in values:
-            minus = difference(values[row.key], values[reference.key])
-            if minus is not None:
-                found[row.key] = minus
-    return found
 
 
 def _scores(study: Study, ledger: Ledger) -> dict[str, Score]:
