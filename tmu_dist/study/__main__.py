@@ -27,16 +27,20 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import tyro
 
-from tmu_dist.commands import command_errors
+from tmu_dist.commands import command_errors, is_explained
 from tmu_dist.config import ConfigError, RunConfig, with_overrides
 from tmu_dist.data.storage import local_path
 from tmu_dist.recipes.base import Recipe
 from tmu_dist.study.design import PAGE_FILE, RESULTS_FILE, SCALES, TABLE_FILE, Scale, Study
 from tmu_dist.study.studies import ALL, STUDIES, get_study
 from tmu_dist.workspace import in_workspace
+
+if TYPE_CHECKING:
+    from tmu_dist.training.many import Outcome
 
 log = logging.getLogger(__name__)
 
@@ -166,8 +170,8 @@ def run_studies(wanted: Wanted) -> int:
         log.info("%s, %s scale", study.title, wanted.scale)
         try:
             codes.append(run_study(wanted, study, plans[study.name]))
-        except ConfigError as error:
-            if len(wanted.studies) == 1:
+        except Exception as error:
+            if len(wanted.studies) == 1 or not is_explained(error):
                 raise
             problems.append(f"{study.name} was not run: {error}")
     for problem in problems:
@@ -185,19 +189,22 @@ def run_study(wanted: Wanted, study: Study, recipes: Mapping[str, Recipe]) -> in
     from tmu_dist.ledger.runs import report_failures, run_missing, train_all_teachers
     from tmu_dist.study.page import as_markdown, write_study
     from tmu_dist.study.record import make_record
-    from tmu_dist.study.runs import circumstances, make_plan, read_ledger
+    from tmu_dist.study.runs import circumstances, has_inputs, make_plan, read_ledger
     from tmu_dist.study.summary import record_name
     from tmu_dist.study.verdicts import find
 
     folder = wanted.folder(study)
-    outcomes = train_all_teachers(list(recipes.values()), wanted.parallel)
+    rows = [row.key for row in study.rows if not wanted.only or row.key in wanted.only]
+    outcomes: dict[str, Outcome] = {}
+    if rows:  # of several studies, some may have none that is wanted
+        outcomes = train_all_teachers([recipes[key] for key in rows], wanted.parallel)
     folder.mkdir(parents=True, exist_ok=True)
     if any(outcome.error for outcome in outcomes.values()):
         return report_failures(folder, outcomes)
     seeds = sorted({*wanted.seeds, *_known_seeds(folder)})
-    plan = make_plan(study, recipes, seeds, wanted.out)
-    rows = [row.key for row in study.rows if not wanted.only or row.key in wanted.only]
-    if rows:  # of several studies, some may have none that is wanted
+    ready = {key: recipe for key, recipe in recipes.items() if has_inputs(recipe)}
+    plan = make_plan(study, ready, seeds, wanted.out)
+    if rows:
         keys = [(key, seed) for seed in wanted.seeds for key in rows]
         samples = study.samples.get(wanted.scale)
         outcomes = run_missing(plan, keys, wanted.parallel, num_samples=samples)

@@ -19,7 +19,7 @@ from tmu_dist.data.archive import open_archive
 from tmu_dist.data.manifest import MANIFEST_PATH
 from tmu_dist.data.storage import exists
 from tmu_dist.ledger.arms import Arm, Group, run_configs, short_names
-from tmu_dist.ledger.records import Ledger
+from tmu_dist.ledger.records import ArmRecord, Ledger
 from tmu_dist.ledger.runs import (
     RUNS_FOLDER,
     Outcome,
@@ -29,9 +29,11 @@ from tmu_dist.ledger.runs import (
 from tmu_dist.provenance import git_revision, versions
 from tmu_dist.recipes import get_recipe
 from tmu_dist.recipes.base import Recipe
-from tmu_dist.study.design import Scale, Study
+from tmu_dist.run_folder import RESULT_FILE
+from tmu_dist.study.design import Row, Scale, Study
 from tmu_dist.study.record import ArchiveFacts, Circumstances, TeacherFacts
 from tmu_dist.teachers.store import load_card
+from tmu_dist.train import lacks_archive
 from tmu_dist.training.launch import with_absolute_paths
 
 _SOFTWARE = ("torch", "numpy", "ray", "scikit-image")
@@ -47,12 +49,23 @@ _GROUPS: Mapping[Method, Group] = {
 }
 
 
+def has_inputs(recipe: Recipe) -> bool:
+    """Whether the archive and the teachers that a recipe can have made are there.
+
+    Raises:
+        StorageError: a store cannot be reached.
+    """
+    return not lacks_archive(recipe, recipe.config.data.url) and all(
+        exists(teacher, RESULT_FILE) for teacher in recipe.teachers
+    )
+
+
 def make_plan(study: Study, recipes: Mapping[str, Recipe], seeds: Sequence[int], out: Path) -> Plan:
-    """Every run of a study, when archives and teachers are there.
+    """The runs of rows whose archives and teachers are there.
 
     Args:
         study: whose rows.
-        recipes: of the rows, by key.
+        recipes: of such rows, by key.
         seeds: of all rows.
         out: folder of all studies.
 
@@ -70,6 +83,7 @@ def make_plan(study: Study, recipes: Mapping[str, Recipe], seeds: Sequence[int],
             run_name=row.run_name(configs[row.key]),
         )
         for row in study.rows
+        if row.key in configs
     )
     contents = {url: open_archive(url).manifest.content_hash for url in _archives(configs)}
     contents |= {each: load_card(each).weights_sha256 for each in _teachers(configs)}
@@ -86,20 +100,28 @@ def read_ledger(
     """What the runs of a study found, as a ledger whose arms are its rows.
 
     Args:
-        study: whose rows.
-        plan: of all its runs.
+        study: whose rows; those that the plan has not have no run.
+        plan: of the others' runs.
         seeds: to look for.
         folder: of the study, from which runs are named.
         outcomes: of the runs of this call.
     """
+    found = {arm.name: arm for arm in arm_records(plan, seeds, folder, outcomes)}
     return Ledger(
         recipe=study.name,
         command="",
         git_revision=None,
         sources=(),
         facts={},
-        arms=arm_records(plan, seeds, folder, outcomes),
+        arms=tuple(found.get(row.key) or _without_runs(row) for row in study.rows),
     )
+
+
+def _without_runs(row: Row) -> ArmRecord:
+    return ArmRecord(
+        name=row.key, label=row.label, group="baseline", sources=(), method="", seeds={},
+        failures={},
+    )  # fmt: skip
 
 
 def archive_facts(recipes: Mapping[str, Recipe]) -> tuple[ArchiveFacts, ...]:
@@ -157,6 +179,7 @@ def circumstances(
         command: that was given.
     """
     configs = {key: with_absolute_paths(recipe.config) for key, recipe in recipes.items()}
+    there = {key: recipe for key, recipe in recipes.items() if has_inputs(recipe)}
     return Circumstances(
         scale=scale,
         command=command,
@@ -171,8 +194,8 @@ def circumstances(
         num_steps={key: config.training.num_steps for key, config in configs.items()},
         networks=tuple(dict.fromkeys(_network(config) for config in configs.values())),
         trainings=tuple(dict.fromkeys(_training(config) for config in configs.values())),
-        archives=archive_facts(recipes),
-        teachers=teacher_facts(configs),
+        archives=archive_facts(there),
+        teachers=teacher_facts({key: configs[key] for key in there}),
     )
 
 
