@@ -19,12 +19,15 @@ _KTH_VALIDATE, _KTH_TEST_FROM = {15, 16}, 17
 _LEAST_PERSONS = 3
 
 
-def digits_archive(url: str, *, frames: int, side: int) -> Archives:
+def digits_archive(
+    url: str, *, frames: int, side: int, sequences: tuple[int, int, int]
+) -> Archives:
     """Two flying digits, in frames of 64 pixels as the paper's or in smaller ones alike."""
     shrink = side / 64
+    train, val, test = map(str, sequences)
     arguments = (
         *("moving-mnist", "--digits", "2", "--out", url),
-        *("--train", "10000", "--val", "200", "--test", "500"),
+        *("--train", train, "--val", val, "--test", test),
         *("--frames", str(frames), "--frame-size", str(side)),
         *("--digit-size", f"{28 * shrink:.0f}", "--speed", f"{3 * shrink}", f"{5 * shrink}"),
         *mnist(),

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from tmu_dist.config import KLConfig, ModelConfig, ScheduleConfig, TrainingConfig, WindowConfig
+from tmu_dist.recipes import digits
 from tmu_dist.recipes.base import (
     Archives,
     ExperimentSize,
@@ -29,14 +30,6 @@ from tmu_dist.recipes.clips import (
     kth_archive,
     stands_in,
     weizmann_archive,
-)
-from tmu_dist.recipes.digits import (
-    SAVP_TRAINING,
-    SMALL_SAVP,
-    SMALL_SAVP_TRAINING,
-    STUDY_SCHEDULE,
-    STUDY_TEACHER_STEPS,
-    STUDY_TRAINING,
 )
 from tmu_dist.recipes.originals import HUMAN36M, WEIZMANN
 from tmu_dist.workspace import in_workspace
@@ -55,6 +48,8 @@ class Size(ExperimentSize):
     """First part of the archives' names; backbones share archives."""
     may_stand_in: bool
     """Whether other clips may be taken for data sets that are not there."""
+    digit_sequences: tuple[int, int, int]
+    """Training, validation and test sequences of two digits as a source."""
 
 
 STUDY_HUMAN = Size(
@@ -62,11 +57,12 @@ STUDY_HUMAN = Size(
     archive_prefix="study",
     side=64,
     may_stand_in=True,
+    digit_sequences=digits.STUDY.source_sequences,
     window=HUMAN_WINDOW,
     model=ModelConfig(num_layers=2, hidden_channels=32),
-    training=STUDY_TRAINING,
-    teacher_steps=STUDY_TEACHER_STEPS,
-    schedule=STUDY_SCHEDULE,
+    training=digits.STUDY_TRAINING,
+    teacher_steps=digits.STUDY_TEACHER_STEPS,
+    schedule=digits.STUDY_SCHEDULE,
     max_validation_samples=64,
 )
 PAPER_HUMAN = Size(
@@ -74,6 +70,7 @@ PAPER_HUMAN = Size(
     archive_prefix="paper",
     side=128,
     may_stand_in=False,
+    digit_sequences=digits.PAPER.source_sequences,
     window=HUMAN_WINDOW,
     model=ModelConfig(),
     training=TrainingConfig(),
@@ -88,14 +85,14 @@ STUDY_KTH = replace(
 PAPER_KTH = replace(PAPER_HUMAN, prefix="paper-kth", window=WindowConfig())
 
 STUDY_SAVP_TRAINING = replace(
-    SMALL_SAVP_TRAINING,
-    num_steps=STUDY_TRAINING.num_steps,
-    sampling_scale=SMALL_SAVP_TRAINING.sampling_scale
-    * STUDY_TRAINING.num_steps
-    / SMALL_SAVP_TRAINING.num_steps,
+    digits.SMALL_SAVP_TRAINING,
+    num_steps=digits.STUDY_TRAINING.num_steps,
+    sampling_scale=digits.SMALL_SAVP_TRAINING.sampling_scale
+    * digits.STUDY_TRAINING.num_steps
+    / digits.SMALL_SAVP_TRAINING.num_steps,
 )
 PAPER_SAVP_TRAINING = replace(
-    SAVP_TRAINING,
+    digits.SAVP_TRAINING,
     num_steps=PAPER_HUMAN.training.num_steps,
     batch_size=PAPER_HUMAN.training.batch_size,
     decay_from=None,
@@ -111,7 +108,7 @@ def experiments() -> dict[str, Recipes]:
         replace(
             STUDY_HUMAN,
             prefix="study-human-savp",
-            model=SMALL_SAVP,
+            model=digits.SMALL_SAVP,
             training=STUDY_SAVP_TRAINING,
         ),
         replace(
@@ -178,6 +175,6 @@ def _kth_archive(size: Size, name: str) -> Archives:
             )
         case "mnist2":
             side = size.side // size.model.patch_size * _DIGITS_PATCH
-            return digits_archive(url, frames=frames, side=side)
+            return digits_archive(url, frames=frames, side=side, sequences=size.digit_sequences)
         case _:
             return kth_archive(url, frames=frames, side=size.side)

@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from tmu_dist.config import ModelConfig, ScheduleConfig, TrainingConfig, WindowConfig
+from tmu_dist.recipes import digits
 from tmu_dist.recipes.base import (
     Archives,
     ExperimentSize,
@@ -26,7 +27,6 @@ from tmu_dist.recipes.base import (
     transfer_recipes,
 )
 from tmu_dist.recipes.clips import digits_archive, kth_archive
-from tmu_dist.recipes.digits import STUDY_SCHEDULE, STUDY_STEPS, STUDY_TEACHER_STEPS
 from tmu_dist.recipes.originals import RADAR, originals
 from tmu_dist.workspace import in_workspace
 
@@ -79,6 +79,9 @@ class Size(ExperimentSize):
     """Patch size of the teachers that know no rain, by source; the side of their frames is that
     many times the side of the student's maps."""
 
+    digit_sequences: tuple[int, int, int]
+    """Training, validation and test sequences of two digits as a source."""
+
     @property
     def map_side(self) -> int:
         """Pixels on the side of the memories."""
@@ -88,6 +91,7 @@ class Size(ExperimentSize):
 SMALL = Size(
     prefix="radar",
     archive_prefix="radar",
+    digit_sequences=digits.STUDY.source_sequences,
     patch_of={"mnist2": 2, "kth": 4},
     shrink=2,
     tile=64,
@@ -106,14 +110,17 @@ SMALL = Size(
 STUDY = replace(
     SMALL,
     prefix="study-radar",
-    training=replace(SMALL.training, num_steps=STUDY_STEPS, sampling_stop_step=STUDY_STEPS // 2),
-    teacher_steps=STUDY_TEACHER_STEPS,
-    schedule=STUDY_SCHEDULE,
+    training=replace(
+        SMALL.training, num_steps=digits.STUDY_STEPS, sampling_stop_step=digits.STUDY_STEPS // 2
+    ),
+    teacher_steps=digits.STUDY_TEACHER_STEPS,
+    schedule=digits.STUDY_SCHEDULE,
 )
 
 PAPER = Size(
     prefix="paper-radar",
     archive_prefix="paper-radar",
+    digit_sequences=digits.PAPER.source_sequences,
     patch_of={"mnist2": 2, "kth": 4},
     shrink=1,
     tile=256,
@@ -154,12 +161,11 @@ def _with_other_sources(size: Size) -> Recipes:
 def _archive(size: Size, name: str) -> Archives:
     """The archive of one source by URL, with the arguments of `python -m data_prep`."""
     if name in OTHER_SOURCES:
-        make = digits_archive if name == "mnist2" else kth_archive
-        return make(
-            in_workspace(f"archives/{size.prefix}-{name}"),
-            frames=size.window.num_frames,
-            side=size.patch_of[name] * size.map_side,
-        )
+        url, frames = in_workspace(f"archives/{size.prefix}-{name}"), size.window.num_frames
+        side = size.patch_of[name] * size.map_side
+        if name == "kth":
+            return kth_archive(url, frames=frames, side=side)
+        return digits_archive(url, frames=frames, side=side, sequences=size.digit_sequences)
     raw, region = originals(RADAR), REGIONS[name]
     title = f"{size.archive_prefix}-{name}"
     url = in_workspace(f"archives/{title}")
