@@ -139,7 +139,8 @@ def test_what_studies_share_is_one_run() -> None:
 
 @pytest.mark.parametrize(("scale", "runs"), [("small", 64), ("paper", 68)])
 def test_the_documents_count_of_runs(scale: Scale, runs: int) -> None:
-    found, teachers = set(), set()
+    found: set[tuple[str, str]] = set()
+    teachers: set[str] = set()
     for name in ALL:
         for row in STUDIES[name].rows:
             recipe = row.recipe_at(scale)

@@ -104,8 +104,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 raise SystemExit(check(Path(folder)))
             case ["summary", *folders] if len(folders) <= 1:
                 summarise(Path(folders[0] if folders else RECORDS))
-            case ["list" | "page" | "check" | "summary" as form, *_]:
-                raise ConfigError(f"`{form}` takes one folder at most, and nothing else.")
+            case ["list", *_]:
+                raise ConfigError("`list` takes nothing else.")
+            case ["page" | "check" | "summary" as form, *_]:
+                raise ConfigError(f"`{form}` takes one folder, and nothing else.")
             case _:
                 raise SystemExit(run_studies(parse(words)))
 
