@@ -64,15 +64,16 @@ def table_1() -> Study:
             ),
             Claim(
                 key="beats-others",
-                text="It is better than finetuning, L2-SP, Knowledge Flow and ART.",
+                text="Memory transfer from both is better than finetuning, L2-SP, Knowledge Flow "
+                "and ART.",
                 where="Sec. 4.1, Table 1",
                 pairs=tuple(("tmu", other) for other in others),
                 scores=(MSE, SSIM),
             ),
             Claim(
                 key="knowledge",
-                text="It is the transfer that helps and not the architecture: better than the same "
-                "network from scratch.",
+                text="It is the transfer that helps and not the architecture: memory transfer is "
+                "better than the same network from scratch.",
                 where="Sec. 4.1",
                 pairs=(("tmu", "tmu-scratch"),),
             ),
@@ -86,13 +87,13 @@ def table_1() -> Study:
             ),
             Claim(
                 key="one-source",
-                text="Even from one source it is better than finetuning from the same.",
+                text="Even from one source memory transfer is better than finetuning from the same.",
                 where="Table 1",
                 pairs=(("tmu-1", "finetune-1"), ("tmu-2", "finetune-2")),
             ),
             Claim(
                 key="two-sources",
-                text="Two sources are better than either one.",
+                text="Memory transfer from two sources is better than from either one.",
                 where="Table 1",
                 pairs=(("tmu", "tmu-1"), ("tmu", "tmu-2")),
             ),
@@ -243,13 +244,14 @@ def figure_7() -> Study:
             ),
             Claim(
                 key="beats-finetuning",
-                text="It is better than finetuning at any amount of data.",
+                text="Memory transfer is better than finetuning at any amount of data.",
                 where="Sec. 4.4, Figure 7",
                 pairs=_better_at(FRACTIONS, finetuned),
             ),
             Claim(
                 key="much-data",
-                text="With twice the data it still gains more over scratch than finetuning does.",
+                text="With twice the data memory transfer still gains more over scratch than "
+                "finetuning does.",
                 where="Sec. 4.4",
                 pairs=_better_at((2.0,), finetuned),
             ),
@@ -302,17 +304,18 @@ def beyond() -> Study:
         ),
         claims=(
             ours("mean", "A mean in Eq. 5 is better than the sum as printed.", ("mean", "tmu")),
-            ours("falling", "A beta that falls is better than a constant one.",
+            ours("falling", "A beta that falls to 0 is better than a constant one.",
                  ("falling", "tmu")),
-            ours("started", "Starting from a teacher's weights, too, is better.",
+            ours("started", "Memory transfer that starts from a teacher's weights is better.",
                  ("started", "tmu")),
             ours("all-layers", "TMU layers everywhere are better than one.", ("tmu", "lowest"),
                  ("tmu", "top")),
             ours("knowledge", "Memory transfer is better than with teachers that cannot know "
                  "better.", ("tmu", "beta-0"), ("tmu", "shuffled"), ("tmu", "untrained")),
-            ours("little-data", "With 5 and 10 % of the data it is better than training from "
-                 "scratch.", *_better_at(SMALL_FRACTIONS, ("scratch",))),
-            ours("little-data-finetuning", "... and than finetuning.",
+            ours("little-data", "With 5 and 10 % of the data memory transfer is better than "
+                 "training from scratch.", *_better_at(SMALL_FRACTIONS, ("scratch",))),
+            ours("little-data-finetuning", "With 5 and 10 % of the data memory transfer is better than "
+                 "finetuning.",
                  *_better_at(SMALL_FRACTIONS, ("finetune-1", "finetune-2"))),
         ),
         notes={"small": (_SMALL_DIGITS, ONE_SET_OF_TEACHERS), "paper": (ONE_SET_OF_TEACHERS,)},

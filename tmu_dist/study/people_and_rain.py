@@ -167,14 +167,16 @@ def table_4() -> Study:
             ),
             Claim(
                 key="beats-finetuning",
-                text="It is better than finetuning from either, in all scores.",
+                text="Memory transfer from two radar data sets is better than finetuning from either, "
+                "in all scores.",
                 where="Sec. 4.3",
                 pairs=tuple(("tmu", other) for other in finetuned),
                 scores=(MSE, MAE, CSI),
             ),
             Claim(
                 key="same-source",
-                text="From one radar data set it has less error than finetuning from the same.",
+                text="Memory transfer from one radar data set has less error than finetuning from the "
+                "same.",
                 where="Table 4",
                 pairs=(("tmu-fmi", "finetune-fmi"), ("tmu-mch", "finetune-mch")),
             ),
@@ -187,7 +189,7 @@ def table_4() -> Study:
             ),
             Claim(
                 key="no-negative-transfer",
-                text="Less relevant sources beside the relevant ones help.",
+                text="Digits and walking people beside both radar data sets help further.",
                 where="Sec. 4.4",
                 pairs=(("tmu-all", "tmu"),),
                 scores=(MSE, MAE, CSI),
@@ -264,14 +266,14 @@ def table_6() -> Study:
         claims=(
             Claim(
                 key="digits-help",
-                text="Two flying digits help KTH.",
+                text="Memory transfer from two flying digits helps on KTH.",
                 where="Sec. 4.4, Table 6",
                 pairs=(("tmu-mnist2", "scratch"),),
             ),
             Claim(
                 key="determinism",
-                text="They help more than Human3.6M does: a source without uncertainty is the "
-                "better one.",
+                text="Two flying digits help more on KTH than Human3.6M does: a source without "
+                "uncertainty is the better one.",
                 where="Sec. 4.4, Table 6",
                 pairs=(("tmu-mnist2", "tmu-human"),),
             ),

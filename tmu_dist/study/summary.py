@@ -54,7 +54,7 @@ def table(folder: Path) -> str:
             rows += [_row(study, claim, record) for record in records.values()]
             rows += [] if records else [_not_run(study, claim)]
     headings = ["Claim", "Where", "Evidence here", "Verdict", "Command"]
-    return markdown(TableData(headings, rows))
+    return markdown(TableData(headings, rows)).replace("---:", "---")  # words, not numbers
 
 
 def _row(study: Study, claim: Claim, record: StudyRecord) -> Row:
