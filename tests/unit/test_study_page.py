@@ -156,7 +156,11 @@ def test_the_summary_has_every_claim_with_its_evidence(record: StudyRecord, tmp_
     lines = table(tmp_path).splitlines()
     for study in STUDIES.values():
         for claim in study.claims:
-            found = [line for line in lines if f"| {claim.text} | {claim.where} |" in line]
+            found = [
+                line
+                for line in lines
+                if f"| {claim.text} | {study.title} | {claim.where} |" in line
+            ]
             assert len(found) == (2 if study is TABLE_1 else 1)
             assert (
                 study is TABLE_1

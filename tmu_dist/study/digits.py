@@ -87,7 +87,7 @@ def table_1() -> Study:
             ),
             Claim(
                 key="one-source",
-                text="Even from one source memory transfer is better than finetuning from the same.",
+                text="From one source, too, memory transfer is better than finetuning from it.",
                 where="Table 1",
                 pairs=(("tmu-1", "finetune-1"), ("tmu-2", "finetune-2")),
             ),
@@ -314,8 +314,8 @@ def beyond() -> Study:
                  "better.", ("tmu", "beta-0"), ("tmu", "shuffled"), ("tmu", "untrained")),
             ours("little-data", "With 5 and 10 % of the data memory transfer is better than "
                  "training from scratch.", *_better_at(SMALL_FRACTIONS, ("scratch",))),
-            ours("little-data-finetuning", "With 5 and 10 % of the data memory transfer is better than "
-                 "finetuning.",
+            ours("little-data-finetuning", "With 5 and 10 % of the data memory transfer is better "
+                 "than finetuning.",
                  *_better_at(SMALL_FRACTIONS, ("finetune-1", "finetune-2"))),
         ),
         notes={"small": (_SMALL_DIGITS, ONE_SET_OF_TEACHERS), "paper": (ONE_SET_OF_TEACHERS,)},

@@ -167,16 +167,16 @@ def table_4() -> Study:
             ),
             Claim(
                 key="beats-finetuning",
-                text="Memory transfer from two radar data sets is better than finetuning from either, "
-                "in all scores.",
+                text="Memory transfer from two radar data sets is better than finetuning from "
+                "either, in all scores.",
                 where="Sec. 4.3",
                 pairs=tuple(("tmu", other) for other in finetuned),
                 scores=(MSE, MAE, CSI),
             ),
             Claim(
                 key="same-source",
-                text="Memory transfer from one radar data set has less error than finetuning from the "
-                "same.",
+                text="Memory transfer from one radar data set has less error than finetuning from "
+                "the same.",
                 where="Table 4",
                 pairs=(("tmu-fmi", "finetune-fmi"), ("tmu-mch", "finetune-mch")),
             ),

@@ -53,7 +53,7 @@ def table(folder: Path) -> str:
         for claim in study.claims:
             rows += [_row(study, claim, record) for record in records.values()]
             rows += [] if records else [_not_run(study, claim)]
-    headings = ["Claim", "Where", "Evidence here", "Verdict", "Command"]
+    headings = ["Claim", "Study", "Where", "Evidence here", "Verdict", "Command"]
     return markdown(TableData(headings, rows)).replace("---:", "---")  # words, not numbers
 
 
@@ -67,6 +67,7 @@ def _row(study: Study, claim: Claim, record: StudyRecord) -> Row:
     return Row(
         claim.text,
         [
+            Cell(study.title),
             Cell(claim.where),
             Cell(evidence),
             Cell(verdict if found.verdict == "undecided" else f"**{verdict}**"),
@@ -93,4 +94,5 @@ def _evidence(found: ClaimFacts, record: StudyRecord) -> str:
 
 def _not_run(study: Study, claim: Claim) -> Row:
     command = f"`python -m tmu_dist.study {study.name}`"
-    return Row(claim.text, [Cell(claim.where), Cell("–"), Cell("not run"), Cell(command)])
+    texts = (study.title, claim.where, "–", "not run", command)
+    return Row(claim.text, [Cell(text) for text in texts])
