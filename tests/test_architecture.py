@@ -67,6 +67,7 @@ ROWS = {
     "tmu_dist.ledger": 5,
     "tmu_dist.memories": 5,
     "tmu_dist.predict": 5,
+    "tmu_dist.study": 5,
     "tmu_dist.train": 5,
     "tmu_dist.verify_resume": 5,
     "tmu_dist.zoo": 5,

@@ -45,11 +45,11 @@ SCRIPTS = {
 }
 """Which benchmark made which record."""
 LEDGERS, SEARCHES = {"ledger-digits"}, {"search-digits"}
-"""Who write their own."""
+"""Who write their own, as studies do (tests/unit/test_study_page.py)."""
 RECORDS = [
     path
     for path in sorted((ROOT / "docs" / "results").glob("*/results.json"))
-    if path.parent.name not in LEDGERS | SEARCHES
+    if path.parent.name not in LEDGERS | SEARCHES and not path.parent.name.startswith("study-")
 ]
 
 

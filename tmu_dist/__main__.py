@@ -15,10 +15,11 @@ COMMANDS = {
     "doctor": "is everything in order on every node, before GPUs are paid for?",
     "verify_resume": "the drill: does a killed run continue as if nothing had happened?",
     "ledger": "every method and control from one recipe: is it the teachers that help?",
+    "study": "the tables and figures of the paper, run again and set beside it",
     "bundle": "what a bug report about a run needs, in one file",
     "demo": "from raw digits to a transferred student, with a report",
 }
-PACKAGES = ("data", "doctor", "ledger", "verify_resume")
+PACKAGES = ("data", "doctor", "ledger", "study", "verify_resume")
 """Commands that are more than one file."""
 
 

@@ -34,6 +34,7 @@ from tmu_dist.data.manifest import MANIFEST_PATH
 from tmu_dist.data.storage import exists, read_text
 from tmu_dist.recipes import DEFAULT_RECIPE, get_recipe, overview
 from tmu_dist.recipes.base import Recipe
+from tmu_dist.recipes.originals import missing_originals
 from tmu_dist.run_folder import RESULT_FILE
 
 log = logging.getLogger(__name__)
@@ -151,13 +152,16 @@ def make_archive(recipe: Recipe, url: str) -> None:
     A finished archive is taken as it is: original files are needed only once, on one machine.
 
     Raises:
-        ConfigError: it could not be written; data_prep has said why.
+        ConfigError: original files are missing; or it could not be written, and data_prep has said
+            why.
     """
     if not lacks_archive(recipe, url):
         return
     from data_prep.__main__ import main as data_prep
 
     arguments = recipe.archives[url]
+    if problem := missing_originals(arguments):
+        raise ConfigError(problem)
     log.info("python -m data_prep %s", shlex.join(arguments))
     if data_prep(arguments) != 0:
         raise ConfigError(f"The archive {url} could not be prepared, see above.")
@@ -174,7 +178,12 @@ def _teacher_for(config: RunConfig, recipe: Recipe) -> Recipe:
     Raises:
         ConfigError: the teacher would not fit the student; said before hours are spent on it.
     """
-    if recipe.config.model != config.model:
+    model = recipe.config.model
+    if (
+        config.transfer.adapter.frames == "resize"
+    ):  # frames of their own are in patches of their own
+        model = replace(model, patch_size=config.model.patch_size)
+    if model != config.model:
         raise ConfigError(
             f"{Path(config.output).name} has another network ({config.model}) than the teacher "
             f"{Path(recipe.config.output).name} that its recipe would train "

@@ -11,7 +11,7 @@ from __future__ import annotations
 import io
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from textwrap import fill
@@ -129,6 +129,36 @@ def scale_curves(
     figure = _line_chart(curves, x_label=x_label, title=title, theme=theme, log_x=True)
     sides = sorted({x for curve in curves for x in curve.x})
     figure.axes[0].set_xticks(sides, [f"{side:g}" for side in sides])
+    return figure
+
+
+def setting_curves(
+    curves: Sequence[Curve],
+    spreads: Mapping[str, Sequence[float]],
+    *,
+    title: str,
+    x_label: str,
+    is_log: bool,
+    theme: Theme = LIGHT,
+) -> Figure:
+    """A score against a setting of the runs, with a bar of its spread at every point.
+
+    Args:
+        curves: one a method; references go from one end to the other.
+        spreads: half the length of each bar, by the curve's label.
+        title: what is shown.
+        x_label: the setting, with its unit.
+        is_log: whether the setting's axis is logarithmic.
+        theme: colours.
+    """
+    figure = _line_chart(curves, x_label=x_label, title=title, theme=theme, log_x=is_log)
+    axes = figure.axes[0]
+    values = sorted({x for curve in curves if curve.series is not None for x in curve.x})
+    axes.set_xticks(values, [f"{x:g}" for x in values])
+    for curve in curves:
+        for x, y, half in zip(curve.x, curve.y, spreads.get(curve.label, ())):
+            axes.plot((x, x), (y - half, y + half), color=curve.colour(theme), linewidth=1.1)
+    axes.margins(x=0.03)
     return figure
 
 

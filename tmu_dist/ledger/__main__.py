@@ -18,27 +18,20 @@ import argparse
 import logging
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from tmu_dist.commands import command_errors
 from tmu_dist.config import ConfigError
 from tmu_dist.data.storage import local_path
-from tmu_dist.files import atomic_write_text
 from tmu_dist.provenance import git_revision
 from tmu_dist.recipes import DEFAULT_RECIPE, get_recipe
 from tmu_dist.recipes.base import Recipe
 from tmu_dist.train import parse_command
 from tmu_dist.workspace import in_workspace
 
-if TYPE_CHECKING:
-    from tmu_dist.training.many import Outcome
-
 log = logging.getLogger(__name__)
-
-FAILURES_FILE = "failures.txt"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,12 +111,18 @@ def run_ledger(wanted: Wanted) -> int:
         ManifestError, TeacherError: its archive or a teacher cannot be read.
     """
     from tmu_dist.ledger.records import Ledger, save
-    from tmu_dist.ledger.runs import arm_records, make_plan, run_missing, train_teachers
+    from tmu_dist.ledger.runs import (
+        arm_records,
+        make_plan,
+        report_failures,
+        run_missing,
+        train_teachers,
+    )
 
     names = _chosen_arms(wanted)
     outcomes = train_teachers(wanted.recipe, wanted.parallel)
     if any(outcome.error for outcome in outcomes.values()):
-        return _report(wanted.out, outcomes)
+        return report_failures(wanted.out, outcomes)
     seeds = sorted({*wanted.seeds, *_known_seeds(wanted.out)})
     plan = make_plan(wanted.recipe, seeds, wanted.out)
     keys = [(name, seed) for seed in wanted.seeds for name in names]
@@ -139,7 +138,7 @@ def run_ledger(wanted: Wanted) -> int:
     save(ledger, wanted.out)
     if any(arm.seeds for arm in ledger.arms):
         rewrite_page(wanted.out)
-    return _report(wanted.out, outcomes)
+    return report_failures(wanted.out, outcomes)
 
 
 def rewrite_page(folder: Path) -> None:
@@ -181,21 +180,6 @@ def _known_seeds(out: Path) -> set[int]:
     if not (out / LEDGER_FILE).is_file():
         return set()
     return {int(seed) for arm in read_tree(out)["arms"] for seed in arm["runs"]}
-
-
-def _report(out: Path, outcomes: Mapping[str, Outcome]) -> int:
-    """Say what failed, at the end, where it is seen, and keep the traces; returns the exit code."""
-    file = out / FAILURES_FILE
-    failed = {run: outcome for run, outcome in outcomes.items() if outcome.error is not None}
-    file.unlink(missing_ok=True)
-    if not failed:
-        return 0
-    traces = [f"{run}\n{outcome.trace or outcome.error}" for run, outcome in failed.items()]
-    atomic_write_text(file, "\n\n".join(traces) + "\n")
-    for run, outcome in failed.items():
-        log.error("%s failed: %s", Path(run).name, outcome.error)
-    log.error("%d of %d failed; traces are in %s", len(failed), len(outcomes), file)
-    return 1
 
 
 if __name__ == "__main__":

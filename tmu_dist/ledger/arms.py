@@ -38,6 +38,8 @@ class Arm:
     """Short names of the teachers that it uses."""
     group: Group
     config: RunConfig
+    run_name: str = ""
+    """First part of its runs' folders; empty: its name."""
 
 
 def make_arms(config: RunConfig, cost_of_transfer: float) -> tuple[Arm, ...]:
@@ -159,7 +161,7 @@ def run_configs(
         for seed in seeds:
             config = with_overrides(arm.config, {"training.seed": seed})
             fingerprint = _fingerprint(config, contents)
-            name = first.setdefault(fingerprint, arm.name)
+            name = first.setdefault(fingerprint, arm.run_name or arm.name)
             output = f"{folder}/{name}-seed{seed}-{fingerprint[:8]}"
             found[arm.name, seed] = replace(config, output=output)
     return found

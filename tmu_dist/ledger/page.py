@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -37,7 +37,7 @@ from tmu_dist.ledger.findings import (
     scores_of_sequences,
 )
 from tmu_dist.ledger.parts import all_parts
-from tmu_dist.ledger.records import EVALUATION_FOLDER, Ledger, load
+from tmu_dist.ledger.records import EVALUATION_FOLDER, ArmRecord, Ledger, load
 from tmu_dist.ledger.statistics import NUM_RESAMPLES, VERDICT_RULE
 from tmu_dist.ledger.words import between, called, signed
 
@@ -273,10 +273,26 @@ def check_ledger(folder: Path) -> list[str]:
         ValueError: there is no ledger.
     """
     ledger = load(folder)
+    found, checked = recheck_runs(folder, ledger.arms)
+    return found + _table_problems(folder, ledger, checked)
+
+
+def recheck_runs(
+    folder: Path, arms: Sequence[ArmRecord]
+) -> tuple[list[str], dict[str, EvaluationResult]]:
+    """Take the scores of every run again from its saved predictions.
+
+    Args:
+        folder: that runs are named from.
+        arms: whose runs.
+
+    Returns:
+        What does not agree, a line each; and every run's evaluation with the recomputed scores.
+    """
     archives: dict[str, Archive] = {}
     checked: dict[str, EvaluationResult] = {}
     found = []
-    for arm in ledger.arms:
+    for arm in arms:
         for record in arm.seeds.values():
             result = record.evaluation
             if record.run in checked:
@@ -294,7 +310,7 @@ def check_ledger(folder: Path) -> list[str]:
                 continue
             found += [f"{record.run}: {problem}" for problem in _disagreements(result, again)]
             checked[record.run] = _with_scores(result, again)
-    return found + _table_problems(folder, ledger, checked)
+    return found, checked
 
 
 def _disagreements(result: EvaluationResult, again: Mapping[str, FloatArray]) -> list[str]:

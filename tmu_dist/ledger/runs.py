@@ -7,8 +7,10 @@ remembered, so every call looks at the disk and adds what is missing.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from tmu_dist.evaluate import evaluate_model
 from tmu_dist.evaluation.predictions import PREDICTIONS_NAME
 from tmu_dist.evaluation.result import JSON_NAME
 from tmu_dist.evaluation.training_operations import cost_of_transfer
+from tmu_dist.files import atomic_write_text
 from tmu_dist.folders import local_folder
 from tmu_dist.ledger.arms import Arm, make_arms, run_configs
 from tmu_dist.ledger.records import EVALUATION_FOLDER, ArmRecord, SeedRecord, read_seed
@@ -34,6 +37,7 @@ from tmu_dist.training.many import Job, Outcome, run_many
 log = logging.getLogger(__name__)
 
 RUNS_FOLDER = "runs"
+FAILURES_FILE = "failures.txt"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,19 +52,25 @@ class Plan:
 
 
 def train_teachers(recipe: Recipe, parallel: int | None) -> dict[str, Outcome]:
-    """Make the archives of a recipe and train its teachers, side by side; what is there stays.
+    """`train_all_teachers` of one recipe."""
+    return train_all_teachers([recipe], parallel)
+
+
+def train_all_teachers(recipes: Sequence[Recipe], parallel: int | None) -> dict[str, Outcome]:
+    """Make the archives of recipes and train their teachers, side by side; what is there stays.
 
     Returns:
         How each teacher that was missing ended, by run folder.
     """
-    make_archive(recipe, recipe.config.data.url)
-    missing = missing_teachers(recipe)
-    for teacher in missing:
-        make_archive(teacher, teacher.config.data.url)
-    jobs = [Job(config=with_absolute_paths(teacher.config)) for teacher in missing]
+    missing = {
+        teacher.config.output: teacher for recipe in recipes for teacher in missing_teachers(recipe)
+    }
+    for recipe in (*recipes, *missing.values()):
+        make_archive(recipe, recipe.config.data.url)
+    jobs = [Job(config=with_absolute_paths(teacher.config)) for teacher in missing.values()]
     if jobs:
         log.info("%d teachers are to be trained first", len(jobs))
-    return _run(jobs, recipe.config, parallel)
+    return _run(jobs, recipes[0].config, parallel)
 
 
 def make_plan(recipe: Recipe, seeds: Sequence[int], out: Path) -> Plan:
@@ -88,7 +98,11 @@ def make_plan(recipe: Recipe, seeds: Sequence[int], out: Path) -> Plan:
 
 
 def run_missing(
-    plan: Plan, wanted: Sequence[tuple[str, int]], parallel: int | None
+    plan: Plan,
+    wanted: Sequence[tuple[str, int]],
+    parallel: int | None,
+    *,
+    num_samples: int | None = None,
 ) -> dict[str, Outcome]:
     """Train and evaluate what is not done yet.
 
@@ -96,13 +110,14 @@ def run_missing(
         plan: of all runs.
         wanted: arms and seeds to look after.
         parallel: as in `run_many`.
+        num_samples: forecasts of each sequence by a stochastic network; None: as usual.
 
     Returns:
         How each run that was missing ended, by run folder.
     """
     chosen = {plan.configs[key].output: plan.configs[key] for key in wanted}
     jobs = [
-        Job(config=config, then=evaluate_run)
+        Job(config=config, then=partial(evaluate_run, num_samples=num_samples))
         for folder, config in chosen.items()
         if not is_done(Path(folder))
     ]
@@ -110,7 +125,7 @@ def run_missing(
     return _run(jobs, plan.configs[wanted[0]], parallel)
 
 
-def evaluate_run(config: RunConfig) -> None:
+def evaluate_run(config: RunConfig, num_samples: int | None = None) -> None:
     """Evaluate a finished run on the test split, once, with its forecasts kept if it has one each.
 
     On a disk `evaluation.json` is written last, so where it is, the rest is, too.
@@ -124,6 +139,7 @@ def evaluate_run(config: RunConfig) -> None:
         result = evaluate_model(
             run,
             config.data.url,
+            num_samples=num_samples if is_stochastic else None,
             predictions_to=None if is_stochastic else folder / PREDICTIONS_NAME,
             device=pick_device(config.launch.device, local_rank=0),
         )
@@ -144,7 +160,7 @@ def arm_records(
     Args:
         plan: of all runs.
         seeds: to look for.
-        out: folder of the ledger.
+        out: folder that runs are named from.
         outcomes: of the runs of this call, by run folder.
     """
     read: dict[str, SeedRecord] = {}
@@ -153,7 +169,7 @@ def arm_records(
         done, failed = {}, {}
         for seed in seeds:
             folder = plan.configs[arm.name, seed].output
-            run = str(Path(folder).relative_to(out))
+            run = os.path.relpath(folder, out)
             if is_done(Path(folder)):
                 if run not in read:
                     read[run] = read_seed(out, run)
@@ -171,6 +187,21 @@ def arm_records(
         )
 
     return tuple(record(arm) for arm in plan.arms)
+
+
+def report_failures(out: Path, outcomes: Mapping[str, Outcome]) -> int:
+    """Say what failed, at the end, where it is seen, and keep the traces; returns the exit code."""
+    file = out / FAILURES_FILE
+    failed = {run: outcome for run, outcome in outcomes.items() if outcome.error is not None}
+    file.unlink(missing_ok=True)
+    if not failed:
+        return 0
+    traces = [f"{run}\n{outcome.trace or outcome.error}" for run, outcome in failed.items()]
+    atomic_write_text(file, "\n\n".join(traces) + "\n")
+    for run, outcome in failed.items():
+        log.error("%s failed: %s", Path(run).name, outcome.error)
+    log.error("%d of %d failed; traces are in %s", len(failed), len(outcomes), file)
+    return 1
 
 
 def _run(jobs: Sequence[Job], config: RunConfig, parallel: int | None) -> dict[str, Outcome]:

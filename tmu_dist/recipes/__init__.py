@@ -7,11 +7,15 @@ from __future__ import annotations
 
 from tmu_dist.config import ConfigError
 from tmu_dist.config.checks import nearest
-from tmu_dist.recipes import digits, radar
+from tmu_dist.recipes import digits, people, radar
 from tmu_dist.recipes.base import Recipe, Recipes, by_whole_name
 
 EXPERIMENTS: dict[str, Recipes] = digits.experiments() | radar.experiments()
-RECIPES: Recipes = by_whole_name(EXPERIMENTS)
+STUDY_EXPERIMENTS: dict[str, Recipes] = (
+    digits.study_experiments() | radar.study_experiments() | people.experiments()
+)
+"""What `python -m tmu_dist.study` needs beyond those."""
+RECIPES: Recipes = by_whole_name(EXPERIMENTS | STUDY_EXPERIMENTS)
 DEFAULT_RECIPE = "digits-tmu"
 
 
@@ -30,7 +34,7 @@ def get_recipe(name: str) -> Recipe:
 def overview() -> str:
     """All recipes in a few words: names, and the prefixes that go with them."""
     prefixes: dict[tuple[str, ...], list[str]] = {}
-    for prefix, recipes in EXPERIMENTS.items():
+    for prefix, recipes in (EXPERIMENTS | STUDY_EXPERIMENTS).items():
         prefixes.setdefault(tuple(recipes), []).append(prefix)
     return "; ".join(
         f"PREFIX-NAME with PREFIX {', '.join(of)} and NAME {', '.join(names)}"

@@ -3,7 +3,12 @@
 Each recipe exists in two sizes: `digits-*` finishes in minutes on two cores, and
 `paper-digits-*` is the paper's protocol (Sec. 4 and 4.1). Both exist for every backbone:
 `digits-mim-*` is `digits-*` with the MIM network (Table 2), and so on. `*-fractions` is `*-tmu` on
-an archive with twice the target's sequences, for `data.fraction` from 0.25 to 2 (Fig. 7).
+an archive with twice the target's sequences, for `data.fraction` from 0.25 to 2 (Fig. 7), as are
+`*-fractions-scratch` and `*-fractions-finetune-2`.
+
+A third size, `study-digits-*`, is what the studies run on small machines (docs/studies.md). Its
+only target archive holds twice the sequences, so that a study of fractions shares its runs of all
+the data with the others. Full MNIST is used where $TMU_DIST_MNIST names it.
 """
 
 from __future__ import annotations
@@ -22,6 +27,7 @@ from tmu_dist.config import (
     WindowConfig,
 )
 from tmu_dist.recipes.base import Archives, ExperimentSize, Recipes, transfer_recipes
+from tmu_dist.recipes.originals import MNIST, is_named, originals
 from tmu_dist.workspace import in_workspace
 
 SOURCES = ("1", "2")
@@ -42,6 +48,10 @@ class Size(ExperimentSize):
     archive_arguments: tuple[str, ...]
     archive_prefix: str
     """First part of the archives' names; backbones share archives."""
+    target_holds_twice: bool = False
+    """The target's archive is the larger one; what is learned from is 100 % of it."""
+    may_use_mnist: bool = True
+    """Whether $TMU_DIST_MNIST is heeded: not in the size whose results are committed."""
 
 
 SMALL = Size(
@@ -50,6 +60,7 @@ SMALL = Size(
     source_sequences=(2000, 100, 100),
     # A target with few sequences: the situation that the paper's method is for.
     target_sequences=(200, 100, 500),
+    may_use_mnist=False,
     archive_arguments=(
         *("--frames", "10"),
         *("--frame-size", "32"),
@@ -76,6 +87,27 @@ PAPER = Size(
     schedule=ScheduleConfig(),
 )
 
+
+STUDY_STEPS, STUDY_TEACHER_STEPS = 3_000, 6_000
+"""Iterations of students and of teachers at the small scale of studies, in every family."""
+STUDY_TRAINING = TrainingConfig(
+    num_steps=STUDY_STEPS, batch_size=8, sampling_stop_step=STUDY_STEPS // 2
+)
+STUDY_SCHEDULE = ScheduleConfig(log_every=20, validate_every=100, checkpoint_every=200)
+STUDY = replace(
+    SMALL,
+    prefix="study-digits",
+    archive_prefix="study-digits",
+    source_sequences=(10_000, 200, 500),
+    target_sequences=(1_000, 200, 500),
+    target_holds_twice=True,
+    may_use_mnist=True,
+    training=STUDY_TRAINING,
+    teacher_steps=STUDY_TEACHER_STEPS,
+    schedule=STUDY_SCHEDULE,
+)
+STUDY_STACKS = ("predrnn", "mim")
+"""Backbones of Table 2."""
 
 SMALL_SAVP = ModelConfig(
     cell="savp", savp=SAVPConfig(base_channels=8, latent_size=8, posterior_channels=16)
@@ -134,17 +166,24 @@ def sizes() -> list[Size]:
 
 
 def experiments() -> dict[str, Recipes]:
-    """Every recipe of this file, by prefix, then by name."""
-    return {
-        size.prefix: transfer_recipes(
-            size,
-            partial(_archive, size),
-            sources=SOURCES,
-            target=TARGET,
-            larger_target=LARGER_TARGET,
-        )
-        for size in sizes()
-    }
+    """Every recipe of the two sizes, by prefix, then by name."""
+    return {size.prefix: _recipes(size) for size in sizes()}
+
+
+def study_experiments() -> dict[str, Recipes]:
+    """Those of the studies' small scale."""
+    stacks = [_with(STUDY, name, replace(STUDY.model, cell=STACKS[name])) for name in STUDY_STACKS]
+    return {size.prefix: _recipes(size) for size in (STUDY, *stacks)}
+
+
+def _recipes(size: Size) -> Recipes:
+    return transfer_recipes(
+        size,
+        partial(_archive, size),
+        sources=SOURCES,
+        target=TARGET,
+        larger_target=LARGER_TARGET,
+    )
 
 
 def _with(
@@ -164,6 +203,8 @@ def _with(
 
 def _archive(size: Size, name: str) -> Archives:
     """One archive; both of the target validate and test on the same sequences."""
+    if name == TARGET and size.target_holds_twice:
+        name = LARGER_TARGET
     url = in_workspace(f"archives/{size.archive_prefix}-{name}")
     train, val, test = size.source_sequences if name in SOURCES else size.target_sequences
     full: tuple[str, ...] = ()
@@ -174,5 +215,11 @@ def _archive(size: Size, name: str) -> Archives:
         *("--train", str(train), "--val", str(val), "--test", str(test)),
         *full,
         *size.archive_arguments,
+        *(mnist() if size.may_use_mnist else ()),
     )
     return {url: arguments}
+
+
+def mnist() -> tuple[str, ...]:
+    """Arguments for the user's own copy of MNIST, if there is one."""
+    return ("--mnist", originals(MNIST)) if is_named(MNIST) else ()

@@ -6,17 +6,28 @@ files of three weather services. Where the files lie is said by $TMU_DIST_RADAR,
 five minutes, because teachers must mean the same by a number as their student.
 
 Each recipe exists in two sizes that differ in values only: `radar-*` trains on two cores,
-`paper-radar-*` has the paper's size (256x256, 3x3 filters, 4 x 64, Sec. 4.3).
+`paper-radar-*` has the paper's size (256x256, 3x3 filters, 4 x 64, Sec. 4.3). `study-radar-*` is
+`radar-*` trained for longer, for studies. These two also have teachers that know no rain, of two
+flying digits and of walking people (Table 4: `*-tmu-mnist2-kth`, `*-tmu-all`): they see the radar
+frames in the size of their own, where a patch makes the same maps.
 """
 
 from __future__ import annotations
 
-import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from tmu_dist.config import ModelConfig, ScheduleConfig, TrainingConfig, WindowConfig
-from tmu_dist.recipes.base import Archives, ExperimentSize, Recipes, transfer_recipes
+from tmu_dist.recipes import digits
+from tmu_dist.recipes.base import (
+    Archives,
+    ExperimentSize,
+    OwnNetwork,
+    Recipes,
+    transfer_recipes,
+)
+from tmu_dist.recipes.clips import digits_archive, kth_archive
+from tmu_dist.recipes.originals import RADAR, originals
 from tmu_dist.workspace import in_workspace
 
 
@@ -48,6 +59,8 @@ REGIONS = {
 }
 SOURCES = ("mch", "fmi")
 TARGET = "knmi"
+OTHER_SOURCES = ("mnist2", "kth")
+"""Less relevant ones: two flying digits, and people of the KTH clips."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,10 +73,26 @@ class Size(ExperimentSize):
     """Side of a sequence's frames, in stored pixels."""
     tiles_per_side: int
     """Overlapping tiles that are cut from the square of each region, in each direction."""
+    archive_prefix: str
+    """First part of the names of radar archives."""
+    patch_of: dict[str, int]
+    """Patch size of the teachers that know no rain, by source; the side of their frames is that
+    many times the side of the student's maps."""
+
+    digit_sequences: tuple[int, int, int]
+    """Training, validation and test sequences of two digits as a source."""
+
+    @property
+    def map_side(self) -> int:
+        """Pixels on the side of the memories."""
+        return self.tile // self.model.patch_size
 
 
 SMALL = Size(
     prefix="radar",
+    archive_prefix="radar",
+    digit_sequences=digits.STUDY.source_sequences,
+    patch_of={"mnist2": 2, "kth": 4},
     shrink=2,
     tile=64,
     tiles_per_side=3,
@@ -78,8 +107,21 @@ SMALL = Size(
     max_validation_samples=64,
 )
 
+STUDY = replace(
+    SMALL,
+    prefix="study-radar",
+    training=replace(
+        SMALL.training, num_steps=digits.STUDY_STEPS, sampling_stop_step=digits.STUDY_STEPS // 2
+    ),
+    teacher_steps=digits.STUDY_TEACHER_STEPS,
+    schedule=digits.STUDY_SCHEDULE,
+)
+
 PAPER = Size(
     prefix="paper-radar",
+    archive_prefix="paper-radar",
+    digit_sequences=digits.PAPER.source_sequences,
+    patch_of={"mnist2": 2, "kth": 4},
     shrink=1,
     tile=256,
     tiles_per_side=2,
@@ -92,22 +134,53 @@ PAPER = Size(
 
 
 def experiments() -> dict[str, Recipes]:
-    """Every recipe of this file, by prefix, then by name."""
-    return {
-        size.prefix: transfer_recipes(size, partial(_archive, size), sources=SOURCES, target=TARGET)
-        for size in (SMALL, PAPER)
-    }
+    """Every recipe of the two sizes, by prefix, then by name."""
+    small = transfer_recipes(SMALL, partial(_archive, SMALL), sources=SOURCES, target=TARGET)
+    return {SMALL.prefix: small, PAPER.prefix: _with_other_sources(PAPER)}
+
+
+def study_experiments() -> dict[str, Recipes]:
+    """Those of the studies' small scale."""
+    return {STUDY.prefix: _with_other_sources(STUDY)}
+
+
+def _with_other_sources(size: Size) -> Recipes:
+    return transfer_recipes(
+        size,
+        partial(_archive, size),
+        sources=SOURCES,
+        target=TARGET,
+        unlike={
+            source: OwnNetwork(model=replace(size.model, patch_size=patch), window=size.window)
+            for source, patch in size.patch_of.items()
+        },
+        sets={"mnist2-kth": OTHER_SOURCES, "all": (*SOURCES, *OTHER_SOURCES)},
+    )
 
 
 def _archive(size: Size, name: str) -> Archives:
-    """The archive of one region by URL, with the arguments of `python -m data_prep`."""
-    url = in_workspace(f"archives/{size.prefix}-{name}")
-    raw = os.environ.get("TMU_DIST_RADAR", in_workspace("radar"))
-    region = REGIONS[name]
+    """The archive of one source by URL, with the arguments of `python -m data_prep`."""
+    if name in OTHER_SOURCES:
+        url, frames = in_workspace(f"archives/{size.prefix}-{name}"), size.window.num_frames
+        side = size.patch_of[name] * size.map_side
+        if name == "kth":
+            return kth_archive(url, frames=frames, side=side)
+        return digits_archive(url, frames=frames, side=side, sequences=size.digit_sequences)
+    raw, region = originals(RADAR), REGIONS[name]
+    title = f"{size.archive_prefix}-{name}"
+    url = in_workspace(f"archives/{title}")
     side = region.pixels // size.shrink
     step = (side - size.tile) // max(size.tiles_per_side - 1, 1) or 1
     arguments = (
-        *("radar", "--source", f"{raw}/{name}", "--out", url, "--name", f"{size.prefix}-{name}"),
+        *(
+            "radar",
+            "--source",
+            f"{raw}/{name}",
+            "--out",
+            url,
+            "--name",
+            f"{size.archive_prefix}-{name}",
+        ),
         *("--crop", str(region.top), str(region.left), str(region.pixels), str(region.pixels)),
         *("--size", str(side), str(side)),
         *("--tile", str(size.tile), str(size.tile), "--tile-step", str(step), str(step)),

@@ -1,0 +1,194 @@
+"""A study's page, table and record: every value beside the paper's, claims that fail shown as
+failing, and the table of all claims."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tests.evaluated_runs import PageText
+from tests.study_records import SEEDS, as_published, fake_ledger, fake_record
+from tmu_dist.study import published
+from tmu_dist.study.design import PAGE_FILE, RESULTS_FILE, TABLE_FILE, Study
+from tmu_dist.study.page import as_markdown, write_study
+from tmu_dist.study.record import StudyRecord
+from tmu_dist.study.studies import STUDIES
+from tmu_dist.study.summary import SUMMARY_FILE, record_name, table, write_summary
+
+TABLE_1 = STUDIES["table1"]
+RESULTS = Path(__file__).parents[2] / "docs" / "results"
+OURS = {key: 0.9 * mse for key, mse in as_published(TABLE_1).items()} | {"art": 80.0}
+"""Nine tenths of the paper's errors; but for ART, which is the best."""
+
+
+@pytest.fixture(scope="module")
+def record() -> StudyRecord:
+    return fake_record(TABLE_1, fake_ledger(TABLE_1, OURS))
+
+
+@pytest.fixture(scope="module")
+def page(record: StudyRecord, tmp_path_factory: pytest.TempPathFactory) -> PageText:
+    folder = tmp_path_factory.mktemp("study")
+    write_study(folder, record)
+    return PageText((folder / PAGE_FILE).read_text())
+
+
+def row(page: PageText, *first: str) -> list[str]:
+    return next(cells for cells in page.rows if cells[: len(first)] == list(first))
+
+
+def test_every_row_stands_beside_the_papers(page: PageText, record: StudyRecord) -> None:
+    for each in record.rows:
+        values = [each.seeds[seed].scores["mse_per_frame"] for seed in SEEDS]
+        mean, theirs = statistics.fmean(values), published.TABLE_1[each.key]["mse_per_frame"]
+        cells = row(page, each.label, each.sources)
+        assert cells[2] == f"{theirs:.1f}"
+        assert cells[3] == f"{mean:.1f} ± {statistics.stdev(values):.1f}"
+        assert cells[4] == f"{mean - theirs:+.1f}".replace("-", "−")
+        assert cells[8] == f"{theirs / 120.5:.3f}"
+        assert cells[-1] == "3"
+    assert row(page, "persistence")[3] == "200.0"
+    assert page.best == ["ART", "ART"]
+
+
+def test_a_claim_that_fails_is_shown_as_failing(page: PageText, record: StudyRecord) -> None:
+    beaten = next(claim for claim in record.claims if claim.key == "beats-others")
+    assert beaten.verdict == "opposite"
+    cells = row(page, beaten.text)
+    assert cells[2] == "DOES NOT HOLD: the opposite does"
+    assert cells[3] == "of 12: 10 hold, 2 the opposite"
+    assert "Of 6 claims: 5 holding, 1 turned round." in page.text
+    pair = row(page, "memory transfer (both) / ART (both)", "beats-others")
+    assert pair[3].startswith("−") and pair[-1].startswith("DOES NOT HOLD")
+    order = row(page, "all rows")
+    assert "tmu over art" in order[4] and order[-1].startswith("DOES NOT HOLD")
+
+
+def test_the_page_is_whole(page: PageText) -> None:
+    assert not page.open_tags
+    assert all(address.startswith("data:") for address in page.addresses)
+    for words in (
+        "Student's t", "small scale", "80,000 iterations", "Teachers are trained once",
+        "MNIST <embedded>", "study-digits-teacher-1", "python -m tmu_dist.study check",
+        "--seeds 0 1 2", "abc1234", "torch 2.8", "9.5 M", "no benchmark",
+    ):  # fmt: skip
+        assert words in page.text, words
+
+
+def test_the_record_is_read_as_it_was_written(record: StudyRecord, tmp_path: Path) -> None:
+    write_study(tmp_path, record)
+    again = StudyRecord.load(tmp_path)
+    assert again.to_json() == record.to_json()
+    assert (tmp_path / TABLE_FILE).read_text() == as_markdown(again)
+    assert again.seeds == SEEDS and again.row("tmu").seeds[1].run == "../runs/tmu-seed1"
+    tree = json.loads((tmp_path / RESULTS_FILE).read_text())
+    del tree["scale"]
+    (tmp_path / RESULTS_FILE).write_text(json.dumps(tree))
+    with pytest.raises(ValueError, match=r"not written by this version \(scale: "):
+        StudyRecord.load(tmp_path)
+    with pytest.raises(ValueError, match=r"holds no results\.json"):
+        StudyRecord.load(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("name", sorted(STUDIES))
+def test_every_study_has_a_page(name: str, tmp_path: Path) -> None:
+    study = STUDIES[name]
+    keys = [row.key for row in study.rows]
+    gates = {"mch": 0.6, "fmi": 0.6, "mnist2": 0.4, "kth": 0.4} if name == "table5" else None
+    means = {key: 30.0 + number for number, key in enumerate(keys)}
+    ledger = fake_ledger(study, means, gates=gates, is_radar=name in ("table4", "table5"))
+    write_study(tmp_path, fake_record(study, ledger))
+    page = PageText((tmp_path / PAGE_FILE).read_text())
+    assert not page.open_tags
+    text = (tmp_path / TABLE_FILE).read_text()
+    for each in study.rows:
+        assert any(cells[:2] == [each.label, each.sources] for cells in page.rows)
+        assert f"| {each.label} | {each.sources} |" in text
+    assert "not run" not in page.text
+    if study.axis is not None:
+        xs = sorted({each.x for each in study.rows if each.x is not None})
+        heads = [cells for cells in page.rows if cells[1:] == [f"{x:g}" for x in xs]]
+        assert len(heads) == len(study.scores)
+        alt = f"MSE / frame, lower is better, against {study.axis.label}"
+        assert alt in page.source
+
+
+def test_a_figure_shows_each_point_once(tmp_path: Path) -> None:
+    study = STUDIES["figure4"]
+    means = {row.key: 30.0 + number for number, row in enumerate(study.rows)}
+    write_study(tmp_path, fake_record(study, fake_ledger(study, means)))
+    page = PageText((tmp_path / PAGE_FILE).read_text())
+    line = next(c for c in page.rows if c[0] == "memory transfer (both)" and len(c) == 7)
+    assert [round(float(cell.split()[0])) for cell in line[1:]] == [31, 32, 33, 34, 35, 36]
+
+
+def test_partial_studies_have_a_page(tmp_path: Path) -> None:
+    few = {key: OURS[key] for key in ("scratch", "tmu")}
+    ledger = fake_ledger(TABLE_1, few, seeds=(4,))
+    failed = replace(ledger.arms[7], failures={4: "RuntimeError: <too hot>"})
+    arms = (*ledger.arms[:7], failed, *ledger.arms[8:])
+    write_study(tmp_path, fake_record(TABLE_1, replace(ledger, arms=arms)))
+    page = PageText((tmp_path / PAGE_FILE).read_text())
+    assert "art, seed 4: RuntimeError: <too hot>" in page.text
+    assert "Not run yet: tmu-scratch, finetune-1" in page.text
+    cells = row(page, "memory transfer", "both")
+    assert "±" not in cells[3] and cells[-1] == "1"
+    assert row(page, "memory transfer", "1 digit")[3] == "–"
+    assert "Of 6 claims: 1 undecided, 5 without runs." in page.text
+
+
+# The table of all claims
+
+
+def save(study: Study, folder: Path, record: StudyRecord) -> None:
+    place = folder / record_name(study.name, record.scale)
+    place.mkdir(parents=True)
+    write_study(place, record)
+
+
+def test_the_summary_has_every_claim_with_its_evidence(record: StudyRecord, tmp_path: Path) -> None:
+    save(TABLE_1, tmp_path, record)
+    save(TABLE_1, tmp_path, replace(record, scale="paper"))
+    lines = table(tmp_path).splitlines()
+    for study in STUDIES.values():
+        for claim in study.claims:
+            found = [
+                line
+                for line in lines
+                if f"| {claim.text} | {study.title} | {claim.where} |" in line
+            ]
+            assert len(found) == (2 if study is TABLE_1 else 1)
+            assert (
+                study is TABLE_1
+                or f"not run | `python -m tmu_dist.study {study.name}`" in (found[0])
+            )
+    beaten = next(line for line in lines if "than finetuning, L2-SP" in line)
+    assert "**DOES NOT HOLD: the opposite does**" in beaten
+    assert "[table1, small](study-table1/table.md): of 12 comparisons the least: tmu over art" in (
+        beaten
+    )
+    assert "(study-table1-paper/table.md)" in "\n".join(lines)
+    assert "`python -m tmu_dist.study table1 --seeds 0 1 2`" in beaten
+
+
+def test_words_below_the_summary_stay(record: StudyRecord, tmp_path: Path) -> None:
+    file = write_summary(tmp_path)
+    assert file == tmp_path / SUMMARY_FILE
+    file.write_text(file.read_text() + "\nMore records: see below.\n")
+    save(TABLE_1, tmp_path, record)
+    text = write_summary(tmp_path).read_text()
+    assert text.endswith("\nMore records: see below.\n") and "DOES NOT HOLD" in text
+    assert text == write_summary(tmp_path).read_text()
+
+
+def test_the_committed_summary_is_of_the_committed_records() -> None:
+    assert table(RESULTS) in (RESULTS / SUMMARY_FILE).read_text()
+
+
+@pytest.mark.parametrize("folder", sorted(RESULTS.glob("study-*")), ids=lambda folder: folder.name)
+def test_committed_tables_are_made_from_their_records(folder: Path) -> None:
+    assert (folder / TABLE_FILE).read_text() == as_markdown(StudyRecord.load(folder))

@@ -1,0 +1,98 @@
+"""What became of every claim: the table that docs/results/README.md leads with.
+
+Made from the records in a folder; a claim without a record stands there as not run. Whatever the
+file says below the table stays.
+
+Deliberately not here: judging (`verdicts`).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tmu_dist.evaluation.tables import Cell, Row, TableData, markdown
+from tmu_dist.ledger.words import between, signed
+from tmu_dist.study.design import RESULTS_FILE, SCALES, Claim, Scale, Study
+from tmu_dist.study.record import ClaimFacts, StudyRecord
+from tmu_dist.study.studies import STUDIES
+from tmu_dist.study.tables import VERDICTS
+
+SUMMARY_FILE = "README.md"
+_END = "<!-- the table above is written by `python -m tmu_dist.study summary` -->"
+_HEAD = (
+    "# What the paper claims, and what runs here say\n\n"
+    "Each claim with the record that it was tested by, at the scale that was run: “small” is the "
+    "paper's protocol shrunk, and no evidence about its full size. How a verdict comes about, and "
+    "what each scale is, is in [docs/studies.md](../studies.md)."
+)
+
+
+def record_name(study: str, scale: Scale) -> str:
+    """Folder of a study's committed record."""
+    return f"study-{study}" + ("" if scale == "small" else f"-{scale}")
+
+
+def write_summary(folder: Path) -> Path:
+    """Write the table from the records of a folder; returns the file."""
+    file = folder / SUMMARY_FILE
+    below = file.read_text().partition(_END)[2] if file.is_file() else "\n"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(f"{_HEAD}\n\n{table(folder)}\n{_END}{below}")
+    return file
+
+
+def table(folder: Path) -> str:
+    """Every claim of every study, once for each scale that has a record."""
+    rows = []
+    for study in STUDIES.values():
+        records = {
+            scale: StudyRecord.load(folder / record_name(study.name, scale))
+            for scale in SCALES
+            if (folder / record_name(study.name, scale) / RESULTS_FILE).is_file()
+        }
+        for claim in study.claims:
+            rows += [_row(study, claim, record) for record in records.values()]
+            rows += [] if records else [_not_run(study, claim)]
+    headings = ["Claim", "Study", "Where", "Evidence here", "Verdict", "Command"]
+    return markdown(TableData(headings, rows)).replace("---:", "---")  # words, not numbers
+
+
+def _row(study: Study, claim: Claim, record: StudyRecord) -> Row:
+    found = next((facts for facts in record.claims if facts.key == claim.key), None)
+    if found is None:
+        return _not_run(study, claim)
+    folder = record_name(study.name, record.scale)
+    evidence = f"[{study.name}, {record.scale}]({folder}/table.md): {_evidence(found, record)}"
+    verdict = VERDICTS[found.verdict]
+    return Row(
+        claim.text,
+        [
+            Cell(study.title),
+            Cell(claim.where),
+            Cell(evidence),
+            Cell(verdict if found.verdict == "undecided" else f"**{verdict}**"),
+            Cell(f"`{record.command}`"),
+        ],
+    )
+
+
+def _evidence(found: ClaimFacts, record: StudyRecord) -> str:
+    """The number behind a verdict: of several comparisons the least favourable one."""
+    known = [(pair, pair.gain) for pair in found.pairs if pair.gain is not None]
+    if not known:
+        return "no finished run"
+    worst = {name: rank for rank, name in enumerate(("opposite", "undecided", "holds"))}
+    pair, gain = min(known, key=lambda each: (worst.get(each[0].verdict, 3), each[1].mean))
+    score = record.score(pair.score)
+    decimals = score.decimals + 1
+    text = (
+        f"{pair.better} over {pair.worse} gains {signed(gain.mean, decimals)} {score.label} "
+        f"({between((gain.low, gain.high), decimals)}), {len(gain.by_seed)} seeds"
+    )
+    return text if len(found.pairs) == 1 else f"of {len(found.pairs)} comparisons the least: {text}"
+
+
+def _not_run(study: Study, claim: Claim) -> Row:
+    command = f"`python -m tmu_dist.study {study.name}`"
+    texts = (study.title, claim.where, "–", "not run", command)
+    return Row(claim.text, [Cell(text) for text in texts])
