@@ -153,7 +153,7 @@ def profiled(options: argparse.Namespace, out: str) -> list[tuple[str, float]]:
 
 def _name(file: str, line: int, function: str) -> str:
     """Without folders of a machine."""
-    return function if file == "~" else f"{Path(file).name}:{function}"
+    return function if file == "~" else f"{function} of {Path(file).stem}"
 
 
 def main() -> None:

@@ -24,7 +24,7 @@ from tmu_dist.teachers.bank import (
     ReplicatedBank,
     Shown,
     Wanted,
-    convolutions,
+    rounded_convolutions,
 )
 from tmu_dist.teachers.placed import FrameCodec, PlacedBank
 from tmu_dist.teachers.placement import Placement, TeacherCost, plan_placement
@@ -169,7 +169,7 @@ def test_convolutions_in_bf16_are_those_of_autocast(cell: str) -> None:
     assert not any(map(torch.equal, found, in_fp32))
     without = tell(plain, given.frames_BTCHW, given.sampling_mask_BT)
     assert all(map(torch.equal, in_fp32, without))
-    in_convolutions = sum(map(count_parameters, convolutions(plain)))
+    in_convolutions = sum(map(count_parameters, rounded_convolutions(plain)))
     saved = size(plain) - size(kept)
     assert saved == 2 * in_convolutions > 0
 

@@ -76,7 +76,6 @@ class MemoryTransfer(nn.Module):
             return transfer(memory_BPHW, x_BCHW, hidden_BPHW, self._weights(memory_BPHW), scale)
         device = "cpu" if memory_BPHW.is_meta else memory_BPHW.device.type  # it knows no "meta"
         with torch.autocast(device, enabled=False):
-            # Frozen teachers may keep their filters in bfloat16.
             read_BPHW = memory_BPHW.to(self.distillers.weight.dtype)
             imitations = self.distiller_norm(self.distillers(read_BPHW))
         gates = self.gates(x_BCHW, hidden_BPHW)

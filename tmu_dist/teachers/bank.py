@@ -19,6 +19,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from tmu_dist import arithmetic
 from tmu_dist.models.build import count_parameters
+from tmu_dist.models.convolution import Convolution
 from tmu_dist.models.rollout import Predictor, Rollout, StateName
 from tmu_dist.teachers.adapter import TeacherPlan, adapt_frames, adapt_memory
 
@@ -149,7 +150,7 @@ class FrozenTeacher(nn.Module):
         self.precision = precision
         self.memories = memories
         if precision == "bf16":
-            for convolution in convolutions(network):
+            for convolution in rounded_convolutions(network):
                 convolution.to(torch.bfloat16)
         self.eval().requires_grad_(False)
 
@@ -271,6 +272,19 @@ def held_bytes(bank: TeacherBank) -> int:
 def convolutions(network: nn.Module) -> list[nn.Module]:
     """The convolutions of a network, of any dimension."""
     return [module for module in network.modules() if isinstance(module, _ConvNd)]
+
+
+def rounded_convolutions(network: nn.Module) -> list[nn.Module]:
+    """Those whose weights may as well be kept in half precision, as they are always rounded to it.
+
+    Not matrix products of maps as they lie (`Convolution` of 1x1 filters): on CPUs these stay
+    float32, and on GPUs autocast rounds them at every use.
+    """
+    return [
+        module
+        for module in convolutions(network)
+        if not (isinstance(module, Convolution) and module.kernel_size == (1, 1))
+    ]
 
 
 def told_dtype(memories: Memories, frames: torch.dtype) -> torch.dtype:
