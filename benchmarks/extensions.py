@@ -125,7 +125,7 @@ def main() -> None:
     configs: dict[tuple[str, str, int], RunConfig] = {}
     for name in chosen.only:
         recipe = _recipe(EXTENSIONS[name], launch)
-        train_teachers(recipe, chosen.parallel)
+        train_teachers([recipe], chosen.parallel)
         configs |= _configs(name, recipe.config, chosen.seeds)
     missing = {c.output: c for c in configs.values() if not is_done(Path(c.output))}
     jobs = [Job(config=config, then=evaluate_run) for config in missing.values()]
@@ -149,7 +149,7 @@ def _recipe(extension: Extension, launch: LaunchConfig) -> Recipe:
         "training.sampling_stop_step": NUM_STEPS // 2,
     }
     if extension.occluded:
-        train_teachers(recipe, None)
+        train_teachers([recipe], None)
         url = in_workspace("archives/digits-3-occluded")
         occlude(recipe.config.data.url, url)
         changes |= {"data.url": url, "transfer.adapter.units": "any"}

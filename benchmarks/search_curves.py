@@ -106,7 +106,7 @@ def record_curves(
     launch = LaunchConfig(launcher="local", device="cpu")
     recipe = get_recipe(RECIPE)
     recipe = replace(recipe, config=replace(recipe.config, launch=launch))
-    train_teachers(recipe, processes)
+    train_teachers([recipe], processes)
     space = Space(name="search-curves", axes=size.axes)
     base = _shortened(recipe.config, size)
     runs: dict[str, tuple[Point, RunConfig]] = {}

@@ -179,9 +179,7 @@ def _teacher_for(config: RunConfig, recipe: Recipe) -> Recipe:
         ConfigError: the teacher would not fit the student; said before hours are spent on it.
     """
     model = recipe.config.model
-    if (
-        config.transfer.adapter.frames == "resize"
-    ):  # frames of their own are in patches of their own
+    if config.transfer.adapter.frames == "resize":  # frames and patches of its own
         model = replace(model, patch_size=config.model.patch_size)
     if model != config.model:
         raise ConfigError(

@@ -222,7 +222,7 @@ def _make_inputs(recipe: Recipe, search: Search) -> None:
     from tmu_dist.teachers.card import DataFacts, frame_shape
     from tmu_dist.transfer.prepare import planned_teachers
 
-    outcomes = train_teachers(recipe, parallel=None)
+    outcomes = train_teachers([recipe], parallel=None)
     if errors := [f"{run}: {end.error}" for run, end in outcomes.items() if end.error is not None]:
         raise ConfigError(f"A teacher could not be trained: {'; '.join(errors)}")
     manifest = open_archive(search.base.data.url).manifest

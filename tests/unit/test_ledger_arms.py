@@ -337,7 +337,7 @@ def test_teachers_of_a_recipe_are_trained_first(
     assert run_ledger(only_scratch) == 0
     assert all(Path(folder, "result.json").exists() for folder in folders)
     assert load(wanted.out).sources == ("1", "2")
-    assert train_teachers(recipe, None) == {}
+    assert train_teachers([recipe], None) == {}
 
     shutil.rmtree(tmp_path / "digits-teacher-2")
     broken = replace(config, data=replace(config.data, url=str(tmp_path / "nowhere")))

@@ -120,7 +120,7 @@ def run_ledger(wanted: Wanted) -> int:
     )
 
     names = _chosen_arms(wanted)
-    outcomes = train_teachers(wanted.recipe, wanted.parallel)
+    outcomes = train_teachers([wanted.recipe], wanted.parallel)
     if any(outcome.error for outcome in outcomes.values()):
         return report_failures(wanted.out, outcomes)
     seeds = sorted({*wanted.seeds, *_known_seeds(wanted.out)})

@@ -8,10 +8,10 @@ Legend: S seeds, N sequences, T lead time, L TMU layers, M teachers.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -32,6 +32,8 @@ from tmu_dist.ledger.statistics import (
     measure_mean,
     relation,
 )
+
+Line = TypeVar("Line")
 
 SCRATCH, TMU, NO_TEACHERS, NO_BETA = "scratch", "tmu", "tmu-scratch", "tmu-beta-0"
 CONTROLS: Mapping[str, str] = MappingProxyType(
@@ -203,12 +205,17 @@ def distinct_arms(ledger: Ledger) -> list[ArmRecord]:
 
     Of two sources, leaving one out and taking the other alone are one run.
     """
+    return without_repeats(ledger.arms, lambda arm: {record.run for record in arm.seeds.values()})
+
+
+def without_repeats(lines: Iterable[Line], runs_of: Callable[[Line], set[str]]) -> list[Line]:
+    """Lines that have runs, without those whose runs have all been seen before."""
     seen: set[str] = set()
     kept = []
-    for arm in ledger.arms:
-        runs = {record.run for record in arm.seeds.values()}
+    for line in lines:
+        runs = runs_of(line)
         if not runs <= seen:
-            kept.append(arm)
+            kept.append(line)
         seen |= runs
     return kept
 

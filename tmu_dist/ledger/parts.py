@@ -395,8 +395,11 @@ def _chart(title: str, marks: Iterable[tuple[str, Difference | None, int]]) -> C
         for label, found, series in marks
         if found is not None and math.isfinite(found.high - found.low)
     ]
-    return Chart(draw=partial(_draw, intervals, title), alt=f"{title}, with 95 % intervals")
+    return Chart(
+        draw=partial(draw_intervals, intervals, title), alt=f"{title}, with 95 % intervals"
+    )
 
 
-def _draw(intervals: Sequence[Interval], title: str, theme: Theme) -> Figure:
+def draw_intervals(intervals: Sequence[Interval], title: str, theme: Theme) -> Figure:
+    """`interval_chart` as a page's charts draw it."""
     return interval_chart(intervals, title=title, theme=theme)

@@ -51,12 +51,7 @@ class Plan:
     """Of the experiment, for the page."""
 
 
-def train_teachers(recipe: Recipe, parallel: int | None) -> dict[str, Outcome]:
-    """`train_all_teachers` of one recipe."""
-    return train_all_teachers([recipe], parallel)
-
-
-def train_all_teachers(recipes: Sequence[Recipe], parallel: int | None) -> dict[str, Outcome]:
+def train_teachers(recipes: Sequence[Recipe], parallel: int | None) -> dict[str, Outcome]:
     """Make the archives of recipes and train their teachers, side by side; what is there stays.
 
     Returns:

@@ -61,9 +61,14 @@ class Convolution(nn.Conv2d):
         self.algorithm: Algorithm = "auto"
         self._per_rollout = PerRollout[Filters]()
 
+    @property
+    def is_pointwise(self) -> bool:
+        """Whether it is a matrix product of maps as they lie; on CPUs that is always float32."""
+        return self.kernel_size == (1, 1)
+
     def forward(self, *maps_BCHW: Tensor) -> Tensor:
         """Convolve one or two maps, as if their channels lay one after the other."""
-        if self.kernel_size == (1, 1):
+        if self.is_pointwise:
             return self._pointwise(maps_BCHW)
         if self.uses_winograd(maps_BCHW[0]):
             return self._filters()(*maps_BCHW)

@@ -100,7 +100,7 @@ class MemoryTransfer(nn.Module):
         is_usual = (
             self.fuses
             and isinstance(self.gates, Convolution)  # not those of several networks as one
-            and self.gates.kernel_size == (1, 1)
+            and self.gates.is_pointwise
             and self.gate_norm is not None
             and self.distiller_norm.affine == "full"
             and self.distillers.weight.dtype == torch.float32

@@ -172,15 +172,7 @@ def _archive(size: Size, name: str) -> Archives:
     side = region.pixels // size.shrink
     step = (side - size.tile) // max(size.tiles_per_side - 1, 1) or 1
     arguments = (
-        *(
-            "radar",
-            "--source",
-            f"{raw}/{name}",
-            "--out",
-            url,
-            "--name",
-            f"{size.archive_prefix}-{name}",
-        ),
+        *("radar", "--source", f"{raw}/{name}", "--out", url, "--name", title),
         *("--crop", str(region.top), str(region.left), str(region.pixels), str(region.pixels)),
         *("--size", str(side), str(side)),
         *("--tile", str(size.tile), str(size.tile), "--tile-step", str(step), str(step)),

@@ -188,7 +188,7 @@ def run_study(wanted: Wanted, study: Study, recipes: Mapping[str, Recipe]) -> in
         ConfigError: original files are missing, and which variable names them.
         ManifestError, TeacherError: an archive or a teacher cannot be read.
     """
-    from tmu_dist.ledger.runs import report_failures, run_missing, train_all_teachers
+    from tmu_dist.ledger.runs import report_failures, run_missing, train_teachers
     from tmu_dist.study.page import as_markdown, write_study
     from tmu_dist.study.record import make_record
     from tmu_dist.study.runs import circumstances, has_inputs, make_plan, read_ledger
@@ -199,7 +199,7 @@ def run_study(wanted: Wanted, study: Study, recipes: Mapping[str, Recipe]) -> in
     rows = [row.key for row in study.rows if not wanted.only or row.key in wanted.only]
     outcomes: dict[str, Outcome] = {}
     if rows:  # of several studies, some may have none that is wanted
-        outcomes = train_all_teachers([recipes[key] for key in rows], wanted.parallel)
+        outcomes = train_teachers([recipes[key] for key in rows], wanted.parallel)
     folder.mkdir(parents=True, exist_ok=True)
     if any(outcome.error for outcome in outcomes.values()):
         return report_failures(folder, outcomes)
@@ -212,7 +212,7 @@ def run_study(wanted: Wanted, study: Study, recipes: Mapping[str, Recipe]) -> in
         outcomes = run_missing(plan, keys, wanted.parallel, num_samples=samples)
     ledger = read_ledger(study, plan, seeds, folder, outcomes)
     if any(arm.seeds for arm in ledger.arms):
-        known = circumstances(study, wanted.scale, recipes, wanted.command)
+        known = circumstances(study, wanted.scale, recipes, ready, wanted.command)
         record = make_record(study, ledger, find(study, ledger), known)
         write_study(folder, record)
         log.info("%s", as_markdown(record))

@@ -10,7 +10,7 @@ from typing import Any
 
 from tmu_dist.config import RunConfig
 from tmu_dist.study import published
-from tmu_dist.study.design import MSE, ONE_SET_OF_TEACHERS, SSIM, Axis, Claim, Row, Study
+from tmu_dist.study.design import MSE, ONE_SET_OF_TEACHERS, SSIM, Axis, Claim, Row, Scale, Study
 
 BETAS = (0.0001, 0.001, 0.01, 0.1, 1.0, 10.0)
 FRACTIONS = (0.25, 0.5, 0.75, 1.0, 2.0)
@@ -22,6 +22,17 @@ _SMALL_DIGITS = (
     "and the data on this page say. The paper: 64x64 pixels, 10 frames in and 10 predicted, four "
     "layers of 64 channels, 10,000 training sequences, 80,000 iterations."
 )
+_NOTES: Mapping[Scale, tuple[str, ...]] = {
+    "small": (_SMALL_DIGITS, ONE_SET_OF_TEACHERS),
+    "paper": (ONE_SET_OF_TEACHERS,),
+}
+_METHODS = (
+    ("scratch", "from scratch", "none"),
+    ("finetune-1", "finetune", "1 digit"),
+    ("finetune-2", "finetune", "2 digits"),
+    ("tmu", "memory transfer", "both"),
+)
+"""Rows that several studies have: name of the recipe, label, sources."""
 
 
 def table_1() -> Study:
@@ -98,7 +109,7 @@ def table_1() -> Study:
                 pairs=(("tmu", "tmu-1"), ("tmu", "tmu-2")),
             ),
         ),
-        notes={"small": (_SMALL_DIGITS, ONE_SET_OF_TEACHERS), "paper": (ONE_SET_OF_TEACHERS,)},
+        notes=_NOTES,
         costs=published.TABLE_1_COSTS,
     )
 
@@ -116,12 +127,7 @@ def table_2() -> Study:
                 published=published.TABLE_2[f"{cell}/{name}"],
                 group=cell,
             )
-            for name, label, sources in (
-                ("scratch", "from scratch", "none"),
-                ("finetune-1", "finetune", "1 digit"),
-                ("finetune-2", "finetune", "2 digits"),
-                ("tmu", "memory transfer", "both"),
-            )
+            for name, label, sources in _METHODS
         )
 
     return Study(
@@ -148,7 +154,7 @@ def table_2() -> Study:
                 ),
             )
         ),
-        notes={"small": (_SMALL_DIGITS, ONE_SET_OF_TEACHERS), "paper": (ONE_SET_OF_TEACHERS,)},
+        notes=_NOTES,
     )
 
 
@@ -191,7 +197,7 @@ def figure_4() -> Study:
                 pairs=tuple((key(beta), "scratch") for beta in robust),
             ),
         ),
-        notes={"small": (_SMALL_DIGITS, ONE_SET_OF_TEACHERS), "paper": (ONE_SET_OF_TEACHERS,)},
+        notes=_NOTES,
         axis=Axis(label="beta", is_log=True),
     )
 
@@ -207,12 +213,7 @@ def _fraction_rows(fractions: tuple[float, ...]) -> tuple[Row, ...]:
             settings={"data.fraction": fraction},
             x=100 * fraction,
         )
-        for name, label, sources in (
-            ("scratch", "from scratch", "none"),
-            ("finetune-1", "finetune", "1 digit"),
-            ("finetune-2", "finetune", "2 digits"),
-            ("tmu", "memory transfer", "both"),
-        )
+        for name, label, sources in _METHODS
         for fraction in fractions
     )
 
@@ -256,7 +257,7 @@ def figure_7() -> Study:
                 pairs=_better_at((2.0,), finetuned),
             ),
         ),
-        notes={"small": (_SMALL_DIGITS, ONE_SET_OF_TEACHERS), "paper": (ONE_SET_OF_TEACHERS,)},
+        notes=_NOTES,
         reference="scratch-100",
         axis=Axis(label="training sequences of the target [%]"),
     )
@@ -318,5 +319,5 @@ def beyond() -> Study:
                  "than finetuning.",
                  *_better_at(SMALL_FRACTIONS, ("finetune-1", "finetune-2"))),
         ),
-        notes={"small": (_SMALL_DIGITS, ONE_SET_OF_TEACHERS), "paper": (ONE_SET_OF_TEACHERS,)},
+        notes=_NOTES,
     )  # fmt: skip

@@ -168,7 +168,11 @@ def teacher_facts(configs: Mapping[str, RunConfig]) -> tuple[TeacherFacts, ...]:
 
 
 def circumstances(
-    study: Study, scale: Scale, recipes: Mapping[str, Recipe], command: str
+    study: Study,
+    scale: Scale,
+    recipes: Mapping[str, Recipe],
+    there: Mapping[str, Recipe],
+    command: str,
 ) -> Circumstances:
     """What the record says beside the results.
 
@@ -176,10 +180,10 @@ def circumstances(
         study: whose rows.
         scale: at which they were run.
         recipes: of the rows, with the settings of the command.
+        there: those of them whose archives and teachers are there.
         command: that was given.
     """
     configs = {key: with_absolute_paths(recipe.config) for key, recipe in recipes.items()}
-    there = {key: recipe for key, recipe in recipes.items() if has_inputs(recipe)}
     return Circumstances(
         scale=scale,
         command=command,

@@ -17,10 +17,11 @@ from tmu_dist.evaluation.plots import (
     Curve,
     Interval,
     Theme,
-    interval_chart,
     setting_curves,
 )
 from tmu_dist.evaluation.tables import Cell, Row, TableData, format_count
+from tmu_dist.ledger.findings import without_repeats
+from tmu_dist.ledger.parts import draw_intervals
 from tmu_dist.ledger.words import NONE, between, signed, spread
 from tmu_dist.study.design import Study
 from tmu_dist.study.record import (
@@ -356,15 +357,11 @@ def _gain_charts(record: StudyRecord) -> tuple[Chart, ...]:
             title = f"{score.label}: gain of the first over the second"
             charts.append(
                 Chart(
-                    draw=partial(_draw_gains, list(marks.values()), title),
+                    draw=partial(draw_intervals, list(marks.values()), title),
                     alt=f"{title}, with 95 % intervals; the table has the same numbers",
                 )
             )
     return tuple(charts)
-
-
-def _draw_gains(intervals: Sequence[Interval], title: str, theme: Theme) -> Figure:
-    return interval_chart(intervals, title=title, theme=theme)
 
 
 def _costs(study: Study, record: StudyRecord) -> Part:
@@ -408,14 +405,7 @@ def _costs(study: Study, record: StudyRecord) -> Part:
 
 def _once(record: StudyRecord) -> list[RowFacts]:
     """Rows without those whose runs are all another row's."""
-    seen: set[str] = set()
-    kept = []
-    for row in record.rows:
-        runs = {facts.run for facts in row.seeds.values()}
-        if not runs <= seen:
-            kept.append(row)
-        seen |= runs
-    return kept
+    return without_repeats(record.rows, lambda row: {facts.run for facts in row.seeds.values()})
 
 
 def _count(value: float | None) -> str:

@@ -277,13 +277,13 @@ def convolutions(network: nn.Module) -> list[nn.Module]:
 def rounded_convolutions(network: nn.Module) -> list[nn.Module]:
     """Those whose weights may as well be kept in half precision, as they are always rounded to it.
 
-    Not matrix products of maps as they lie (`Convolution` of 1x1 filters): on CPUs these stay
-    float32, and on GPUs autocast rounds them at every use.
+    Not matrix products (`Convolution.is_pointwise`): on CPUs these stay float32, and on GPUs
+    autocast rounds them at every use.
     """
     return [
         module
         for module in convolutions(network)
-        if not (isinstance(module, Convolution) and module.kernel_size == (1, 1))
+        if not (isinstance(module, Convolution) and module.is_pointwise)
     ]
 
 
