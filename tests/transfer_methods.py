@@ -144,7 +144,11 @@ CASES: dict[str, Case] = {
     "tmu-annealed": _taught(
         "tmu",
         "distillation",
-        settings={"beta_schedule": BetaSchedule(shape="linear", start=2, stop=STEPS)},
+        settings={
+            "beta_schedule": BetaSchedule(shape="linear", start=2, stop=STEPS),
+            "imitation": ImitationConfig(scale="variance"),
+            "imitation_start": "memories",
+        },
         network="slots",
     ),
 }

@@ -90,6 +90,19 @@ TAUGHT = {"transfer.method": "tmu", "transfer.teachers": ["a", "b"]}
         ({**TAUGHT, "transfer.start.unmatched": "random"}, "no effect without transfer.start.te"),
         ({**TAUGHT, "transfer.imitation.teacher_weights": [1]}, "one number for each of the 2"),
         ({**TAUGHT, "transfer.imitation.layers": [-1]}, "different numbers from 0 on, or all"),
+        ({"transfer.imitation_start": "memories"}, "only has an effect with transfer.method=tmu,"),
+        (
+            {**TAUGHT, "transfer.imitation_start": "memories", "model.norm_affine": "none"},
+            "they have none",
+        ),
+        (
+            {
+                **TAUGHT,
+                "transfer.imitation_start": "memories",
+                "transfer.adapter.channels": "project",
+            },
+            "needs teachers with the student's channels",
+        ),
         ({**TAUGHT, "transfer.beta_schedule.stop": 9}, "no effect with transfer.beta_schedule.sh"),
         ({**TAUGHT, "transfer.beta_schedule.shape": "linear"}, "needs 0 <= start < stop"),
         ({**TAUGHT, "transfer.method": "finetune"}, "exactly one teacher"),

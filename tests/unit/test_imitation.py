@@ -28,7 +28,15 @@ from tests.unit.test_adapters import (
 )
 from tests.unit.test_masks import masked_batch
 from tests.unit.test_training import assert_same
-from tests.unit.test_transfer import FRAME, INPUTS, batch, gradients, student_of, task
+from tests.unit.test_transfer import (
+    FRAME,
+    INPUTS,
+    batch,
+    gradients,
+    student_of,
+    task,
+    tmu_method,
+)
 from tmu_dist.config import BetaSchedule, ConfigError, ImitationConfig, ModelConfig, TMUConfig
 from tmu_dist.models.build import count_parameters
 from tmu_dist.models.shapes import MemoryShape
@@ -111,6 +119,50 @@ def test_eq_4_with_weights_layers_and_masks(
                 part = each.sum() / counted if each.any() else 0.0
                 expected += weight * part * float(given.weights_B[b])
     assert found.item() == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("masking", ["patch", "off"])
+def test_distances_in_units_of_the_teachers_variance(masking: Masking) -> None:
+    """Other units of a teacher's memories change nothing; unlike Eq. 4."""
+    given = in_double(masked_batch())
+    assert given.observed_BTCHW is not None
+    imitations, taught = memories(1), memories(2)
+    settings = ImitationConfig(scale="variance", masking=masking)
+    compared = Comparison(settings, PLANS, "mean")
+    shares = shares_of(given.observed_BTCHW.numpy(), masking)[:, :, None]
+    expected = 0.0
+    for k, m in np.ndindex(2, 2):
+        truth, own = taught[k][m].numpy(), imitations[k][m].numpy()
+        for b, weight in enumerate(given.weights_B.tolist()):
+            if not (counts := np.broadcast_to(shares[b], truth[b].shape)).any():
+                continue
+            spread = np.average(
+                (truth[b] - np.average(truth[b], weights=counts)) ** 2, weights=counts
+            )
+            distance = np.average((own[b] - truth[b]) ** 2, weights=counts)
+            expected += weight * distance / spread
+    found = compared.distance(imitations, teachings_of(taught), "memory", given)
+    assert found.item() == pytest.approx(expected, rel=1e-6)
+
+    larger = [
+        {k: tuple(7 * each for each in maps[k]) for k in maps} for maps in (imitations, taught)
+    ]
+    scaled = compared.distance(larger[0], teachings_of(larger[1]), "memory", given)
+    assert scaled.item() == pytest.approx(found.item(), rel=1e-6)
+    plain = Comparison(ImitationConfig(masking=masking), PLANS, "mean")
+    assert plain.distance(larger[0], teachings_of(larger[1]), "memory", given).item() == (
+        pytest.approx(49 * plain.distance(imitations, teachings_of(taught), "memory", given).item())
+    )
+
+
+def test_memories_that_stand_still_do_not_count_for_all() -> None:
+    given = in_double(batch(3))
+    still = {
+        k: tuple(torch.full_like(each, 0.5) for each in maps) for k, maps in memories(1).items()
+    }
+    compared = Comparison(ImitationConfig(scale="variance"), PLANS, "mean")
+    assert torch.isfinite(compared.distance(memories(2), teachings_of(still), "memory", given))
+    assert compared.distance(still, teachings_of(still), "memory", given).item() == 0
 
 
 def test_what_was_observed_fades_by_half() -> None:
@@ -355,3 +407,33 @@ def test_without_zigzag_nothing_of_it_is_there() -> None:
     assert not any("zigzag" in name for name in trainee.state_dict())
     report = method.liveness(trainee, batch())
     assert report is not None and report.zigzag_correlation == []
+
+
+@pytest.mark.parametrize("affine", ["full", "channel"])
+def test_imitations_can_start_with_the_statistics_of_the_memories(
+    affine: Literal["full", "channel"],
+) -> None:
+    method = tmu_method(1, 2)
+    method.task = replace(method.task, model=replace(TINY_MODEL, norm_affine=affine))
+    method.starts_from_memories = True
+    student, given = student_of(method), batch(3)
+    given = replace(given, weights_B=torch.tensor([0.5, 0.5, 0.0]))
+    method.begin(student, given)
+    teachings = method.teach(given)
+    for k, shape in enumerate(student.memory_shapes):
+        norm = student.get_submodule(f"stack.layers.{k}.transfer.distiller_norm")
+        for m, teaching in enumerate(teachings):
+            memory = teaching.states["memory"][k][:2].flatten(0, 1).numpy()  # the third is padding
+            axes = 0 if affine == "full" else (0, 2, 3)
+            rows = slice(m * shape.channels, (m + 1) * shape.channels)
+            for found, expected in ((norm.gain, memory.std(axes)), (norm.shift, memory.mean(axes))):
+                np.testing.assert_allclose(found[rows].detach(), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_no_imitation_starts_from_memories_unless_it_is_asked_for_and_taught() -> None:
+    for method in (tmu_method(1, 2), tmu_method(1, 2, beta=0.0)):
+        method.starts_from_memories = method.beta == 0
+        student = student_of(method)
+        before = {name: value.clone() for name, value in student.state_dict().items()}
+        method.begin(student, batch())
+        assert_same(student.state_dict(), before)

@@ -47,6 +47,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         _check_scale(self)
         _check_placement(self)
+        _check_start(self)
 
 
 def _check_scale(config: RunConfig) -> None:
@@ -73,6 +74,21 @@ def _check_scale(config: RunConfig) -> None:
         config.transfer.control != "shuffled" or scale.sequences_at_once % 2 == 0,
         "transfer.control=shuffled exchanges sequences in pairs, which must be learned from at "
         f"once: scale.sequences_at_once must be even, got {scale.sequences_at_once}.",
+    )
+
+
+def _check_start(config: RunConfig) -> None:
+    if config.transfer.imitation_start == "ones":
+        return
+    require(
+        config.model.norm_affine != "none",
+        "transfer.imitation_start=memories gives normalisations gains and shifts to begin with, "
+        "and with model.norm_affine=none they have none.",
+    )
+    require(
+        config.transfer.adapter.channels == "same",
+        "transfer.imitation_start=memories needs teachers with the student's channels, not "
+        "transfer.adapter.channels=project: there an imitation is not what is compared.",
     )
 
 

@@ -207,6 +207,9 @@ class ImitationConfig:
     masking: Literal["patch", "memory", "off"] = "patch"
     """Where pixels are missing, an element counts by the share of its patch that was observed now;
     `memory`: or before, fading by half with every step; `off`: fully."""
+    scale: Literal["plain", "variance"] = "plain"
+    """variance: a teacher's distance in a layer, of a sequence, is divided by the variance of its
+    states there, so that all layers and teachers count alike, however large their states are."""
 
     def __post_init__(self) -> None:
         require(
@@ -284,6 +287,7 @@ _USED_BY: dict[str, tuple[str, ...]] = {
     "control": _BESIDE,
     "teacher_input": _TAUGHT,
     "imitation": ("distillation", "tmu"),
+    "imitation_start": ("tmu",),
     "beta": ("tmu",),
     "beta_schedule": ("tmu",),
     "tmu": ("tmu", "tmu_scratch"),
@@ -320,6 +324,9 @@ class TransferConfig:
     start: StartConfig = field(default_factory=StartConfig)
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     imitation: ImitationConfig = field(default_factory=ImitationConfig)
+    imitation_start: Literal["ones", "memories"] = "ones"
+    """Gains and shifts of the distillers' normalisations (Eq. 3) before the first update: 1 and 0,
+    or standard deviations and means of the teachers' memories in the first batch."""
     beta: float = 0.1
     """Weight of the distillation term of Eq. 6."""
     beta_schedule: BetaSchedule = field(default_factory=BetaSchedule)

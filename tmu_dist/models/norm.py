@@ -58,6 +58,20 @@ class MapLayerNorm(nn.Module):
             return normalise(x_BCHW, gain, shift, self.groups)
         return torch.addcmul(shift, F.group_norm(x_BCHW, self.groups, eps=EPSILON), gain)
 
+    @torch.no_grad()
+    def start_from(self, maps_NPHW: Tensor, group: int) -> None:
+        """Set gain and shift of a group to standard deviation and mean of maps that it is to make.
+
+        Args:
+            maps_NPHW: at least two.
+            group: of the channels, from 0.
+        """
+        axes = (0,) if self.affine == "full" else (0, 2, 3)
+        spread, mean = torch.std_mean(maps_NPHW, dim=axes, correction=0)
+        channels = slice(group * len(mean), (group + 1) * len(mean))
+        self.gain[channels] = spread
+        self.shift[channels] = mean
+
     def lying_like(self, x_BCHW: Tensor) -> tuple[Tensor, Tensor]:
         """Gain and shift of a "full" normalisation, in the order in which maps like these lie.
 

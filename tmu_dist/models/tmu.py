@@ -5,6 +5,7 @@ Legend: B batch, M teachers, C input channels, P hidden channels, H, W map heigh
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -94,6 +95,15 @@ class MemoryTransfer(nn.Module):
             open_BMPHW.to(own_BMPHW.dtype),
         )
         return scale * (memory_BPHW + mixed.sum(dim=1)), imitations_BMPHW, open_BMPHW
+
+    def start_from(self, memories: Sequence[Tensor]) -> None:
+        """Let imitations begin with the means and the spread of what they are to imitate.
+
+        Args:
+            memories: each teacher's, of several steps and sequences, [N, P, H, W].
+        """
+        for m, memory_NPHW in enumerate(memories):
+            self.distiller_norm.start_from(memory_NPHW.float(), m)
 
     def _is_one_operation(self, *maps_BCHW: Tensor) -> bool:
         """Whether distillers, gates and normalisations are of the kinds that `transfer` has."""

@@ -81,7 +81,8 @@ def _stand_in(prefix: str, role: str, side: int) -> Archives:
     arguments = (
         *("video", "--source", f"{originals(CLIPS).rstrip('/')}/{role}", "--out", url),
         *("--name", f"other clips ({role})", "--split-folders"),
-        *("--frames", "8", "--size", str(side), str(side), "--crop", "centre", "--colour", "rgb"),
+        *("--frames", "8", "--frame-step", "2", "--stride", "2", "--crop", "centre"),
+        *("--size", str(side), str(side), "--colour", "rgb"),
     )
     return {url: arguments}
 

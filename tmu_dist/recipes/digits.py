@@ -88,7 +88,7 @@ PAPER = Size(
 )
 
 
-STUDY_STEPS, STUDY_TEACHER_STEPS = 3_000, 6_000
+STUDY_STEPS, STUDY_TEACHER_STEPS = 1_500, 4_000
 """Iterations of students and of teachers at the small scale of studies, in every family."""
 STUDY_TRAINING = TrainingConfig(
     num_steps=STUDY_STEPS, batch_size=8, sampling_stop_step=STUDY_STEPS // 2
@@ -99,9 +99,11 @@ STUDY = replace(
     prefix="study-digits",
     archive_prefix="study-digits",
     source_sequences=(10_000, 200, 500),
-    target_sequences=(1_000, 200, 500),
+    target_sequences=(300, 200, 500),
     target_holds_twice=True,
     may_use_mnist=True,
+    # Of maps with 8 places on a side; the paper's have 16, and filters of 5.
+    model=replace(SMALL.model, kernel_size=3),
     training=STUDY_TRAINING,
     teacher_steps=STUDY_TEACHER_STEPS,
     schedule=STUDY_SCHEDULE,

@@ -35,7 +35,6 @@ from tmu_dist.recipes.originals import HUMAN36M, WEIZMANN
 from tmu_dist.workspace import in_workspace
 
 HUMAN_WINDOW = WindowConfig(num_input_frames=4, num_target_frames=4)
-_DIGITS_PATCH = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +49,8 @@ class Size(ExperimentSize):
     """Whether other clips may be taken for data sets that are not there."""
     digit_sequences: tuple[int, int, int]
     """Training, validation and test sequences of two digits as a source."""
+    digit_patch: int
+    """Patch size of their teacher; the side of its frames is that many times that of the maps."""
 
 
 STUDY_HUMAN = Size(
@@ -58,8 +59,9 @@ STUDY_HUMAN = Size(
     side=64,
     may_stand_in=True,
     digit_sequences=digits.STUDY.source_sequences,
+    digit_patch=digits.STUDY.model.patch_size,
     window=HUMAN_WINDOW,
-    model=ModelConfig(num_layers=2, hidden_channels=32),
+    model=replace(digits.STUDY.model, patch_size=8),
     training=digits.STUDY_TRAINING,
     teacher_steps=digits.STUDY_TEACHER_STEPS,
     schedule=digits.STUDY_SCHEDULE,
@@ -71,6 +73,7 @@ PAPER_HUMAN = Size(
     side=128,
     may_stand_in=False,
     digit_sequences=digits.PAPER.source_sequences,
+    digit_patch=2,
     window=HUMAN_WINDOW,
     model=ModelConfig(),
     training=TrainingConfig(),
@@ -146,7 +149,7 @@ def _kth(size: Size) -> Recipes:
         unlike={
             "human": OwnNetwork(model=size.model, window=HUMAN_WINDOW),
             "mnist2": OwnNetwork(
-                model=replace(size.model, patch_size=_DIGITS_PATCH), window=size.window
+                model=replace(size.model, patch_size=size.digit_patch), window=size.window
             ),
         },
         variant=lambda source: _variant(size, HUMAN36M) if source == "human" else "",
@@ -174,7 +177,7 @@ def _kth_archive(size: Size, name: str) -> Archives:
                 size.archive_prefix, side=size.side, may_stand_in=size.may_stand_in
             )
         case "mnist2":
-            side = size.side // size.model.patch_size * _DIGITS_PATCH
+            side = size.side // size.model.patch_size * size.digit_patch
             return digits_archive(url, frames=frames, side=side, sequences=size.digit_sequences)
         case _:
             return kth_archive(url, frames=frames, side=size.side)

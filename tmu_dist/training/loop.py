@@ -16,6 +16,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, replace
 from functools import cached_property
 from itertools import chain, islice, pairwise
+from typing import TypeVar
 
 import torch
 
@@ -44,6 +45,8 @@ from tmu_dist.training.schedules import sampling_mask, sampling_probability, seq
 from tmu_dist.training.stopping import Request, Requests, RunStoppedError
 from tmu_dist.transfer.base import TrainingBatch
 from tmu_dist.transfer.prepare import prepare_transfer
+
+Found = TypeVar("Found")
 
 
 class NonFiniteLossError(RuntimeError):
@@ -244,6 +247,8 @@ class Run:
         self._following = None if following is None else self.prepare(following, step + 1)
         if self._probe is None:
             self._probe = training_batch
+            if step == 1:
+                self._look_together(self.training_step.begin)
             self._check_liveness()
             started = time.perf_counter()
         terms = self.training_step(training_batch, self._following)
@@ -486,12 +491,16 @@ class Run:
     def _check_liveness(self) -> None:
         if self._probe is None:
             return
-        # Teachers may lie on other ranks, so all ranks look at the same sequences.
-        probe = self.collectives.broadcast_object(self._probe.on("cpu")).on(self.device)
-        at_once = slice(self.config.scale.sequences_at_once)
-        report = self.collectives.together(lambda: self.training_step.look(probe.rows(at_once)))
+        report = self._look_together(self.training_step.look)
         if report is not None:
             self._write("liveness", **asdict(report))
+
+    def _look_together(self, action: Callable[[TrainingBatch], Found]) -> Found:
+        """Do something with a batch; teachers may lie on other ranks, so all have the same one."""
+        assert self._probe is not None
+        probe = self.collectives.broadcast_object(self._probe.on("cpu")).on(self.device)
+        rows = probe.rows(slice(self.config.scale.sequences_at_once))
+        return self.collectives.together(lambda: action(rows))
 
     def _log_training(self, terms: dict[str, float], *, show: bool) -> None:
         """Average the terms over ranks, stop on nonsense, and log.

@@ -152,6 +152,11 @@ class TrainingStep:
         """What the trainee minimises on this batch."""
         return self.method.loss(self.forward, batch)
 
+    def begin(self, batch: TrainingBatch) -> None:
+        """What comes before the first update (`TransferMethod.begin`)."""
+        with torch.no_grad():
+            self.method.begin(self.trainee, batch)
+
     def look(self, batch: TrainingBatch) -> Liveness | None:
         """Whether knowledge flows (`TransferMethod.liveness`), in the precision of the updates.
 

@@ -218,6 +218,10 @@ class TransferMethod(ABC):
         """Tell what the next `loss` is of, so that what does not need the student may begin."""
         return
 
+    def begin(self, trainee: nn.Module, batch: TrainingBatch) -> None:
+        """Whatever a student needs of data before its first update; the same batch on all ranks."""
+        return
+
     def liveness(self, trainee: nn.Module, batch: TrainingBatch) -> Liveness | None:
         """Measure whether teachers influence the student; None where a method has no such path.
 

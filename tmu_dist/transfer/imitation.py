@@ -26,12 +26,15 @@ from tmu_dist.transfer.base import (
     gradient_norm,
     is_negligible,
     reduce_squares,
+    reduce_values,
     weighted,
 )
 
 Imitations = Mapping[int, Sequence[Tensor]]
 """By layer of the student, what is compared with each teacher, in its channels [B, T, P, h, w]."""
 
+_LEAST_VARIANCE = 1e-6
+"""transfer.imitation.scale=variance: of states that hardly change, which would count for all."""
 _FADING = 0.5
 """transfer.imitation.masking=memory: what is left of an observation after a step without one."""
 
@@ -62,6 +65,7 @@ class Comparison:
         """Of the student's maps in each layer that is compared."""
         self.weights = settings.teacher_weights or (1.0,) * len(plans)
         self.masking = settings.masking
+        self.scale = settings.scale
         self.reduction = reduction
 
     def distance(
@@ -80,10 +84,15 @@ class Comparison:
             memories = [taught.states[state][k] for taught in teachings]
             share = self.share(batch, memories[0], k)
             parts_B += [
-                weight * reduce_squares(imitation - memory, self.reduction, share)
+                weight * self._distance_B(imitation, memory, share)
                 for imitation, memory, weight in zip(each, memories, self.weights, strict=True)
             ]
         return weighted(torch.stack(parts_B).sum(0), batch)
+
+    def _distance_B(self, imitation: Tensor, memory: Tensor, share: Tensor | None) -> Tensor:
+        """Of each sequence, from one teacher in one layer."""
+        distance_B = reduce_squares(imitation - memory, self.reduction, share)
+        return distance_B / variance(memory, share) if self.scale == "variance" else distance_B
 
     def correlations(
         self,
@@ -178,6 +187,19 @@ def remembered_share(share_BT1HW: Tensor) -> Tensor:
     for share in share_BT1HW[:, 1:].unbind(1):
         found.append(share + (1 - share) * _FADING * found[-1])
     return torch.stack(found, dim=1)
+
+
+def variance(states_BTPHW: Tensor, share_BT1HW: Tensor | None) -> Tensor:
+    """Variance of each sequence's states over all other axes, at least 1e-6, [B].
+
+    Args:
+        states_BTPHW: of a teacher.
+        share_BT1HW: what each element counts; None: 1.
+    """
+    exact = states_BTPHW.float() if states_BTPHW.dtype.itemsize < 4 else states_BTPHW
+    mean_B = reduce_values(exact, "mean", share_BT1HW)
+    centred = exact - mean_B.reshape(-1, *(1,) * (exact.dim() - 1))
+    return reduce_squares(centred, "mean", share_BT1HW).clamp(min=_LEAST_VARIANCE)
 
 
 def any_observed(batch: TrainingBatch, frames: slice) -> bool:

@@ -359,6 +359,7 @@ def _make_method(
                 imitation=transfer.imitation,
                 beta=transfer.beta,
                 beta_schedule=transfer.beta_schedule,
+                starts_from_memories=transfer.imitation_start == "memories",
                 **taught,
             )
         case "distillation":

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 from tmu_dist.config import BetaSchedule, ImitationConfig, TMUConfig
 from tmu_dist.models.build import build_predictor
-from tmu_dist.models.rollout import Predictor, Rollout
+from tmu_dist.models.layer import RecurrentLayer
+from tmu_dist.models.rollout import Predictor, Rollout, StateName
+from tmu_dist.models.tmu import MemoryTransfer
 from tmu_dist.teachers.adapter import LayerPlan
 from tmu_dist.teachers.bank import TeacherBank, Teaching
 from tmu_dist.transfer.base import (
@@ -42,6 +44,8 @@ class MemoryDistillation(TaughtMethod):
         beta: weight of the distillation.
         beta_schedule: how that weight changes with the iterations; None: not at all.
         imitation: what counts how much in Eq. 4; None: everything alike.
+        starts_from_memories: whether the distillers' normalisations begin with the statistics of
+            the teachers' memories (`begin`).
 
     Raises:
         ConfigError: layers to compare that the student has not.
@@ -57,11 +61,13 @@ class MemoryDistillation(TaughtMethod):
         beta: float,
         beta_schedule: BetaSchedule | None = None,
         imitation: ImitationConfig | None = None,
+        starts_from_memories: bool = False,
     ) -> None:
         super().__init__(task, bank=bank, teacher_input=teacher_input)
         self.tmu = tmu
         self.beta = beta
         self.beta_schedule = beta_schedule or BetaSchedule()
+        self.starts_from_memories = starts_from_memories
         self.comparison = Comparison(
             imitation or ImitationConfig(), bank.plans, task.objective.reduction
         )
@@ -109,6 +115,28 @@ class MemoryDistillation(TaughtMethod):
 
     def _beta(self, batch: TrainingBatch) -> float:
         return self.beta_schedule.at(batch.step, self.beta)
+
+    def begin(self, trainee: nn.Module, batch: TrainingBatch) -> None:
+        """Give imitations the means and the spread of the teachers' memories of a batch.
+
+        With random weights a normalisation makes them as large as 1, whatever a teacher's are, and
+        the first updates go into bringing them there.
+        """
+        if not (self.starts_from_memories and self.teaches):
+            return
+        counts_B = batch.weights_B > 0
+        teachings = self.teach(batch, self.unroll(trainee, batch))
+        for layer in trainee.modules():
+            if not isinstance(layer, RecurrentLayer) or layer.number not in self.comparison.shapes:
+                continue
+            transfers: dict[StateName, MemoryTransfer | None] = {
+                "memory": layer.transfer,
+                "zigzag": layer.transfer_zigzag,
+            }
+            for state, transfer in transfers.items():
+                if transfer is not None:
+                    taught = [teaching.states[state][layer.number] for teaching in teachings]
+                    transfer.start_from([each[counts_B].flatten(0, 1) for each in taught])
 
     def _distillation(
         self, rollout: Rollout, teachings: Sequence[Teaching], batch: TrainingBatch
