@@ -50,8 +50,9 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def node_cache_of_the_session(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Shards of remote archives are not copied to the user's own cache."""
+def folders_of_the_session(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """The user's own node cache and workspace are left alone."""
+    os.environ.pop("TMU_DIST_HOME", None)
     os.environ["TMU_DIST_CACHE"] = str(tmp_path_factory.mktemp("node-cache"))
 
 

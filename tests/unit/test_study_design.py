@@ -15,6 +15,7 @@ from tmu_dist.config import ConfigError, RunConfig, identity
 from tmu_dist.data.archive import open_archive
 from tmu_dist.ledger.arms import Arm, run_configs, short_names
 from tmu_dist.recipes import get_recipe
+from tmu_dist.recipes.digits import STUDY_STEPS
 from tmu_dist.recipes.originals import CLIPS, HUMAN36M, KTH, MNIST, RADAR, WEIZMANN
 from tmu_dist.study import published
 from tmu_dist.study.design import SCALES, Row, Scale, Study
@@ -155,7 +156,7 @@ def test_the_documents_count_of_runs(scale: Scale, runs: int) -> None:
 
 def test_settings_may_follow_from_the_recipe() -> None:
     beyond = STUDIES["beyond"]
-    for scale, steps, top in (("small", 3_000, 1), ("paper", 80_000, 3)):
+    for scale, steps, top in (("small", STUDY_STEPS, 1), ("paper", 80_000, 3)):
         falling = beyond.row("falling").recipe_at(scale).config.transfer.beta_schedule  # type: ignore[arg-type]
         assert (falling.shape, falling.stop, falling.final) == ("cosine", steps, 0.0)
         config = beyond.row("top").recipe_at(scale).config  # type: ignore[arg-type]
@@ -193,7 +194,7 @@ def test_the_archive_of_the_target_holds_twice_its_data() -> None:
     ((url, arguments),) = usual.archives.items()
     assert url == "archives/study-digits-3-twice"
     found = flags(arguments)
-    assert (found["--train"], found["--full-train-samples"]) == ("2000", "1000")
+    assert (found["--train"], found["--full-train-samples"]) == ("600", "300")
 
 
 # Original files

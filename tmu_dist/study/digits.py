@@ -296,6 +296,10 @@ def beyond() -> Study:
             row("mean", "Eq. 5 as a mean", {"transfer.tmu.combine": "mean"}),
             row("falling", "beta falls to 0 (half a cosine)", falling),
             row("started", "started from the second teacher", {"transfer.start.teacher": 1}),
+            row("variance", "distances in the teachers' variance",
+                {"transfer.imitation.scale": "variance"}),
+            row("memories", "imitations start as the memories are",
+                {"transfer.imitation_start": "memories"}),
             row("lowest", "TMU in the lowest layer only", {"transfer.tmu.layers": (0,)}),
             row("top", "TMU in the top layer only", {"transfer.tmu.layers": top}),
             row("beta-0", "teachers that are not imitated", {"transfer.beta": 0.0}),
@@ -309,6 +313,10 @@ def beyond() -> Study:
                  ("falling", "tmu")),
             ours("started", "Memory transfer that starts from a teacher's weights is better.",
                  ("started", "tmu")),
+            ours("variance", "Distances in units of the teachers' variance are better than plain "
+                 "ones.", ("variance", "tmu")),
+            ours("memories", "Imitations that start with the statistics of the memories are "
+                 "better.", ("memories", "tmu")),
             ours("all-layers", "TMU layers everywhere are better than one.", ("tmu", "lowest"),
                  ("tmu", "top")),
             ours("knowledge", "Memory transfer is better than with teachers that cannot know "
