@@ -88,7 +88,7 @@ PAPER = Size(
 )
 
 
-STUDY_STEPS, STUDY_TEACHER_STEPS = 1_500, 4_000
+STUDY_STEPS, STUDY_TEACHER_STEPS = 1_000, 4_000
 """Iterations of students and of teachers at the small scale of studies, in every family."""
 STUDY_TRAINING = TrainingConfig(
     num_steps=STUDY_STEPS, batch_size=8, sampling_stop_step=STUDY_STEPS // 2
