@@ -271,7 +271,7 @@ def test_real_clips_of_a_few_persons_become_a_target(
     assert flags(recipe.archives[url])["--test-groups"] == "person15"
     make_archive(recipe, url)
     manifest = open_archive(url).manifest
-    assert (manifest.channels, manifest.height, manifest.width) == (1, 64, 64)
+    assert (manifest.channels, manifest.height, manifest.width) == (1, 32, 32)
     assert all(manifest.num_samples(split) > 0 for split in ("train", "val", "test"))
     assert manifest.source is not None and manifest.source.name == "KTH human actions"
 
@@ -291,7 +291,7 @@ def test_real_clips_of_any_kind_stand_in(
     recipe = get_recipe("study-human-scratch")
     make_archive(recipe, recipe.config.data.url)
     manifest = open_archive(recipe.config.data.url).manifest
-    assert (manifest.channels, manifest.height, manifest.num_frames) == (3, 64, 8)
+    assert (manifest.channels, manifest.height, manifest.num_frames) == (3, 32, 8)
     assert manifest.source is not None and manifest.source.name == "other clips (target)"
     assert {*manifest.splits} == {*layout}
 

@@ -7,6 +7,7 @@ of the user stand in for a missing copy, under a name that says so (`stands_in`)
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from tmu_dist.recipes.base import Archives
@@ -35,12 +36,23 @@ def digits_archive(
     return {url: arguments}
 
 
-def kth_archive(url: str, *, frames: int, side: int, colour: str = "grey") -> Archives:
-    """KTH's clips; persons are dealt to splits in order where the usual ones are not all there."""
+def kth_archive(
+    url: str, *, frames: int, side: int, colour: str = "grey", timing: Sequence[str] = ()
+) -> Archives:
+    """KTH's clips; persons are dealt to splits in order where the usual ones are not all there.
+
+    Args:
+        url: of the archive.
+        frames: of a sequence.
+        side: of the frames, in pixels.
+        colour: "grey" or "rgb".
+        timing: arguments that say how far apart frames and sequences are; none: the usual ones.
+    """
     folder = originals(KTH)
     arguments = (
         *("video", "--dataset", "kth", "--source", folder, "--out", url),
         *("--frames", str(frames), "--size", str(side), str(side), "--colour", colour),
+        *timing,
         *_groups(folder),
     )
     return {url: arguments}

@@ -89,7 +89,9 @@ PAPER = Size(
 
 
 STUDY_STEPS, STUDY_TEACHER_STEPS = 1_000, 4_000
-"""Iterations of students and of teachers at the small scale of studies, in every family."""
+"""Iterations of students and of teachers at the small scale of studies."""
+STUDY_CLIP_TEACHER_STEPS = 2_000
+"""Iterations of teachers where sources are clips, of which there are a few hundred sequences."""
 STUDY_TRAINING = TrainingConfig(
     num_steps=STUDY_STEPS, batch_size=8, sampling_stop_step=STUDY_STEPS // 2
 )

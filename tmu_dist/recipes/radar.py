@@ -113,7 +113,7 @@ STUDY = replace(
     training=replace(
         SMALL.training, num_steps=digits.STUDY_STEPS, sampling_stop_step=digits.STUDY_STEPS // 2
     ),
-    teacher_steps=digits.STUDY_TEACHER_STEPS,
+    teacher_steps=digits.STUDY_CLIP_TEACHER_STEPS,
     schedule=digits.STUDY_SCHEDULE,
 )
 
