@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from tests.conftest import TINY_MODEL
 from tests.unit.test_adapters import (
@@ -27,7 +27,7 @@ from tests.unit.test_adapters import (
     plan_of,
 )
 from tests.unit.test_masks import masked_batch
-from tests.unit.test_training import assert_same
+from tests.unit.test_training import assert_same, run, run_until
 from tests.unit.test_transfer import (
     FRAME,
     INPUTS,
@@ -37,7 +37,15 @@ from tests.unit.test_transfer import (
     task,
     tmu_method,
 )
-from tmu_dist.config import BetaSchedule, ConfigError, ImitationConfig, ModelConfig, TMUConfig
+from tmu_dist.config import (
+    BetaSchedule,
+    ConfigError,
+    ImitationConfig,
+    ModelConfig,
+    RunConfig,
+    TMUConfig,
+    with_overrides,
+)
 from tmu_dist.models.build import count_parameters
 from tmu_dist.models.shapes import MemoryShape
 from tmu_dist.teachers.adapter import LayerPlan, TeacherPlan
@@ -428,6 +436,27 @@ def test_imitations_can_start_with_the_statistics_of_the_memories(
             rows = slice(m * shape.channels, (m + 1) * shape.channels)
             for found, expected in ((norm.gain, memory.std(axes)), (norm.shift, memory.mean(axes))):
                 np.testing.assert_allclose(found[rows].detach(), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_run_begins_once_before_its_first_update(
+    tmu_config: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[int] = []
+    begin = MemoryDistillation.begin
+
+    def noted(self: MemoryDistillation, trainee: nn.Module, given: TrainingBatch) -> None:
+        before = {name: value.clone() for name, value in trainee.state_dict().items()}
+        begin(self, trainee, given)
+        begun.append(given.step)
+        changed = {n for n, v in trainee.state_dict().items() if not torch.equal(v, before[n])}
+        assert changed == {name for name in before if "distiller_norm" in name}
+
+    monkeypatch.setattr(MemoryDistillation, "begin", noted)
+    config = with_overrides(tmu_config, {"transfer.imitation_start": "memories"})
+    run_until(config, 3)
+    assert begun == [1]
+    run(config)
+    assert begun == [1], "what continues has begun"
 
 
 def test_no_imitation_starts_from_memories_unless_it_is_asked_for_and_taught() -> None:

@@ -16,7 +16,6 @@ from contextlib import ExitStack
 from dataclasses import asdict, replace
 from functools import cached_property
 from itertools import chain, islice, pairwise
-from typing import TypeVar
 
 import torch
 
@@ -43,10 +42,8 @@ from tmu_dist.training.run_log import RunLog, write_provenance
 from tmu_dist.training.scaling import SMALLEST_SCALE
 from tmu_dist.training.schedules import sampling_mask, sampling_probability, sequence_noise
 from tmu_dist.training.stopping import Request, Requests, RunStoppedError
-from tmu_dist.transfer.base import TrainingBatch
+from tmu_dist.transfer.base import Liveness, TrainingBatch
 from tmu_dist.transfer.prepare import prepare_transfer
-
-Found = TypeVar("Found")
 
 
 class NonFiniteLossError(RuntimeError):
@@ -247,9 +244,7 @@ class Run:
         self._following = None if following is None else self.prepare(following, step + 1)
         if self._probe is None:
             self._probe = training_batch
-            if step == 1:
-                self._look_together(self.training_step.begin)
-            self._check_liveness()
+            self._check_liveness(is_first=step == 1)
             started = time.perf_counter()
         terms = self.training_step(training_batch, self._following)
         self._probe = training_batch
@@ -488,19 +483,22 @@ class Run:
             sample_ids_B=batch.sample_ids_B,
         )
 
-    def _check_liveness(self) -> None:
+    def _check_liveness(self, *, is_first: bool = False) -> None:
+        """Look whether knowledge flows; before the first update, the student begins on it, too."""
         if self._probe is None:
             return
-        report = self._look_together(self.training_step.look)
-        if report is not None:
-            self._write("liveness", **asdict(report))
-
-    def _look_together(self, action: Callable[[TrainingBatch], Found]) -> Found:
-        """Do something with a batch; teachers may lie on other ranks, so all have the same one."""
-        assert self._probe is not None
+        # Teachers may lie on other ranks, so all ranks look at the same sequences.
         probe = self.collectives.broadcast_object(self._probe.on("cpu")).on(self.device)
         rows = probe.rows(slice(self.config.scale.sequences_at_once))
-        return self.collectives.together(lambda: action(rows))
+
+        def look() -> Liveness | None:
+            if is_first:
+                self.training_step.begin(rows)
+            return self.training_step.look(rows)
+
+        report = self.collectives.together(look)
+        if report is not None:
+            self._write("liveness", **asdict(report))
 
     def _log_training(self, terms: dict[str, float], *, show: bool) -> None:
         """Average the terms over ranks, stop on nonsense, and log.
