@@ -55,6 +55,14 @@ def test_every_row_stands_beside_the_papers(page: PageText, record: StudyRecord)
     assert page.best == ["ART", "ART"]
 
 
+def test_columns_of_numbers_that_the_paper_does_not_give_are_left_out() -> None:
+    study = STUDIES["figure4"]
+    values = {row.key: 30.0 for row in study.rows}
+    text = as_markdown(fake_record(study, fake_ledger(study, values)))
+    headings = next(line for line in text.splitlines() if line.startswith("| Row | Sources |"))
+    assert "ours" in headings and "paper" not in headings
+
+
 def test_a_claim_that_fails_is_shown_as_failing(page: PageText, record: StudyRecord) -> None:
     beaten = next(claim for claim in record.claims if claim.key == "beats-others")
     assert beaten.verdict == "opposite"

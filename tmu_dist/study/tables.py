@@ -8,7 +8,9 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
+from itertools import compress
 
 from matplotlib.figure import Figure
 
@@ -95,9 +97,9 @@ def _results(study: Study, record: StudyRecord) -> Part:
         rows.append(Row(row.label, [*cells, Cell(str(len(row.seeds)))], series=_colour(row)))
     headings = ["Row", "Sources"]
     for score in record.scores:
-        headings += [f"{_with_arrow(score)}, paper", "ours", "ours − paper"]
+        headings += [f"{_with_arrow(score)}, paper", f"{_with_arrow(score)}, ours", "ours − paper"]
     if has_reference:
-        headings += ["of the reference, paper", "ours"]
+        headings += ["of the reference, paper", "of the reference, ours"]
     caption = (
         "Ours: mean ± standard deviation over seeds; a single seed has none. The best mean is "
         "marked. “Of the reference” is the first score in parts of that of the row without "
@@ -105,8 +107,17 @@ def _results(study: Study, record: StudyRecord) -> Part:
     )
     return Part(
         heading="The paper's values and ours",
-        tables=((TableData([*headings, "Seeds"], rows), caption),),
+        tables=((_without_empty(TableData([*headings, "Seeds"], rows)), caption),),
     )
+
+
+def _without_empty(table: TableData) -> TableData:
+    """Without columns that say nothing: the paper's, where it gives no numbers (Figs. 4 and 7)."""
+    columns = zip(*(row.cells for row in table.rows), strict=True)
+    kept = [any(cell.text != NONE for cell in column) for column in columns]
+    headings = [table.headings[0], *compress(table.headings[1:], kept)]
+    rows = [replace(row, cells=list(compress(row.cells, kept))) for row in table.rows]
+    return TableData(headings, rows)
 
 
 def _baseline_cells(own: Mapping[str, float], score: ScoreFacts) -> list[Cell]:
