@@ -398,10 +398,6 @@ def _costs(study: Study, record: StudyRecord) -> Part:
         rows.append(Row(row.label, [Cell(row.sources, is_text=True), *cells]))
     headings = ["Row", "Sources", "Weights, train", "paper", "Weights, test", "paper",
                 "s/batch, train", "paper", "ms/sequence, test", "paper"]  # fmt: skip
-    if not study.costs:
-        kept = [1, 3, 5, 7]
-        headings = [*headings[:2], *(headings[1 + k] for k in kept)]
-        rows = [Row(row.name, [row.cells[0], *(row.cells[k] for k in kept)]) for row in rows]
     hours = sum(
         run.seconds_per_batch * row.num_steps / 3600
         for row in _once(record)
@@ -411,7 +407,8 @@ def _costs(study: Study, record: StudyRecord) -> Part:
         f"Times are medians over runs that may have shared their machine ({record.machine}) with "
         f"others: they are no benchmark. Training of these runs took {hours:.1f} hours of it."
     )
-    return Part(heading="Cost", tables=((TableData(headings, rows), caption),) if rows else ())
+    tables = ((_without_empty(TableData(headings, rows)), caption),) if rows else ()
+    return Part(heading="Cost", tables=tables)
 
 
 def _once(record: StudyRecord) -> list[RowFacts]:
