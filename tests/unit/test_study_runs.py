@@ -184,6 +184,10 @@ def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = wanted.recipes(wanted.studies[0])["art"].config
     assert (config.training.num_steps, config.launch.launcher) == (9, "local")
     assert config.model.num_layers == 4 and config.transfer.method == "art"
+    beyond = parse("beyond --training.num-steps 9 --model.num-layers 3".split())
+    rows = beyond.recipes(beyond.studies[0])
+    assert rows["falling"].config.transfer.beta_schedule.stop == 9, "not the recipe's last"
+    assert rows["top"].config.transfer.tmu.layers == (2,)
     assert [study.name for study in parse(["all"]).studies] == list(ALL)
     for bad, named in (
         ("table9", "Unknown study 'table9'. Did you mean"),
@@ -193,6 +197,7 @@ def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("table1 --output here", "--output has no effect here: say with --out"),
         ("table1 --training.seed 4", "say --seeds 0 1 2"),
         ("--scale small table1", "the name of a study comes first"),
+        ("figure7 --data.fraction 0.3", "data.fraction: what row 'scratch-25' is about cannot"),
         ("table1 --transfer.beta 0.3", "transfer.beta only has an effect with"),
     ):
         with pytest.raises((ConfigError, SystemExit), match=None if "beta" in bad else named):

@@ -25,7 +25,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -75,19 +75,20 @@ class Wanted:
         Raises:
             ConfigError: a row refuses them.
         """
-        return {row.key: self._changed(row.recipe_at(self.scale)) for row in study.rows}
+        return {row.key: row.recipe_at(self.scale, self._for_all) for row in study.rows}
 
-    def _changed(self, recipe: Recipe) -> Recipe:
-        config = recipe.config
+    def _for_all(self, plain: RunConfig) -> RunConfig:
+        """What the command changes in every row."""
+        config = plain
         if self.launcher is not None:
             config = with_overrides(config, {"launch.launcher": self.launcher})
         if self.flags:
             config = tyro.cli(RunConfig, prog=_PROG, default=config, args=list(self.flags))
-        if config.output != recipe.config.output:
+        if config.output != plain.output:
             raise ConfigError("--output has no effect here: say with --out where studies lie.")
-        if config.training.seed != recipe.config.training.seed:
+        if config.training.seed != plain.training.seed:
             raise ConfigError("--training.seed has no effect here: say --seeds 0 1 2.")
-        return replace(recipe, config=config)
+        return config
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -8,11 +8,11 @@ Deliberately not here: which studies there are (`studies`), running them (`runs`
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeAlias, get_args
 
-from tmu_dist.config import RunConfig, with_overrides
+from tmu_dist.config import ConfigError, RunConfig, identity, with_overrides
 from tmu_dist.recipes import get_recipe
 from tmu_dist.recipes.base import Recipe
 
@@ -42,7 +42,7 @@ class Row:
     recipe: str
     """Without the scale's prefix: "digits-tmu"."""
     settings: Mapping[str, Any] = field(default_factory=dict)
-    """Changes of it; a value that is a function is given the recipe's config."""
+    """Changes of it; a value that is a function is given the config with what all rows have."""
     published: Mapping[str, float] = field(default_factory=dict)
     """The paper's values, by score."""
     group: str = ""
@@ -56,18 +56,33 @@ class Row:
         """The whole name of its recipe."""
         return f"{_PREFIX[scale]}-{self.recipe}"
 
-    def recipe_at(self, scale: Scale) -> Recipe:
+    def recipe_at(
+        self, scale: Scale, for_all: Callable[[RunConfig], RunConfig] = lambda config: config
+    ) -> Recipe:
         """The run, and how to make what it needs.
 
+        Args:
+            scale: whose recipe.
+            for_all: changes that all rows have, on which the row's own are built.
+
         Raises:
-            ConfigError: the recipe refuses the changes.
+            ConfigError: the recipe refuses the changes, or all rows would have what this one is
+                about.
         """
         recipe = get_recipe(self.recipe_name(scale))
+        config = for_all(recipe.config)
+        before, after = identity(recipe.config), identity(config)
+        if taken := [name for name in self.settings if before[name] != after[name]]:
+            raise ConfigError(
+                f"{', '.join(taken)}: what row {self.key!r} is about cannot be set for all rows. "
+                f"Leave it out, or train with it by `python -m tmu_dist.train --recipe "
+                f"{self.recipe_name(scale)}`."
+            )
         changes = {
-            name: value(recipe.config) if callable(value) else value
+            name: value(config) if callable(value) else value
             for name, value in self.settings.items()
         }
-        return replace(recipe, config=with_overrides(recipe.config, changes))
+        return replace(recipe, config=with_overrides(config, changes))
 
     def run_name(self, config: RunConfig) -> str:
         """What its runs are called in every study: by family, network and method."""
