@@ -284,6 +284,11 @@ def beyond() -> Study:
     def ours(key: str, text: str, *pairs: tuple[str, str]) -> Claim:
         return Claim(key=key, text=text, where="ours", pairs=pairs)
 
+    as_teacher = {
+        "transfer.start.teacher": 1,
+        "transfer.tmu.combine": "mean",
+        "transfer.imitation_start": "memories",
+    }
     falling = {"transfer.beta_schedule.shape": "cosine", "transfer.beta_schedule.stop": last_step}
     return Study(
         name="beyond",
@@ -292,14 +297,17 @@ def beyond() -> Study:
         scores=(MSE, SSIM),
         rows=(
             Row(key="scratch", label="from scratch", recipe="digits-fractions-scratch"),
+            Row(key="finetune-2", label="finetune", sources="2 digits",
+                recipe="digits-fractions-finetune-2"),
             row("tmu", "memory transfer"),
             row("mean", "Eq. 5 as a mean", {"transfer.tmu.combine": "mean"}),
             row("falling", "beta falls to 0 (half a cosine)", falling),
-            row("started", "started from the second teacher", {"transfer.start.teacher": 1}),
             row("variance", "distances in the teachers' variance",
                 {"transfer.imitation.scale": "variance"}),
+            row("started", "started from the second teacher", {"transfer.start.teacher": 1}),
             row("memories", "imitations start as the memories are",
                 {"transfer.imitation_start": "memories"}),
+            row("as-teacher", "begins as the second teacher (start, memories, mean)", as_teacher),
             row("lowest", "TMU in the lowest layer only", {"transfer.tmu.layers": (0,)}),
             row("top", "TMU in the top layer only", {"transfer.tmu.layers": top}),
             row("beta-0", "teachers that are not imitated", {"transfer.beta": 0.0}),
@@ -317,6 +325,11 @@ def beyond() -> Study:
                  "ones.", ("variance", "tmu")),
             ours("memories", "Imitations that start with the statistics of the memories are "
                  "better.", ("memories", "tmu")),
+            ours("as-teacher", "Memory transfer that begins as a teacher (its weights, a mean in "
+                 "Eq. 5, imitations with the statistics of the memories) is better than one that "
+                 "begins at random.", ("as-teacher", "tmu")),
+            ours("beats-finetuning", "Memory transfer that begins as a teacher is better than "
+                 "finetuning from that teacher.", ("as-teacher", "finetune-2")),
             ours("all-layers", "TMU layers everywhere are better than one.", ("tmu", "lowest"),
                  ("tmu", "top")),
             ours("knowledge", "Memory transfer is better than with teachers that cannot know "
