@@ -308,7 +308,8 @@ def beyond() -> Study:
             row("memories", "imitations start as the memories are",
                 {"transfer.imitation_start": "memories"}),
             row("as-teacher", "begins as the second teacher (start, memories, mean)", as_teacher),
-            row("as-teacher-falling", "begins as the second teacher, beta falls to 0", as_teacher | falling),
+            row("as-teacher-falling", "begins as the second teacher, beta falls to 0",
+                as_teacher | falling),
             row("as-teacher-beta-0", "begins as the second teacher, none is imitated",
                 as_teacher | {"transfer.beta": 0.0}),
             row("lowest", "TMU in the lowest layer only", {"transfer.tmu.layers": (0,)}),
@@ -333,8 +334,8 @@ def beyond() -> Study:
                  "begins at random.", ("as-teacher", "tmu")),
             ours("beats-finetuning", "Memory transfer that begins as a teacher is better than "
                  "finetuning from that teacher.", ("as-teacher", "finetune-2")),
-            ours("as-teacher-falling", "If it begins as a teacher, a beta that falls to 0 is better "
-                 "than a constant one.", ("as-teacher-falling", "as-teacher")),
+            ours("as-teacher-falling", "If it begins as a teacher, a beta that falls to 0 is "
+                 "better than a constant one.", ("as-teacher-falling", "as-teacher")),
             ours("as-teacher-imitates", "If it begins as a teacher, imitation still helps.",
                  ("as-teacher", "as-teacher-beta-0")),
             ours("all-layers", "TMU layers everywhere are better than one.", ("tmu", "lowest"),
