@@ -310,8 +310,9 @@ def beyond() -> Study:
             row("as-teacher", "begins as the second teacher (start, memories, mean)", as_teacher),
             row("as-teacher-falling", "begins as the second teacher, beta falls to 0",
                 as_teacher | falling),
-            row("as-teacher-beta-0", "begins as the second teacher, none is imitated",
-                as_teacher | {"transfer.beta": 0.0}),
+            # Not 0, with which no memories would be looked at, and imitations would start otherwise.
+            row("as-teacher-alone", "begins as the second teacher, beta 0.0001",
+                as_teacher | {"transfer.beta": 1e-4}),
             row("lowest", "TMU in the lowest layer only", {"transfer.tmu.layers": (0,)}),
             row("top", "TMU in the top layer only", {"transfer.tmu.layers": top}),
             row("beta-0", "teachers that are not imitated", {"transfer.beta": 0.0}),
@@ -337,7 +338,7 @@ def beyond() -> Study:
             ours("as-teacher-falling", "If it begins as a teacher, a beta that falls to 0 is "
                  "better than a constant one.", ("as-teacher-falling", "as-teacher")),
             ours("as-teacher-imitates", "If it begins as a teacher, imitation still helps.",
-                 ("as-teacher", "as-teacher-beta-0")),
+                 ("as-teacher", "as-teacher-alone")),
             ours("all-layers", "TMU layers everywhere are better than one.", ("tmu", "lowest"),
                  ("tmu", "top")),
             ours("knowledge", "Memory transfer is better than with teachers that cannot know "
