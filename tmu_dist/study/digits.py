@@ -310,7 +310,7 @@ def beyond() -> Study:
             row("as-teacher", "begins as the second teacher (start, memories, mean)", as_teacher),
             row("as-teacher-falling", "begins as the second teacher, beta falls to 0",
                 as_teacher | falling),
-            # Not 0, with which no memories would be looked at, and imitations would start otherwise.
+            # With beta 0 nobody would look at memories, and imitations would start otherwise.
             row("as-teacher-alone", "begins as the second teacher, beta 0.0001",
                 as_teacher | {"transfer.beta": 1e-4}),
             row("lowest", "TMU in the lowest layer only", {"transfer.tmu.layers": (0,)}),
