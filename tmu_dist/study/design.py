@@ -71,8 +71,8 @@ class Row:
         """
         recipe = get_recipe(self.recipe_name(scale))
         config = for_all(recipe.config)
-        before, after = identity(recipe.config), identity(config)
-        if taken := [name for name in self.settings if before[name] != after[name]]:
+        changed = changes_of(recipe.config, config)
+        if taken := [name for name in self.settings if name in changed]:
             raise ConfigError(
                 f"{', '.join(taken)}: what row {self.key!r} is about cannot be set for all rows. "
                 f"Leave it out, or train with it by `python -m tmu_dist.train --recipe "
@@ -153,3 +153,13 @@ class Study:
         """The row that the others of a group are set in relation to."""
         wanted = f"{group}/{self.reference}" if group else self.reference
         return next((row for row in self.rows if row.key == wanted), None)
+
+
+def changes_of(plain: RunConfig, config: RunConfig) -> dict[str, Any]:
+    """Settings that shape a result and are others in `config` than in `plain`, as plain values."""
+    before = identity(plain)
+    return {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in identity(config).items()
+        if before[name] != value
+    }

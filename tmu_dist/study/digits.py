@@ -284,11 +284,10 @@ def beyond() -> Study:
     def ours(key: str, text: str, *pairs: tuple[str, str]) -> Claim:
         return Claim(key=key, text=text, where="ours", pairs=pairs)
 
-    as_teacher = {
-        "transfer.start.teacher": 1,
-        "transfer.tmu.combine": "mean",
-        "transfer.imitation_start": "memories",
-    }
+    mean: dict[str, Any] = {"transfer.tmu.combine": "mean"}
+    started = {"transfer.start.teacher": 1}
+    memories = {"transfer.imitation_start": "memories"}
+    as_teacher = mean | started | memories
     falling = {"transfer.beta_schedule.shape": "cosine", "transfer.beta_schedule.stop": last_step}
     return Study(
         name="beyond",
@@ -300,13 +299,12 @@ def beyond() -> Study:
             Row(key="finetune-2", label="finetune", sources="2 digits",
                 recipe="digits-fractions-finetune-2"),
             row("tmu", "memory transfer"),
-            row("mean", "Eq. 5 as a mean", {"transfer.tmu.combine": "mean"}),
+            row("mean", "Eq. 5 as a mean", mean),
             row("falling", "beta falls to 0 (half a cosine)", falling),
             row("variance", "distances in the teachers' variance",
                 {"transfer.imitation.scale": "variance"}),
-            row("started", "started from the second teacher", {"transfer.start.teacher": 1}),
-            row("memories", "imitations start as the memories are",
-                {"transfer.imitation_start": "memories"}),
+            row("started", "started from the second teacher", started),
+            row("memories", "imitations start as the memories are", memories),
             row("as-teacher", "begins as the second teacher (start, memories, mean)", as_teacher),
             row("as-teacher-falling", "begins as the second teacher, beta falls to 0",
                 as_teacher | falling),

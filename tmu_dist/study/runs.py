@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from tmu_dist.config import Method, RunConfig, identity
+from tmu_dist.config import Method, RunConfig
 from tmu_dist.data.archive import open_archive
 from tmu_dist.data.manifest import MANIFEST_PATH, Manifest
 from tmu_dist.data.storage import exists
@@ -30,7 +30,7 @@ from tmu_dist.provenance import git_revision, versions
 from tmu_dist.recipes import get_recipe
 from tmu_dist.recipes.base import Recipe
 from tmu_dist.run_folder import RESULT_FILE
-from tmu_dist.study.design import Row, Scale, Study
+from tmu_dist.study.design import Row, Scale, Study, changes_of
 from tmu_dist.study.record import ArchiveFacts, Circumstances, TeacherFacts
 from tmu_dist.teachers.store import load_card
 from tmu_dist.train import lacks_archive
@@ -192,7 +192,7 @@ def circumstances(
         finished=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         recipes={row.key: row.recipe_name(scale) for row in study.rows},
         settings={
-            row.key: changes_of(recipes[row.key], get_recipe(row.recipe_name(scale)))
+            row.key: changes_of(get_recipe(row.recipe_name(scale)).config, recipes[row.key].config)
             for row in study.rows
         },
         num_steps={key: config.training.num_steps for key, config in configs.items()},
@@ -220,16 +220,6 @@ def _training(config: RunConfig) -> str:
         f"{training.num_steps:,} iterations of {training.batch_size} sequences, learning rate "
         f"{training.learning_rate:g}"
     )
-
-
-def changes_of(recipe: Recipe, plain: Recipe) -> dict[str, Any]:
-    """Settings in which a row's run differs from its recipe, as plain values."""
-    before = identity(plain.config)
-    return {
-        name: list(value) if isinstance(value, tuple) else value
-        for name, value in identity(recipe.config).items()
-        if before[name] != value
-    }
 
 
 def _original(manifest: Manifest) -> str:
