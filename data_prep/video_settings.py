@@ -9,7 +9,7 @@ from pathlib import PurePosixPath
 from typing import Literal
 
 from data_prep.readers.human36m import Human36mReader, HumanProtocol
-from data_prep.readers.kth import KthRanges, KthReader
+from data_prep.readers.kth import KthRanges, KthReader, KthSplits
 from data_prep.readers.video import Colour, Resize, VideoReader
 from data_prep.readers.video_folder import Media, Numbering, VideoFolderReader
 from data_prep.readers.weizmann import WeizmannReader
@@ -26,6 +26,7 @@ _READERS: dict[str, type[VideoReader]] = {
 _ONLY_FOR = {
     "actions": ("kth", "weizmann", "human36m"),
     "ranges": ("kth",),
+    "split_by": ("kth",),
     "protocol": ("human36m",),
     "val_sequences": ("human36m",),
     "media": ("video-folder",),
@@ -76,6 +77,10 @@ class VideoSettings:
     ranges: KthRanges | None = None
     """kth: apart (no sequence leaves a range of 00sequences.txt), joined (ranges without a frame
     between them are one), or whole (all frames, without the list); apart."""
+    split_by: KthSplits | None = None
+    """kth: persons (nobody is in two splits), or repetitions (of every clip the last range of
+    00sequences.txt tests, the one before validates and the earlier ones train: where there are few
+    persons); persons."""
     protocol: HumanProtocol | None = None
     """human36m: by-subject (S8 validates, nothing leaks), or paper (validation sequences drawn from
     those of training, which they overlap); by-subject."""
@@ -151,7 +156,15 @@ class VideoSettings:
     def _reader(self) -> VideoReader:
         options = {
             name: getattr(self, name)
-            for name in ("actions", "ranges", "protocol", "media", "numbering", "group_pattern")
+            for name in (
+                "actions",
+                "ranges",
+                "split_by",
+                "protocol",
+                "media",
+                "numbering",
+                "group_pattern",
+            )
             if getattr(self, name) is not None
         }
         if self.dataset == "video-folder":

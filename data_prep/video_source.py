@@ -239,16 +239,17 @@ class VideoSource(VideoSettings):
 
     def _frame(self, clip: Clip, file: str, number: int, image_HWC: NDArray[np.uint8]) -> Frame:
         codes_CHW = self._stored(file, image_HWC)
-        series = clip.series
+        series, group = clip.series, clip.group
         if clip.ranges is not None:
-            place = next(i for i, (_, end) in enumerate(clip.ranges, start=1) if number < end)
-            series = f"{series}-{place}"
+            place = next(i for i, (_, end) in enumerate(clip.ranges) if number < end)
+            series = f"{series}-{place + 1}"
+            group = clip.range_groups[place] if clip.range_groups else group
         record = FrameRecord(
             series=series,
             order=number,
             file=file,
             key=str(number) if clip.numbers is None else "",
-            group=clip.group,
+            group=group,
             official_split=clip.official_split,
             digest=hashlib.sha256(codes_CHW.data).hexdigest(),
         )

@@ -33,6 +33,7 @@ from tmu_dist.data import storage
 from tmu_dist.data.manifest import SourceCard
 
 KthRanges: TypeAlias = Literal["apart", "joined", "whole"]
+KthSplits: TypeAlias = Literal["persons", "repetitions"]
 
 ACTIONS = ("boxing", "handclapping", "handwaving", "jogging", "running", "walking")
 LIST_NAME = "00sequences.txt"
@@ -41,6 +42,7 @@ _FAST_ACTIONS = ("jogging", "running")
 _FAST_STRIDE = 3
 _NUM_TRAIN_PERSONS, _NUM_PERSONS = 16, 25
 _VAL_PERSONS = (15, 16)
+_SPLIT_OF_REPETITION = {"earlier": "train", "last-but-one": "val", "last": "test"}
 _NAME = re.compile(rf"person(\d\d)_({'|'.join(ACTIONS)})(?:_d([1-4]))?(?:_uncomp)?", re.IGNORECASE)
 _LISTED = re.compile(r"(person\d\d_[a-z]+_d\d)\s+(?:frames\s+([\d\s,-]+)|\*missing\*)")
 
@@ -52,6 +54,9 @@ class KthReader:
     ranges: KthRanges = "apart"
     """apart: no sequence leaves a range of 00sequences.txt; joined: ranges without a frame between
     them are one, as in the published loaders; whole: all frames, without the list."""
+    split_by: KthSplits = "persons"
+    """persons: nobody is in two splits; repetitions: of every clip the last range tests, the one
+    before validates, and the earlier ones train."""
     actions: tuple[str, ...] = ACTIONS
 
     name: ClassVar[str] = "kth"
@@ -78,6 +83,11 @@ class KthReader:
 
     def __post_init__(self) -> None:
         check_actions("KTH", self.actions, ACTIONS)
+        if self.split_by == "repetitions" and self.ranges != "apart":
+            raise ValueError(
+                f"Repetitions are ranges of {LIST_NAME}, and ranges={self.ranges!r} does not keep "
+                "them apart: leave ranges out, or split by persons."
+            )
 
     @property
     def by_time(self) -> bool:
@@ -99,6 +109,8 @@ class KthReader:
         return WindowRule(_FAST_STRIDE if fast else span, backwards=True)
 
     def default_splits(self, groups: Sequence[str]) -> dict[str, str] | None:
+        if self.split_by == "repetitions":
+            return {group: _SPLIT_OF_REPETITION[group] for group in groups}
         return {group: _split_of(int(group[-2:])) for group in groups}
 
     def record(self, root: str) -> dict[str, Any]:
@@ -112,10 +124,15 @@ class KthReader:
             "joined": "Ranges of 00sequences.txt without a frame between them count as one.",
             "whole": "All frames are used, also empty ones outside the ranges of 00sequences.txt.",
         }
+        split = {
+            "persons": "The field's split knows no validation: persons 15 and 16 of the 16 "
+            "training persons are taken for it unless other groups are given.",
+            "repetitions": "Every person and scene is in all splits, other repetitions in each: "
+            "scores say nothing about people and scenes that were never seen.",
+        }
         return (
             rule[self.ranges],
-            "The field's split knows no validation: persons 15 and 16 of the 16 training persons "
-            "are taken for it unless other groups are given.",
+            split[self.split_by],
             "Where ranges overlap (slips of the list), a frame belongs to the one that starts "
             "first.",
         )
@@ -146,6 +163,7 @@ class KthReader:
             group=f"person{number}",
             official_split="train" if int(number) <= _NUM_TRAIN_PERSONS else "test",
             ranges=ranges,
+            range_groups=_repetitions(ranges or ()) if self.split_by == "repetitions" else (),
             left_out="" if action.lower() in self.actions else "another action than is wanted",
             problem=problem,
         )
@@ -218,6 +236,12 @@ def _by_length(
             f"fit {len(fitting)} of the listed ones: rename it",
         )
     return fitting[0]
+
+
+def _repetitions(ranges: Sequence[tuple[int, int]]) -> tuple[str, ...]:
+    """Name the ranges of a clip as groups, counted from the last."""
+    names = list(reversed(_SPLIT_OF_REPETITION))
+    return tuple(names[min(after, len(names) - 1)] for after in reversed(range(len(ranges))))
 
 
 def _split_of(person: int) -> str:

@@ -45,6 +45,8 @@ class Clip:
     ranges: tuple[tuple[int, int], ...] | None = None
     """Frames of a video that count, half-open, from 0, rising; None: all. Sequences are cut inside
     one of them."""
+    range_groups: tuple[str, ...] = ()
+    """Groups of the ranges, where each has its own; (): all have the clip's."""
     divisible: bool = False
     """Whether a part of the images tells as much as all of them, so that processes can share."""
     left_out: str = ""

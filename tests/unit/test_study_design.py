@@ -268,7 +268,7 @@ def test_real_clips_of_a_few_persons_become_a_target(
     monkeypatch.setenv(KTH, str(real_data("kth")))
     recipe = get_recipe("study-kth-scratch")
     url = recipe.config.data.url
-    assert flags(recipe.archives[url])["--test-groups"] == "person15"
+    assert flags(recipe.archives[url])["--split-by"] == "repetitions"
     make_archive(recipe, url)
     manifest = open_archive(url).manifest
     assert (manifest.channels, manifest.height, manifest.width) == (1, 32, 32)

@@ -391,6 +391,21 @@ def test_kth_persons_and_windows():
     assert [rule.stride for rule in strides.values()] == [20, 20, 20, 20, 3, 3]
 
 
+def test_kth_repetitions_as_splits(tmp_path):
+    root = kth_folder(tmp_path, "person01_boxing_d1_uncomp.avi", "person07_jogging_d4.avi")
+    reader = KthReader(split_by="repetitions")
+    boxing, jogging = reader.clips(root)
+    assert boxing.range_groups == ("earlier", "last-but-one", "last")
+    assert jogging.range_groups == ("earlier", "earlier", "last-but-one", "last")
+    assert reader.default_splits(boxing.range_groups) == {
+        "earlier": "train", "last-but-one": "val", "last": "test"
+    }  # fmt: skip
+    assert any("in all splits" in note for note in reader.notes())
+    assert KthReader().clips(root)[0].range_groups == ()
+    with pytest.raises(ValueError, match="leave ranges out, or split by persons"):
+        KthReader(split_by="repetitions", ranges="joined")
+
+
 # Weizmann and Human3.6M
 
 

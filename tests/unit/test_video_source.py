@@ -251,6 +251,20 @@ def test_kth_persons_can_be_chosen(kth):
         both.plan(records)
 
 
+def test_kth_repetitions_can_be_split(kth):
+    by_person, _, _ = kth
+    source = dataclasses.replace(by_person, split_by="repetitions")
+    frames, _ = convert(source)
+    plan = source.plan([frame.record for frame in frames])
+    assert splits(plan) == {"train": {"earlier"}, "val": {"last-but-one"}, "test": {"last"}}
+    # 00sequences.txt: boxing in four ranges.
+    boxing = {s.meta["clip"]: s.split for s in plan.sequences if "boxing_d2" in s.meta["clip"]}
+    assert [boxing[f"person01_boxing_d2-{n}"] for n in (1, 2, 3, 4)] == [
+        "train", "train", "val", "test"
+    ]  # fmt: skip
+    assert source.settings() != by_person.settings()
+
+
 def test_kth_in_three_equal_channels():
     source = VideoSource(
         source=str(real_data("kth")),

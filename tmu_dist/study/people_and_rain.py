@@ -22,14 +22,16 @@ from tmu_dist.study.design import (
 _SMALL_PEOPLE = (
     "Smaller in everything: frames, network, iterations, as the facts and the data on this page "
     "say. The paper: 128x128 pixels, four layers of 64 channels, 80,000 iterations. Every third "
-    "frame of KTH is taken, and every second of other clips: people move more between frames."
+    "frame of KTH and of other clips is taken: people move more between frames."
 )
 _CLIPS = (
     "Where no copy of Human3.6M or Weizmann was named, other clips stand in for it; the table of "
     "the data says which were read."
 )
 _KTH_SPLIT = (
-    "Of a part of KTH that lacks the persons who usually validate and test, the last persons do."
+    "Of a part of KTH that lacks persons who usually validate or test, the last repetition in each "
+    "clip tests and the one before validates: persons and scenes of the tests were seen in "
+    "training."
 )
 _RADAR_DATA = (
     "The paper's radar data are not public. MeteoSwiss stands for Guangzhou 2016, FMI for "
