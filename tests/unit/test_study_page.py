@@ -108,7 +108,9 @@ def test_every_study_has_a_page(name: str, tmp_path: Path) -> None:
     keys = [row.key for row in study.rows]
     gates = {"mch": 0.6, "fmi": 0.6, "mnist2": 0.4, "kth": 0.4} if name == "table5" else None
     means = {key: 30.0 + number for number, key in enumerate(keys)}
-    ledger = fake_ledger(study, means, gates=gates, is_radar=name in ("table4", "table5"))
+    ledger = fake_ledger(
+        study, means, gates=gates, is_radar="csi" in study.scores or name == "table5"
+    )
     write_study(tmp_path, fake_record(study, ledger))
     page = PageText((tmp_path / PAGE_FILE).read_text())
     assert not page.open_tags

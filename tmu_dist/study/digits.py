@@ -1,4 +1,4 @@
-"""The studies of flying digits: Tables 1 and 2, Figures 4 and 7, and what the paper leaves open.
+"""The studies of flying digits: Tables 1 and 2, Figures 4 and 7.
 
 Deliberately not here: what a study is made of (`design`), the paper's numbers (`published`).
 """
@@ -6,23 +6,19 @@ Deliberately not here: what a study is made of (`design`), the paper's numbers (
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
-from tmu_dist.config import RunConfig
 from tmu_dist.study import published
 from tmu_dist.study.design import MSE, ONE_SET_OF_TEACHERS, SSIM, Axis, Claim, Row, Scale, Study
 
 BETAS = (0.0001, 0.001, 0.01, 0.1, 1.0, 10.0)
 FRACTIONS = (0.25, 0.5, 0.75, 1.0, 2.0)
-SMALL_FRACTIONS = (0.05, 0.1)
-"""Below those of Figure 7."""
 
 _SMALL_DIGITS = (
     "Smaller in everything: frames, digits, window, network, sequences, iterations, as the facts "
     "and the data on this page say. The paper: 64x64 pixels, 10 frames in and 10 predicted, four "
     "layers of 64 channels, 10,000 training sequences, 80,000 iterations."
 )
-_NOTES: Mapping[Scale, tuple[str, ...]] = {
+NOTES: Mapping[Scale, tuple[str, ...]] = {
     "small": (_SMALL_DIGITS, ONE_SET_OF_TEACHERS),
     "paper": (ONE_SET_OF_TEACHERS,),
 }
@@ -109,7 +105,7 @@ def table_1() -> Study:
                 pairs=(("tmu", "tmu-1"), ("tmu", "tmu-2")),
             ),
         ),
-        notes=_NOTES,
+        notes=NOTES,
         costs=published.TABLE_1_COSTS,
     )
 
@@ -154,7 +150,7 @@ def table_2() -> Study:
                 ),
             )
         ),
-        notes=_NOTES,
+        notes=NOTES,
     )
 
 
@@ -197,12 +193,12 @@ def figure_4() -> Study:
                 pairs=tuple((key(beta), "scratch") for beta in robust),
             ),
         ),
-        notes=_NOTES,
+        notes=NOTES,
         axis=Axis(label="beta", is_log=True),
     )
 
 
-def _fraction_rows(fractions: tuple[float, ...]) -> tuple[Row, ...]:
+def fraction_rows(fractions: tuple[float, ...]) -> tuple[Row, ...]:
     """Scratch, finetuned and taught students of parts of the target's data."""
     return tuple(
         Row(
@@ -218,9 +214,8 @@ def _fraction_rows(fractions: tuple[float, ...]) -> tuple[Row, ...]:
     )
 
 
-def _better_at(
-    fractions: tuple[float, ...], others: tuple[str, ...]
-) -> tuple[tuple[str, str], ...]:
+def better_at(fractions: tuple[float, ...], others: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
+    """Pairs of a claim: memory transfer over others, at each amount of data."""
     return tuple(
         (f"tmu-{100 * fraction:g}", f"{other}-{100 * fraction:g}")
         for fraction in fractions
@@ -235,117 +230,29 @@ def figure_7() -> Study:
         title="Figure 7: amounts of target data",
         question="Does memory transfer still help where the target has much data?",
         scores=(MSE, SSIM),
-        rows=_fraction_rows(FRACTIONS),
+        rows=fraction_rows(FRACTIONS),
         claims=(
             Claim(
                 key="beats-scratch",
                 text="Memory transfer is better than training from scratch at any amount of data.",
                 where="Sec. 4.4, Figure 7",
-                pairs=_better_at(FRACTIONS, ("scratch",)),
+                pairs=better_at(FRACTIONS, ("scratch",)),
             ),
             Claim(
                 key="beats-finetuning",
                 text="Memory transfer is better than finetuning at any amount of data.",
                 where="Sec. 4.4, Figure 7",
-                pairs=_better_at(FRACTIONS, finetuned),
+                pairs=better_at(FRACTIONS, finetuned),
             ),
             Claim(
                 key="much-data",
                 text="With twice the data memory transfer still gains more over scratch than "
                 "finetuning does.",
                 where="Sec. 4.4",
-                pairs=_better_at((2.0,), finetuned),
+                pairs=better_at((2.0,), finetuned),
             ),
         ),
-        notes=_NOTES,
+        notes=NOTES,
         reference="scratch-100",
         axis=Axis(label="training sequences of the target [%]"),
     )
-
-
-def beyond() -> Study:
-    """Questions about the method that the paper leaves open, on the target of Table 1."""
-
-    def row(key: str, label: str, settings: Mapping[str, Any] | None = None) -> Row:
-        return Row(
-            key=key,
-            label=label,
-            sources="both",
-            recipe="digits-fractions",
-            settings=settings or {},
-        )
-
-    def last_step(config: RunConfig) -> int:
-        return config.training.num_steps
-
-    def top(config: RunConfig) -> tuple[int, ...]:
-        return (config.model.num_layers - 1,)
-
-    def ours(key: str, text: str, *pairs: tuple[str, str]) -> Claim:
-        return Claim(key=key, text=text, where="ours", pairs=pairs)
-
-    mean: dict[str, Any] = {"transfer.tmu.combine": "mean"}
-    started = {"transfer.start.teacher": 1}
-    memories = {"transfer.imitation_start": "memories"}
-    as_teacher = mean | started | memories
-    falling = {"transfer.beta_schedule.shape": "cosine", "transfer.beta_schedule.stop": last_step}
-    return Study(
-        name="beyond",
-        title="Beyond the paper: flying digits, memory transfer taken apart",
-        question="What of memory transfer is needed, and what would do better?",
-        scores=(MSE, SSIM),
-        rows=(
-            Row(key="scratch", label="from scratch", recipe="digits-fractions-scratch"),
-            Row(key="finetune-2", label="finetune", sources="2 digits",
-                recipe="digits-fractions-finetune-2"),
-            row("tmu", "memory transfer"),
-            row("mean", "Eq. 5 as a mean", mean),
-            row("falling", "beta falls to 0 (half a cosine)", falling),
-            row("variance", "distances in the teachers' variance",
-                {"transfer.imitation.scale": "variance"}),
-            row("started", "started from the second teacher", started),
-            row("memories", "imitations start as the memories are", memories),
-            row("as-teacher", "begins as the second teacher (start, memories, mean)", as_teacher),
-            row("as-teacher-falling", "begins as the second teacher, beta falls to 0",
-                as_teacher | falling),
-            # With beta 0 nobody would look at memories, and imitations would start otherwise.
-            row("as-teacher-alone", "begins as the second teacher, beta 0.0001",
-                as_teacher | {"transfer.beta": 1e-4}),
-            row("lowest", "TMU in the lowest layer only", {"transfer.tmu.layers": (0,)}),
-            row("top", "TMU in the top layer only", {"transfer.tmu.layers": top}),
-            row("beta-0", "teachers that are not imitated", {"transfer.beta": 0.0}),
-            row("shuffled", "memories of another sequence", {"transfer.control": "shuffled"}),
-            row("untrained", "untrained teachers", {"transfer.control": "random_weights"}),
-            *_fraction_rows(SMALL_FRACTIONS),
-        ),
-        claims=(
-            ours("mean", "A mean in Eq. 5 is better than the sum as printed.", ("mean", "tmu")),
-            ours("falling", "A beta that falls to 0 is better than a constant one.",
-                 ("falling", "tmu")),
-            ours("started", "Memory transfer that starts from a teacher's weights is better.",
-                 ("started", "tmu")),
-            ours("variance", "Distances in units of the teachers' variance are better than plain "
-                 "ones.", ("variance", "tmu")),
-            ours("memories", "Imitations that start with the statistics of the memories are "
-                 "better.", ("memories", "tmu")),
-            ours("as-teacher", "Memory transfer that begins as a teacher (its weights, a mean in "
-                 "Eq. 5, imitations with the statistics of the memories) is better than one that "
-                 "begins at random.", ("as-teacher", "tmu")),
-            ours("beats-finetuning", "Memory transfer that begins as a teacher is better than "
-                 "finetuning from that teacher.", ("as-teacher", "finetune-2")),
-            ours("as-teacher-falling", "If it begins as a teacher, a beta that falls to 0 is "
-                 "better than a constant one.", ("as-teacher-falling", "as-teacher")),
-            ours("as-teacher-imitates", "If it begins as a teacher, imitation still helps.",
-                 ("as-teacher", "as-teacher-alone")),
-            ours("all-layers", "TMU layers everywhere are better than one.", ("tmu", "lowest"),
-                 ("tmu", "top")),
-            ours("knowledge", "Memory transfer is better than with teachers that cannot know "
-                 "better.", ("tmu", "beta-0"), ("tmu", "shuffled"), ("tmu", "untrained")),
-            ours("little-data", "With 5 and 10 % of the data memory transfer is better than "
-                 "training from scratch.", *_better_at(SMALL_FRACTIONS, ("scratch",))),
-            ours("little-data-finetuning", "With 5 and 10 % of the data memory transfer is better "
-                 "than finetuning.",
-                 *_better_at(SMALL_FRACTIONS, ("finetune-1", "finetune-2"))),
-        ),
-        notes=_NOTES,
-    )  # fmt: skip

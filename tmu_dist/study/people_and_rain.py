@@ -6,6 +6,8 @@ original files lie (`tmu_dist.recipes.originals`).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from tmu_dist.study import published
 from tmu_dist.study.design import (
     CSI,
@@ -16,6 +18,7 @@ from tmu_dist.study.design import (
     SSIM,
     Claim,
     Row,
+    Scale,
     Study,
 )
 
@@ -44,6 +47,10 @@ _RADAR_SMALL = (
     "page say. The paper: 256x256 pixels, 10 frames in and 10 predicted, four layers of 64 "
     "channels, 80,000 iterations."
 )
+RADAR_NOTES: Mapping[Scale, tuple[str, ...]] = {
+    "small": (_RADAR_DATA, _RADAR_SMALL, ONE_SET_OF_TEACHERS),
+    "paper": (_RADAR_DATA, ONE_SET_OF_TEACHERS),
+}
 _OTHER_TEACHERS = (
     "Teachers of two digits and of KTH see the radar frames in the size of their own, in patches "
     "that make the same maps; they are trained with the filters of the radar networks."

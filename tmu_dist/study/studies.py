@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from tmu_dist.config import ConfigError
 from tmu_dist.config.checks import nearest
-from tmu_dist.study import digits, people_and_rain
+from tmu_dist.study import beyond, digits, people_and_rain
 from tmu_dist.study.design import Study
 
 STUDIES: Mapping[str, Study] = {
@@ -20,10 +20,11 @@ STUDIES: Mapping[str, Study] = {
         people_and_rain.table_6(),
         digits.figure_4(),
         digits.figure_7(),
-        digits.beyond(),
+        beyond.beyond_digits(),
+        beyond.beyond_rain(),
     )
 }
-ALL = tuple(name for name in STUDIES if name != "beyond")
+ALL = tuple(name for name in STUDIES if not name.startswith("beyond"))
 """What the paper has: `python -m tmu_dist.study all`."""
 
 
