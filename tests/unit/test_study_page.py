@@ -185,6 +185,15 @@ def test_the_summary_has_every_claim_with_its_evidence(record: StudyRecord, tmp_
     assert "`python -m tmu_dist.study table1 --seeds 0 1 2`" in beaten
 
 
+def test_stand_ins_for_data_are_said(record: StudyRecord, tmp_path: Path) -> None:
+    assert "stand" not in as_markdown(record).split("##")[0]
+    (archive,) = record.archives
+    on_clips = replace(record, archives=(replace(archive, original="other clips (target)"),))
+    assert "Other clips stand in for" in as_markdown(on_clips).split("##")[0]
+    save(TABLE_1, tmp_path, on_clips)
+    assert "(study-table1/table.md), other clips standing in: of" in table(tmp_path)
+
+
 def test_words_below_the_summary_stay(record: StudyRecord, tmp_path: Path) -> None:
     file = write_summary(tmp_path)
     assert file == tmp_path / SUMMARY_FILE

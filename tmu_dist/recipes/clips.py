@@ -15,6 +15,9 @@ from tmu_dist.recipes.digits import mnist
 from tmu_dist.recipes.originals import CLIPS, HUMAN36M, KTH, WEIZMANN, is_named, originals
 from tmu_dist.workspace import in_workspace
 
+STAND_IN = "other clips"
+"""First words of the names of archives that stand in for a missing data set."""
+
 _KTH_VALIDATE, _KTH_TEST_FROM = {15, 16}, 17
 """Persons, as everybody splits them."""
 
@@ -91,7 +94,7 @@ def _stand_in(prefix: str, role: str, side: int) -> Archives:
     url = in_workspace(f"archives/{prefix}-clips-{role}")
     arguments = (
         *("video", "--source", f"{originals(CLIPS).rstrip('/')}/{role}", "--out", url),
-        *("--name", f"other clips ({role})", "--split-folders"),
+        *("--name", f"{STAND_IN} ({role})", "--split-folders"),
         *("--frames", "8", "--frame-step", "3", "--stride", "2", "--crop", "centre"),
         *("--size", str(side), str(side), "--colour", "rgb"),
     )

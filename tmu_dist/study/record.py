@@ -22,6 +22,7 @@ from tmu_dist.files import atomic_write_text
 from tmu_dist.ledger.findings import first_result
 from tmu_dist.ledger.records import ArmRecord, Ledger, SeedRecord
 from tmu_dist.ledger.statistics import Difference, Measurement
+from tmu_dist.recipes.clips import STAND_IN
 from tmu_dist.study.design import RESULTS_FILE, Row, Scale, Study
 from tmu_dist.study.verdicts import Findings, Verdict
 
@@ -185,6 +186,11 @@ class StudyRecord:
     def seeds(self) -> tuple[int, ...]:
         """Of all rows together."""
         return tuple(sorted({seed for row in self.rows for seed in row.seeds}))
+
+    @property
+    def has_stand_ins(self) -> bool:
+        """Whether other clips were read in place of a data set that was not there."""
+        return any(archive.original.startswith(STAND_IN) for archive in self.archives)
 
     def row(self, key: str) -> RowFacts:
         """A row by its key."""

@@ -62,7 +62,9 @@ def _row(study: Study, claim: Claim, record: StudyRecord) -> Row:
     if found is None:
         return _not_run(study, claim)
     folder = record_name(study.name, record.scale)
-    evidence = f"[{study.name}, {record.scale}]({folder}/table.md): {_evidence(found, record)}"
+    data = ", other clips standing in" if record.has_stand_ins else ""
+    link = f"[{study.name}, {record.scale}]({folder}/table.md){data}"
+    evidence = f"{link}: {_evidence(found, record)}"
     verdict = VERDICTS[found.verdict]
     return Row(
         claim.text,

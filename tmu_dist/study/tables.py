@@ -66,7 +66,10 @@ def lead(record: StudyRecord) -> str:
              "not run": "without runs"}  # fmt: skip
     found = [f"{counts[verdict]} {text}" for verdict, text in words.items() if counts[verdict]]
     total = len(record.claims)
-    return f"Of {total} claim{'' if total == 1 else 's'}: {', '.join(found)}."
+    text = f"Of {total} claim{'' if total == 1 else 's'}: {', '.join(found)}."
+    if record.has_stand_ins:
+        text += " Other clips stand in for Human3.6M or Weizmann, as the data on this page say."
+    return text
 
 
 def _results(study: Study, record: StudyRecord) -> Part:
