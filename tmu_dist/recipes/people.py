@@ -6,8 +6,8 @@ Human3.6M and two flying digits (Table 6).
 files lie is said by $TMU_DIST_HUMAN36M, $TMU_DIST_WEIZMANN and $TMU_DIST_KTH; at the small scale
 $TMU_DIST_CLIPS may stand in for the first two (`clips`).
 
-The paper says nothing of how SAVP was trained: here with its own losses and rates, and as many
-iterations and sequences as the other networks.
+The paper says nothing of how SAVP was trained: here with its own losses and rates, at the paper's
+size for as many iterations as the other networks.
 """
 
 from __future__ import annotations
@@ -91,11 +91,13 @@ STUDY_KTH = replace(
 )
 PAPER_KTH = replace(PAPER_HUMAN, prefix="paper-kth", window=WindowConfig())
 
+STUDY_SAVP_STEPS, STUDY_SAVP_TEACHER_STEPS = 400, 800
+"""An iteration costs about five of ConvLSTM's, and SAVP moves pixels from its first one on."""
 STUDY_SAVP_TRAINING = replace(
     digits.SMALL_SAVP_TRAINING,
-    num_steps=digits.STUDY_TRAINING.num_steps,
+    num_steps=STUDY_SAVP_STEPS,
     sampling_scale=digits.SMALL_SAVP_TRAINING.sampling_scale
-    * digits.STUDY_TRAINING.num_steps
+    * STUDY_SAVP_STEPS
     / digits.SMALL_SAVP_TRAINING.num_steps,
 )
 PAPER_SAVP_TRAINING = replace(
@@ -117,6 +119,7 @@ def experiments() -> dict[str, Recipes]:
             prefix="study-human-savp",
             model=digits.SMALL_SAVP,
             training=STUDY_SAVP_TRAINING,
+            teacher_steps=STUDY_SAVP_TEACHER_STEPS,
         ),
         replace(
             PAPER_HUMAN,

@@ -60,8 +60,8 @@ _TABLE_6_PROTOCOL = (
     "predicted."
 )
 _SAVP = (
-    "The paper says nothing of how SAVP was trained: here with its own losses and rates, for as "
-    "many iterations as the others."
+    "The paper says nothing of how SAVP was trained: here with its own losses and rates, and for "
+    "as many iterations as the facts on this page say."
 )
 
 
