@@ -105,9 +105,13 @@ def _results(study: Study, record: StudyRecord) -> Part:
         headings += ["of the reference, paper", "of the reference, ours"]
     caption = (
         "Ours: mean ± standard deviation over seeds; a single seed has none. The best mean is "
-        "marked. “Of the reference” is the first score in parts of that of the row without "
-        "transfer: at another size than the paper's only these can be set side by side."
+        "marked."
     )
+    if has_reference:
+        caption += (
+            " “Of the reference” is the first score in parts of that of the row without transfer: "
+            "at another size than the paper's only these can be set side by side."
+        )
     return Part(
         heading="The paper's values and ours",
         tables=((_without_empty(TableData([*headings, "Seeds"], rows)), caption),),
