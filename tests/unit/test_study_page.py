@@ -119,6 +119,7 @@ def test_every_study_has_a_page(name: str, tmp_path: Path) -> None:
         assert any(cells[:2] == [each.label, each.sources] for cells in page.rows)
         assert f"| {each.label} | {each.sources} |" in text
     assert "not run" not in page.text
+    assert ("The paper's values and ours" in page.text) == any(row.published for row in study.rows)
     if study.axis is not None:
         xs = sorted({each.x for each in study.rows if each.x is not None})
         heads = [cells for cells in page.rows if cells[1:] == [f"{x:g}" for x in xs]]

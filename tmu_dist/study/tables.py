@@ -73,8 +73,9 @@ def lead(record: StudyRecord) -> str:
 
 
 def _results(study: Study, record: StudyRecord) -> Part:
-    """The paper's table with ours beside it."""
+    """The paper's table, where it has one, with ours beside it."""
     has_reference = any(study.reference_of(group) is not None for group in study.groups)
+    has_published = any(row.published for row in record.rows)
     blank = [Cell(NONE)] * (1 + 2 * has_reference)
     rows = [
         Row(
@@ -113,7 +114,7 @@ def _results(study: Study, record: StudyRecord) -> Part:
             "at another size than the paper's only these can be set side by side."
         )
     return Part(
-        heading="The paper's values and ours",
+        heading="The paper's values and ours" if has_published else "Values",
         tables=((_without_empty(TableData([*headings, "Seeds"], rows)), caption),),
     )
 
