@@ -270,11 +270,13 @@ def summarise(folder: Path) -> None:
 
 def overview() -> str:
     """Every study with its number of runs and claims, as text."""
-    lines = [
-        f"{study.name:9} {study.title}: {len(study.rows)} rows, {len(study.claims)} claims"
+    texts = {
+        study.name: f"{study.title} (rows: {len(study.rows)}, claims: {len(study.claims)})"
         for study in STUDIES.values()
-    ]
-    return "\n".join([*lines, f"all       {', '.join(ALL)}"]) + "\n"
+    }
+    texts["all"] = ", ".join(ALL)
+    width = max(map(len, texts))
+    return "".join(f"{name:{width}} {text}\n" for name, text in texts.items())
 
 
 if __name__ == "__main__":
