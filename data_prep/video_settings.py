@@ -38,6 +38,10 @@ _ONLY_FOR = {
     "licence": ("video-folder",),
 }
 """Settings that mean nothing for other data sets."""
+_READER_OPTIONS = (
+    *("actions", "ranges", "split_by"),
+    *("protocol", "media", "numbering", "group_pattern"),
+)
 
 _PAPER_VAL_SEQUENCES = 300
 
@@ -154,19 +158,8 @@ class VideoSettings:
 
     @cached_property
     def _reader(self) -> VideoReader:
-        options = {
-            name: getattr(self, name)
-            for name in (
-                "actions",
-                "ranges",
-                "split_by",
-                "protocol",
-                "media",
-                "numbering",
-                "group_pattern",
-            )
-            if getattr(self, name) is not None
-        }
+        chosen = {name: getattr(self, name) for name in _READER_OPTIONS}
+        options = {name: value for name, value in chosen.items() if value is not None}
         if self.dataset == "video-folder":
             options |= {"split_folders": self.split_folders, "include": self.include}
         return _READERS[self.dataset](**options)
