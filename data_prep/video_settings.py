@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import PurePosixPath
 from typing import Literal
@@ -38,10 +38,6 @@ _ONLY_FOR = {
     "licence": ("video-folder",),
 }
 """Settings that mean nothing for other data sets."""
-_READER_OPTIONS = (
-    *("actions", "ranges", "split_by"),
-    *("protocol", "media", "numbering", "group_pattern"),
-)
 
 _PAPER_VAL_SEQUENCES = 300
 
@@ -158,11 +154,9 @@ class VideoSettings:
 
     @cached_property
     def _reader(self) -> VideoReader:
-        chosen = {name: getattr(self, name) for name in _READER_OPTIONS}
-        options = {name: value for name, value in chosen.items() if value is not None}
-        if self.dataset == "video-folder":
-            options |= {"split_folders": self.split_folders, "include": self.include}
-        return _READERS[self.dataset](**options)
+        reader = _READERS[self.dataset]
+        options = {each.name: getattr(self, each.name) for each in fields(reader)}
+        return reader(**{name: value for name, value in options.items() if value is not None})
 
     @property
     def _name(self) -> str:

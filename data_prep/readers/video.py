@@ -86,6 +86,8 @@ def check_actions(dataset: str, actions: Sequence[str], known: Sequence[str]) ->
 class VideoReader(Protocol):
     """How one data set is read; a frozen dataclass whose fields are its options."""
 
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
     name: ClassVar[str]
     """As in `--dataset NAME`."""
     source: ClassVar[SourceCard]
