@@ -163,5 +163,5 @@ def beyond_rain() -> Study:
                    "finetuning from that teacher.", ("as-fmi", "finetune-fmi"),
                    ("as-mch", "finetune-mch"), scores=scores),
         ),
-        notes=people_and_rain.RADAR_NOTES,
+        notes=people_and_rain.radar_notes(),
     )  # fmt: skip
