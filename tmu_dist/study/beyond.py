@@ -84,6 +84,9 @@ def beyond_digits() -> Study:
             row("shuffled", "memories of another sequence", {"transfer.control": "shuffled"}),
             row("untrained", "untrained teachers", {"transfer.control": "random_weights"}),
             *digits.fraction_rows(SMALL_FRACTIONS),
+            *(row(f"as-teacher-{100 * fraction:g}",
+                  f"begins as the second teacher, {100 * fraction:g} %",
+                  {**as_teacher, "data.fraction": fraction}) for fraction in SMALL_FRACTIONS),
         ),
         claims=(
             _claim("mean", "A mean in Eq. 5 is better than the sum as printed.", ("mean", "tmu")),
@@ -113,6 +116,9 @@ def beyond_digits() -> Study:
             _claim("little-data-finetuning", "With 5 and 10 % of the data memory transfer is "
                    "better than finetuning.",
                    *digits.better_at(SMALL_FRACTIONS, ("finetune-1", "finetune-2"))),
+            _claim("little-data-as-teacher", "With 5 and 10 % of the data memory transfer that "
+                   "begins as a teacher is better than finetuning from that teacher.",
+                   *digits.better_at(SMALL_FRACTIONS, ("finetune-2",), better="as-teacher")),
         ),
         notes=digits.NOTES,
     )  # fmt: skip

@@ -214,10 +214,12 @@ def fraction_rows(fractions: tuple[float, ...]) -> tuple[Row, ...]:
     )
 
 
-def better_at(fractions: tuple[float, ...], others: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
+def better_at(
+    fractions: tuple[float, ...], others: tuple[str, ...], better: str = "tmu"
+) -> tuple[tuple[str, str], ...]:
     """Pairs of a claim: memory transfer over others, at each amount of data."""
     return tuple(
-        (f"tmu-{100 * fraction:g}", f"{other}-{100 * fraction:g}")
+        (f"{better}-{100 * fraction:g}", f"{other}-{100 * fraction:g}")
         for fraction in fractions
         for other in others
     )
