@@ -7,7 +7,6 @@ Deliberately not here: which charts a search has (`report_parts`).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -24,6 +23,7 @@ from tmu_dist.evaluation.plots import (
     Curve,
     Theme,
     empty_chart,
+    error_title,
     name_lines,
     scale_heights,
 )
@@ -93,7 +93,7 @@ def spread_chart(
         for i, line in enumerate(lines)
     ]
     seeds = [value for line in lines for error in line.errors for value in error.by_seed.values()]
-    title, log_y = _title(title, seeds)
+    title, log_y = error_title(title, seeds)
     figure, axes = empty_chart(title, x_label=x_label, names=names, theme=theme)
     for i, (curve, line) in enumerate(zip(curves, lines, strict=True)):
         colour = curve.colour(theme)
@@ -136,7 +136,7 @@ def front_chart(
         is_log: the horizontal axis is logarithmic, if all costs are positive.
         write: costs as text.
     """
-    title, log_y = _title(title, [point.error for point in points])
+    title, log_y = error_title(title, [point.error for point in points])
     figure, axes = empty_chart(title, x_label=x_label, theme=theme)
     others = [point for point in points if not point.is_on_front]
     front = sorted((p for p in points if p.is_on_front), key=lambda p: (p.cost, -p.error))
@@ -169,7 +169,7 @@ def trial_chart(curves: Sequence[TrialCurve], theme: Theme, *, title: str, x_lab
 
     Stopped trials end with a cross. Those of the best point are drawn in ink, above the others.
     """
-    title, log_y = _title(title, [error for curve in curves for error in curve.errors])
+    title, log_y = error_title(title, [error for curve in curves for error in curve.errors])
     states = [curve.state for curve in curves]
     names = {
         state: f"{states.count(state)} {state}{' ×' if state == 'stopped' else ''}"
@@ -239,16 +239,6 @@ def _write_legend(axes: Axes, names: Mapping[State, str], theme: Theme) -> None:
 def _state_style(state: State, theme: Theme) -> tuple[str, str]:
     series, dashes = _STATES[state]
     return theme.muted if series is None else theme.colour(series), dashes
-
-
-def _title(title: str, values: Sequence[float]) -> tuple[str, bool]:
-    """The title with what the vertical axis is, and whether that is logarithmic.
-
-    It is where values span more than a factor of four, as in the learning curves of runs.
-    """
-    known = [value for value in values if math.isfinite(value)]
-    is_log = bool(known) and 0 < 4 * min(known) < max(known)
-    return f"{title}{' (log scale)' if is_log else ''}, lower is better", is_log
 
 
 def _scale_along(

@@ -95,19 +95,10 @@ class Interval:
 
 
 def learning_curves(curves: Sequence[Curve], *, theme: Theme = LIGHT) -> Figure:
-    """Validation MSE per frame against training step, of several runs and of persistence.
-
-    The vertical axis is logarithmic, and says so, where values span more than a factor of four.
-    """
+    """Validation MSE per frame against training step, of several runs and of persistence."""
     values = [y for curve in curves for y in curve.y]
-    log_y = bool(values) and 0 < 4 * min(values) < max(values)
-    return _line_chart(
-        curves,
-        x_label="training step",
-        title=f"Validation MSE per frame{' (log scale)' if log_y else ''}, lower is better",
-        log_y=log_y,
-        theme=theme,
-    )
+    title, log_y = error_title("Validation MSE per frame", values)
+    return _line_chart(curves, x_label="training step", title=title, log_y=log_y, theme=theme)
 
 
 def lead_time_curves(
@@ -250,6 +241,16 @@ def _line_chart(
         axes.xaxis.set_major_locator(MaxNLocator(nbins=12 if few_steps else 5, integer=True))
     name_lines(axes, curves, theme)
     return figure
+
+
+def error_title(title: str, values: Sequence[float]) -> tuple[str, bool]:
+    """The title with what the vertical axis is, and whether that is logarithmic.
+
+    It is where errors span more than a factor of four.
+    """
+    known = [value for value in values if math.isfinite(value)]
+    is_log = bool(known) and 0 < 4 * min(known) < max(known)
+    return f"{title}{' (log scale)' if is_log else ''}, lower is better", is_log
 
 
 def empty_chart(
