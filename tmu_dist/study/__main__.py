@@ -192,7 +192,13 @@ def run_study(wanted: Wanted, study: Study, recipes: Mapping[str, Recipe]) -> in
     from tmu_dist.ledger.runs import report_failures, run_missing, train_teachers
     from tmu_dist.study.page import as_markdown, write_study
     from tmu_dist.study.record import make_record
-    from tmu_dist.study.runs import circumstances, has_inputs, make_plan, read_ledger
+    from tmu_dist.study.runs import (
+        circumstances,
+        has_inputs,
+        make_plan,
+        read_ledger,
+        read_validations,
+    )
     from tmu_dist.study.summary import record_name
     from tmu_dist.study.verdicts import find
 
@@ -214,7 +220,8 @@ def run_study(wanted: Wanted, study: Study, recipes: Mapping[str, Recipe]) -> in
     ledger = read_ledger(study, plan, seeds, folder, outcomes)
     if any(arm.seeds for arm in ledger.arms):
         known = circumstances(study, wanted.scale, recipes, ready, wanted.command)
-        record = make_record(study, ledger, find(study, ledger), known)
+        validations = read_validations(ledger, folder)
+        record = make_record(study, ledger, find(study, ledger), known, validations)
         write_study(folder, record)
         log.info("%s", as_markdown(record))
         log.info("Written to %s", folder)
@@ -232,12 +239,12 @@ def _keep(folder: Path, kept: Path) -> None:
 
 
 def _known_seeds(folder: Path) -> set[int]:
-    """Seeds of an earlier call, which stay on the page."""
-    from tmu_dist.study.record import StudyRecord
+    """Seeds of an earlier call, perhaps of an older version, which stay on the page."""
+    from tmu_dist.run_folder import read_json
 
     if not (folder / RESULTS_FILE).is_file():
         return set()
-    return set(StudyRecord.load(folder).seeds)
+    return {int(seed) for row in read_json(folder, RESULTS_FILE)["rows"] for seed in row["seeds"]}
 
 
 def rewrite_page(folder: Path) -> None:

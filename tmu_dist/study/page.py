@@ -30,6 +30,7 @@ from tmu_dist.study.verdicts import RULE
 
 _NOTES = "In what this is not the paper's experiment"
 _STYLE = f"""{STYLE}
+body {{ max-width: 78rem; }}
 th:first-child {{ white-space: normal; min-width: 11rem; }}
 td.text, th.text {{ min-width: 4.5rem; }}
 .charts {{ grid-template-columns: repeat(auto-fill, minmax(min(100%, 27rem), 1fr)); }}

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,7 +19,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from tmu_dist.evaluation.result import FLOW, FORECAST_LABELS, PERSISTENCE
 from tmu_dist.files import atomic_write_text
-from tmu_dist.ledger.findings import first_result
+from tmu_dist.ledger.findings import first_result, without_repeats
 from tmu_dist.ledger.records import ArmRecord, Ledger, SeedRecord
 from tmu_dist.ledger.statistics import Difference, Measurement
 from tmu_dist.recipes.clips import STAND_IN
@@ -40,6 +40,8 @@ class SeedFacts:
     parameters_test: int
     seconds_per_batch: float
     ms_per_sequence: float
+    validation: Mapping[int, float] = field(default_factory=dict)
+    """MSE per frame on the validation split, by iteration; older records have none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +62,11 @@ class RowFacts:
     published: Mapping[str, float]
     seeds: Mapping[int, SeedFacts]
     failures: Mapping[int, str]
+
+    @property
+    def name(self) -> str:
+        """What to call it where no column says its sources."""
+        return self.label if self.sources == "none" else f"{self.label} ({self.sources})"
 
     def values(self, score: str) -> list[float]:
         """A score of every seed."""
@@ -192,6 +199,11 @@ class StudyRecord:
         """Whether other clips were read in place of a data set that was not there."""
         return any(archive.original.startswith(STAND_IN) for archive in self.archives)
 
+    @property
+    def distinct_rows(self) -> list[RowFacts]:
+        """Rows without those whose runs are all another row's."""
+        return without_repeats(self.rows, lambda row: {facts.run for facts in row.seeds.values()})
+
     def row(self, key: str) -> RowFacts:
         """A row by its key."""
         return next(row for row in self.rows if row.key == key)
@@ -254,7 +266,11 @@ class Circumstances:
 
 
 def make_record(
-    study: Study, ledger: Ledger, findings: Findings, known: Circumstances
+    study: Study,
+    ledger: Ledger,
+    findings: Findings,
+    known: Circumstances,
+    validations: Mapping[str, Mapping[int, float]],
 ) -> StudyRecord:
     """Everything of a study as plain data.
 
@@ -262,7 +278,8 @@ def make_record(
         study: what was asked.
         ledger: the runs, with one finished at least.
         findings: what follows from them.
-        known: the rest.
+        known: what is not in the runs' results.
+        validations: MSE per frame on the validation split, by run, then by iteration.
     """
     first = first_result(ledger)
     ensembles = [
@@ -297,7 +314,7 @@ def make_record(
             )
             for score in findings.scores.values()
         ),
-        rows=tuple(_row(row, arms[row.key], findings, known) for row in study.rows),
+        rows=tuple(_row(row, arms[row.key], findings, known, validations) for row in study.rows),
         baselines=_baselines(ledger, findings),
         claims=tuple(
             ClaimFacts(
@@ -326,7 +343,13 @@ def make_record(
     )
 
 
-def _row(row: Row, arm: ArmRecord, findings: Findings, known: Circumstances) -> RowFacts:
+def _row(
+    row: Row,
+    arm: ArmRecord,
+    findings: Findings,
+    known: Circumstances,
+    validations: Mapping[str, Mapping[int, float]],
+) -> RowFacts:
     values = {
         name: by_row[row.key] for name, by_row in findings.values.items() if row.key in by_row
     }
@@ -342,13 +365,20 @@ def _row(row: Row, arm: ArmRecord, findings: Findings, known: Circumstances) -> 
         num_steps=known.num_steps[row.key],
         x=row.x,
         published=dict(row.published),
-        seeds={seed: _seed(seed, record, arm, values) for seed, record in arm.seeds.items()},
+        seeds={
+            seed: _seed(seed, record, arm, values, validations[record.run])
+            for seed, record in arm.seeds.items()
+        },
         failures=dict(arm.failures),
     )
 
 
 def _seed(
-    seed: int, record: SeedRecord, arm: ArmRecord, values: Mapping[str, Measurement]
+    seed: int,
+    record: SeedRecord,
+    arm: ArmRecord,
+    values: Mapping[str, Measurement],
+    validation: Mapping[int, float],
 ) -> SeedFacts:
     result = record.evaluation
     gates = () if result.gates is None else result.gates.per_teacher()
@@ -364,6 +394,7 @@ def _seed(
         parameters_test=result.parameters.test,
         seconds_per_batch=record.seconds_per_batch,
         ms_per_sequence=result.runtime.ms_per_sequence_batch_1,
+        validation=dict(validation),
     )
 
 

@@ -18,6 +18,7 @@ from tmu_dist.config import Method, RunConfig
 from tmu_dist.data.archive import open_archive
 from tmu_dist.data.manifest import MANIFEST_PATH, Manifest
 from tmu_dist.data.storage import exists
+from tmu_dist.evaluation.comparison import read_learning_curve
 from tmu_dist.ledger.arms import Arm, Group, run_configs, short_names
 from tmu_dist.ledger.records import ArmRecord, Ledger
 from tmu_dist.ledger.runs import (
@@ -115,6 +116,18 @@ def read_ledger(
         facts={},
         arms=tuple(found.get(row.key) or _without_runs(row) for row in study.rows),
     )
+
+
+def read_validations(ledger: Ledger, folder: Path) -> dict[str, dict[int, float]]:
+    """MSE per frame on the validation split, by run, then by iteration.
+
+    Args:
+        ledger: whose runs.
+        folder: that they are named from.
+    """
+    runs = {record.run for arm in ledger.arms for record in arm.seeds.values()}
+    curves = {run: read_learning_curve(folder / run) for run in runs}
+    return {run: dict(zip(curve.steps, curve.mse_per_frame)) for run, curve in curves.items()}
 
 
 def _without_runs(row: Row) -> ArmRecord:

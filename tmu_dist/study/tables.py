@@ -22,10 +22,10 @@ from tmu_dist.evaluation.plots import (
     setting_curves,
 )
 from tmu_dist.evaluation.tables import Cell, Row, TableData, format_count
-from tmu_dist.ledger.findings import without_repeats
 from tmu_dist.ledger.parts import draw_intervals
 from tmu_dist.ledger.words import NONE, between, signed, spread
 from tmu_dist.study.design import Study
+from tmu_dist.study.learning import learning
 from tmu_dist.study.record import (
     ClaimFacts,
     PairFacts,
@@ -40,6 +40,7 @@ VERDICTS = {
     "undecided": "undecided",
     "not run": "not run",
 }
+_PAIR_VERDICTS = VERDICTS | {"opposite": "the opposite"}
 _COLOURS = {"tmu": 0, "finetune": 1, "l2_sp": 1, "knowledge_flow": 2, "art": 2}
 _OTHERS = 4
 
@@ -51,6 +52,7 @@ def all_parts(study: Study, record: StudyRecord) -> list[Part]:
         _claims(record),
         _orders(record),
         _figure(study, record),
+        learning(record),
         _costs(study, record),
         _data(record),
     ]
@@ -211,24 +213,18 @@ def _claims(record: StudyRecord) -> Part:
 def _tally(claim: ClaimFacts) -> str:
     """How its comparisons ended: "5 of 6 hold, 1 undecided"."""
     counts = {verdict: sum(pair.verdict == verdict for pair in claim.pairs) for verdict in VERDICTS}
-    words = {"holds": "hold", "opposite": "the opposite", "undecided": "undecided",
-             "not run": "not run"}  # fmt: skip
+    words = _PAIR_VERDICTS | {"holds": "hold"}
     rest = [f"{counts[name]} {text}" for name, text in words.items() if counts[name]]
     return f"of {len(claim.pairs)}: {', '.join(rest)}"
 
 
 def _pair(record: StudyRecord, pair: PairFacts) -> str:
-    return f"{_called(record, pair.better)} / {_called(record, pair.worse)}"
-
-
-def _called(record: StudyRecord, key: str) -> str:
-    row = record.row(key)
-    return row.label if row.sources == "none" else f"{row.label} ({row.sources})"
+    return f"{record.row(pair.better).name} / {record.row(pair.worse).name}"
 
 
 def _pair_cells(record: StudyRecord, claim: ClaimFacts, pair: PairFacts) -> list[Cell]:
     score = record.score(pair.score) if _has_score(record, pair.score) else None
-    found, verdict = pair.gain, Cell(VERDICTS[pair.verdict], is_text=True)
+    found, verdict = pair.gain, Cell(_PAIR_VERDICTS[pair.verdict], is_text=True)
     label = Cell(score.label if score else pair.score, is_text=True)
     if found is None or score is None:
         return [Cell(claim.key, is_text=True), label, *[Cell(NONE)] * 4, verdict]
@@ -408,7 +404,7 @@ def _costs(study: Study, record: StudyRecord) -> Part:
                 "s/batch, train", "paper", "ms/sequence, test", "paper"]  # fmt: skip
     hours = sum(
         run.seconds_per_batch * row.num_steps / 3600
-        for row in _once(record)
+        for row in record.distinct_rows
         for run in row.seeds.values()
     )
     caption = (
@@ -417,11 +413,6 @@ def _costs(study: Study, record: StudyRecord) -> Part:
     )
     tables = ((_without_empty(TableData(headings, rows)), caption),) if rows else ()
     return Part(heading="Cost", tables=tables)
-
-
-def _once(record: StudyRecord) -> list[RowFacts]:
-    """Rows without those whose runs are all another row's."""
-    return without_repeats(record.rows, lambda row: {facts.run for facts in row.seeds.values()})
 
 
 def _count(value: float | None) -> str:
