@@ -244,7 +244,7 @@ def table_5() -> Study:
                 pairs=tuple((near, far) for near in ("fmi", "mch") for far in ("mnist2", "kth")),
             ),
         ),
-        notes=radar_notes(_OTHER_TEACHERS),
+        notes=radar_notes(_OTHER_TEACHERS, _KTH_SPLIT),
         reference="",
     )
 
