@@ -14,10 +14,18 @@ from tests.evaluated_runs import PageText
 from tests.study_records import SEEDS, as_published, fake_ledger, fake_record
 from tmu_dist.study import published
 from tmu_dist.study.design import PAGE_FILE, RESULTS_FILE, TABLE_FILE, Study
+from tmu_dist.study.overview import marks
 from tmu_dist.study.page import as_markdown, write_study
 from tmu_dist.study.record import StudyRecord
 from tmu_dist.study.studies import STUDIES
-from tmu_dist.study.summary import SUMMARY_FILE, record_name, table, write_summary
+from tmu_dist.study.summary import (
+    PICTURE_FILE,
+    SUMMARY_FILE,
+    read_records,
+    record_name,
+    table,
+    write_summary,
+)
 
 TABLE_1 = STUDIES["table1"]
 RESULTS = Path(__file__).parents[2] / "docs" / "results"
@@ -170,7 +178,7 @@ def save(study: Study, folder: Path, record: StudyRecord) -> None:
 def test_the_summary_has_every_claim_with_its_evidence(record: StudyRecord, tmp_path: Path) -> None:
     save(TABLE_1, tmp_path, record)
     save(TABLE_1, tmp_path, replace(record, scale="paper"))
-    lines = table(tmp_path).splitlines()
+    lines = table(read_records(tmp_path)).splitlines()
     for study in STUDIES.values():
         for claim in study.claims:
             found = [
@@ -198,7 +206,7 @@ def test_stand_ins_for_data_are_said(record: StudyRecord, tmp_path: Path) -> Non
     on_clips = replace(record, archives=(replace(archive, original="other clips (target)"),))
     assert "Other clips stand in for" in as_markdown(on_clips).split("##")[0]
     save(TABLE_1, tmp_path, on_clips)
-    assert "(study-table1/table.md), other clips standing in: of" in table(tmp_path)
+    assert "(study-table1/table.md), other clips standing in: of" in table(read_records(tmp_path))
 
 
 def test_words_below_the_summary_stay(record: StudyRecord, tmp_path: Path) -> None:
@@ -211,8 +219,30 @@ def test_words_below_the_summary_stay(record: StudyRecord, tmp_path: Path) -> No
     assert text == write_summary(tmp_path).read_text()
 
 
+def test_the_picture_has_every_row_that_the_paper_gives_an_error_of(
+    record: StudyRecord, tmp_path: Path
+) -> None:
+    """Ours are nine tenths of the paper's errors, so parts of scratch are the paper's."""
+    shown = {mark.label: mark for mark in marks(record)}
+    assert list(shown) == [row.name for row in record.rows if row.key != "scratch"]
+    for row in record.rows:
+        if row.key not in ("scratch", "art"):
+            mark = shown[row.name]
+            assert mark.paper == pytest.approx(published.TABLE_1[row.key]["mse_per_frame"] / 120.5)
+            assert mark.ours == pytest.approx(mark.paper, abs=0.02)
+            assert 0 < mark.deviation < 0.02
+    rows = tuple(replace(row, seeds={}) if row.key == "art" else row for row in record.rows)
+    save(TABLE_1, tmp_path, replace(record, rows=rows))
+    assert f"]({PICTURE_FILE})" in write_summary(tmp_path).read_text()
+    drawn = (tmp_path / PICTURE_FILE).read_text()
+    assert "finetune (2 digits)" in drawn and "ART" not in drawn
+
+
 def test_the_committed_summary_is_of_the_committed_records() -> None:
-    assert table(RESULTS) in (RESULTS / SUMMARY_FILE).read_text()
+    records = read_records(RESULTS)
+    assert table(records) in (RESULTS / SUMMARY_FILE).read_text()
+    drawn = (RESULTS / PICTURE_FILE).read_text()
+    assert all(mark.label in drawn for each in records for mark in marks(each))
 
 
 @pytest.mark.parametrize("folder", sorted(RESULTS.glob("study-*")), ids=lambda folder: folder.name)

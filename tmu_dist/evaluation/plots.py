@@ -167,11 +167,11 @@ def interval_chart(intervals: Sequence[Interval], *, title: str, theme: Theme = 
     num_lines = max(label.count("\n") + 1 for label in labels)
     row_inches = max(0.34, 1.3 * FONT_POINTS / 72 * num_lines)
     width, height = _WIDTH_INCHES, 0.95 + row_inches * len(intervals)
-    label_inches = _width_of(labels)
+    label_inches = width_of(labels)
     figure = Figure(figsize=(width, height), facecolor=theme.background)
     text_in_inches(figure, 0.1, height - 0.2, title, color=theme.ink, fontsize=FONT_POINTS + 1)
     axes = axes_in_inches(figure, label_inches, 0.5, width - label_inches - 0.2, height - 0.9)
-    _strip_axes(axes, theme)
+    strip_axes(axes, theme)
     axes.grid(visible=False)
     axes.axvline(0, color=theme.muted, linewidth=1.0)
     for i, row in enumerate(intervals):
@@ -257,12 +257,12 @@ def empty_chart(
     title: str, *, x_label: str, names: Sequence[str] = (), theme: Theme
 ) -> tuple[Figure, Axes]:
     """A figure and the axes of one chart, with room on the right for names."""
-    label_inches = _width_of([fill(name, _LABEL_LETTERS) for name in names]) if names else 0.2
+    label_inches = width_of([fill(name, _LABEL_LETTERS) for name in names]) if names else 0.2
     width, height = _WIDTH_INCHES, _HEIGHT_INCHES
     figure = Figure(figsize=(width, height), facecolor=theme.background)
     text_in_inches(figure, 0.1, height - 0.2, title, color=theme.ink, fontsize=FONT_POINTS + 1)
     axes = axes_in_inches(figure, 0.5, 0.5, width - label_inches - 0.5, height - 0.9)
-    _strip_axes(axes, theme)
+    strip_axes(axes, theme)
     axes.set_xlabel(x_label, color=theme.muted, fontsize=FONT_POINTS)
     return figure, axes
 
@@ -293,7 +293,7 @@ def text_in_inches(figure: Figure, left: float, bottom: float, text: str, **styl
     return figure.text(left / width, bottom / height, text, va="center", **style)
 
 
-def _strip_axes(axes: Axes, theme: Theme) -> None:
+def strip_axes(axes: Axes, theme: Theme) -> None:
     """Horizontal hairlines and the bottom axis only."""
     axes.set_facecolor("none")
     for side in ("top", "left", "right"):
@@ -338,7 +338,7 @@ def _line_label(curve: Curve) -> str:
     return fill(text, _LABEL_LETTERS)
 
 
-def _width_of(labels: Sequence[str]) -> float:
+def width_of(labels: Sequence[str]) -> float:
     """Inches that labels of one or more lines take, with some air."""
     return LETTER_INCHES * max(len(line) for text in labels for line in text.split("\n")) + 0.25
 

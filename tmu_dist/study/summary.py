@@ -1,29 +1,37 @@
-"""What became of every claim: the table that docs/results/README.md leads with.
+"""What became of every claim: the picture and the table that docs/results/README.md leads with.
 
 Made from the records in a folder; a claim without a record stands there as not run. Whatever the
 file says below the table stays.
 
-Deliberately not here: judging (`verdicts`).
+Deliberately not here: judging (`verdicts`), drawing (`overview`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
+from tmu_dist.evaluation.plots import svg_text
 from tmu_dist.evaluation.tables import Cell, Row, TableData, markdown
+from tmu_dist.files import atomic_write_text
 from tmu_dist.ledger.words import between, signed
 from tmu_dist.study.design import RESULTS_FILE, SCALES, Claim, Scale, Study
+from tmu_dist.study.overview import marks, overview
 from tmu_dist.study.record import ClaimFacts, StudyRecord
 from tmu_dist.study.studies import STUDIES
 from tmu_dist.study.tables import VERDICTS
 
-SUMMARY_FILE = "README.md"
+SUMMARY_FILE, PICTURE_FILE = "README.md", "overview.svg"
 _END = "<!-- the table above is written by `python -m tmu_dist.study summary` -->"
 _HEAD = (
     "# What the paper claims, and what runs here say\n\n"
     "Each claim with the record that it was tested by, at the scale that was run: “small” is the "
     "paper's protocol shrunk, and no evidence about its full size. How a verdict comes about, and "
     "what each scale is, is in [docs/studies.md](../studies.md)."
+)
+_PICTURE = (
+    f"![Rows of the paper's tables by their error in parts of training from scratch, the paper's "
+    f"and ours.]({PICTURE_FILE})\n\n"
 )
 
 
@@ -33,26 +41,33 @@ def record_name(study: str, scale: Scale) -> str:
 
 
 def write_summary(folder: Path) -> Path:
-    """Write the table from the records of a folder; returns the file."""
+    """Write the picture and the table from the records of a folder; returns the table's file."""
     file = folder / SUMMARY_FILE
     below = file.read_text().partition(_END)[2] if file.is_file() else "\n"
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(f"{_HEAD}\n\n{table(folder)}\n{_END}{below}")
+    records = read_records(folder)
+    is_drawn = any(map(marks, records))
+    if is_drawn:
+        atomic_write_text(folder / PICTURE_FILE, svg_text(overview(records)))
+    picture = _PICTURE if is_drawn else ""
+    file.write_text(f"{_HEAD}\n\n{picture}{table(records)}\n{_END}{below}")
     return file
 
 
-def table(folder: Path) -> str:
+def read_records(folder: Path) -> list[StudyRecord]:
+    """The records of a folder, study by study and scale by scale."""
+    places = [folder / record_name(study, scale) for study in STUDIES for scale in SCALES]
+    return [StudyRecord.load(place) for place in places if (place / RESULTS_FILE).is_file()]
+
+
+def table(records: Sequence[StudyRecord]) -> str:
     """Every claim of every study, once for each scale that has a record."""
     rows = []
     for study in STUDIES.values():
-        records = {
-            scale: StudyRecord.load(folder / record_name(study.name, scale))
-            for scale in SCALES
-            if (folder / record_name(study.name, scale) / RESULTS_FILE).is_file()
-        }
+        own = [record for record in records if record.study == study.name]
         for claim in study.claims:
-            rows += [_row(study, claim, record) for record in records.values()]
-            rows += [] if records else [_not_run(study, claim)]
+            rows += [_row(study, claim, record) for record in own]
+            rows += [] if own else [_not_run(study, claim)]
     headings = ["Claim", "Study", "Where", "Evidence here", "Verdict", "Command"]
     return markdown(TableData(headings, rows)).replace("---:", "---")  # words, not numbers
 

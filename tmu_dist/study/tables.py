@@ -100,7 +100,7 @@ def _results(study: Study, record: StudyRecord) -> Part:
         for score in record.scores:
             cells += _score_cells(row, score, is_best=best[score.name, row.group] == row.key)
         cells += _parts_of_reference(study, record, row) if has_reference else []
-        rows.append(Row(row.label, [*cells, Cell(str(len(row.seeds)))], series=_colour(row)))
+        rows.append(Row(row.label, [*cells, Cell(str(len(row.seeds)))], series=colour_of(row)))
     headings = ["Row", "Sources"]
     for score in record.scores:
         headings += [f"{_with_arrow(score)}, paper", f"{_with_arrow(score)}, ours", "ours − paper"]
@@ -366,7 +366,7 @@ def _gain_charts(record: StudyRecord) -> tuple[Chart, ...]:
                     continue
                 marks[label] = Interval(
                     label=label, mean=found.mean, low=found.low, high=found.high,
-                    series=_colour(record.row(pair.better)),
+                    series=colour_of(record.row(pair.better)),
                 )  # fmt: skip
         if marks:
             title = f"{score.label}: gain of the first over the second"
@@ -462,5 +462,6 @@ def _with_arrow(score: ScoreFacts) -> str:
     return f"{score.label}\u00a0{'↑' if score.higher_is_better else '↓'}"
 
 
-def _colour(row: RowFacts) -> int:
+def colour_of(row: RowFacts) -> int:
+    """Index of the colour of a row's method."""
     return _COLOURS.get(row.method, _OTHERS)
