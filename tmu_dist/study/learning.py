@@ -40,7 +40,7 @@ def learning(record: StudyRecord) -> Part:
     ]
     charts = tuple(
         Chart(
-            draw=partial(_draw, [_curve(row, i) for i, row in enumerate(own)]),
+            draw=partial(_draw, list(map(_curve, own, _colours(own)))),
             alt="Validation MSE per frame against the iteration; the table has numbers of it",
         )
         for own in by_group.values()
@@ -66,6 +66,13 @@ def _least(run: Mapping[int, float], until: float) -> float | None:
 def _mean(values: Sequence[float | None]) -> Cell:
     known = [value for value in values if value is not None]
     return Cell(f"{statistics.fmean(known):.1f}" if len(known) == len(values) else NONE)
+
+
+def _colours(rows: Sequence[RowFacts]) -> list[int]:
+    """That of each row's method, and where an earlier row has it, one that no method needs."""
+    wanted = [row.series for row in rows]
+    free = [i for i in range(_MOST_CURVES) if i not in wanted]
+    return [own if own not in wanted[:n] else free.pop(0) for n, own in enumerate(wanted)]
 
 
 def _curve(row: RowFacts, series: int) -> Curve:

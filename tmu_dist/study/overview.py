@@ -25,7 +25,6 @@ from tmu_dist.evaluation.plots import (
 )
 from tmu_dist.study.record import RowFacts, StudyRecord
 from tmu_dist.study.studies import get_study
-from tmu_dist.study.tables import colour_of
 
 _SCORE = "mse_per_frame"
 _ROW_INCHES, _CHART_INCHES, _HEAD_INCHES, _FOOT_INCHES = 0.2, 4.2, 0.6, 0.55
@@ -73,7 +72,7 @@ def _mark(row: RowFacts, base: RowFacts) -> Mark:
         paper=row.published[_SCORE] / base.published[_SCORE],
         ours=statistics.fmean(parts),
         deviation=statistics.stdev(parts) if len(parts) > 1 else 0.0,
-        series=colour_of(row),
+        series=row.series,
     )
 
 

@@ -26,6 +26,9 @@ from tmu_dist.recipes.clips import STAND_IN
 from tmu_dist.study.design import RESULTS_FILE, Row, Scale, Study
 from tmu_dist.study.verdicts import Findings, Verdict
 
+_COLOURS = {"tmu": 0, "finetune": 1, "l2_sp": 1, "knowledge_flow": 2, "art": 2}
+_OTHER_COLOUR = 4
+
 
 @dataclass(frozen=True, kw_only=True)
 class SeedFacts:
@@ -67,6 +70,11 @@ class RowFacts:
     def name(self) -> str:
         """What to call it where no column says its sources."""
         return self.label if self.sources == "none" else f"{self.label} ({self.sources})"
+
+    @property
+    def series(self) -> int:
+        """Index of its method's colour in charts."""
+        return _COLOURS.get(self.method, _OTHER_COLOUR)
 
     def values(self, score: str) -> list[float]:
         """A score of every seed."""

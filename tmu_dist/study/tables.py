@@ -41,8 +41,6 @@ VERDICTS = {
     "not run": "not run",
 }
 _PAIR_VERDICTS = VERDICTS | {"opposite": "the opposite"}
-_COLOURS = {"tmu": 0, "finetune": 1, "l2_sp": 1, "knowledge_flow": 2, "art": 2}
-_OTHERS = 4
 
 
 def all_parts(study: Study, record: StudyRecord) -> list[Part]:
@@ -100,7 +98,7 @@ def _results(study: Study, record: StudyRecord) -> Part:
         for score in record.scores:
             cells += _score_cells(row, score, is_best=best[score.name, row.group] == row.key)
         cells += _parts_of_reference(study, record, row) if has_reference else []
-        rows.append(Row(row.label, [*cells, Cell(str(len(row.seeds)))], series=colour_of(row)))
+        rows.append(Row(row.label, [*cells, Cell(str(len(row.seeds)))], series=row.series))
     headings = ["Row", "Sources"]
     for score in record.scores:
         headings += [f"{_with_arrow(score)}, paper", f"{_with_arrow(score)}, ours", "ours − paper"]
@@ -366,7 +364,7 @@ def _gain_charts(record: StudyRecord) -> tuple[Chart, ...]:
                     continue
                 marks[label] = Interval(
                     label=label, mean=found.mean, low=found.low, high=found.high,
-                    series=colour_of(record.row(pair.better)),
+                    series=record.row(pair.better).series,
                 )  # fmt: skip
         if marks:
             title = f"{score.label}: gain of the first over the second"
@@ -460,8 +458,3 @@ def _data(record: StudyRecord) -> Part:
 
 def _with_arrow(score: ScoreFacts) -> str:
     return f"{score.label}\u00a0{'↑' if score.higher_is_better else '↓'}"
-
-
-def colour_of(row: RowFacts) -> int:
-    """Index of the colour of a row's method."""
-    return _COLOURS.get(row.method, _OTHERS)
