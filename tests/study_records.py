@@ -114,6 +114,7 @@ def circumstances(study: Study, scale: Scale = "small") -> Circumstances:
     keys = [row.key for row in study.rows]
     return Circumstances(
         scale=scale,
+        weights="chosen",
         command=f"python -m tmu_dist.study {study.name} --seeds 0 1 2",
         git_revision="abc1234",
         software={"torch": "2.8", "numpy": "2.2"},

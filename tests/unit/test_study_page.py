@@ -170,7 +170,7 @@ def test_partial_studies_have_a_page(tmp_path: Path) -> None:
 
 
 def save(study: Study, folder: Path, record: StudyRecord) -> None:
-    place = folder / record_name(study.name, record.scale)
+    place = folder / record_name(study.name, record.scale, record.weights)
     place.mkdir(parents=True)
     write_study(place, record)
 

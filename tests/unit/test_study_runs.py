@@ -69,6 +69,7 @@ def wanted(tmu_config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         seeds=(0, 1),
         only=(),
         out=tmp_path / "studies",
+        weights="chosen",
         record=None,
         launcher=None,
         parallel=None,
@@ -123,6 +124,20 @@ def test_a_study_runs_once_and_is_checked(
     assert results_of(wanted.out) == done, "nothing is trained again"
     rewrite_page(folder)
     assert check(folder) == 0 == len(check_study(folder))
+
+    assert run_studies(replace(wanted, weights="last", record=kept)) == 0
+    trained = {name: when for name, when in results_of(wanted.out).items() if "/result" in name}
+    assert trained.items() <= done.items(), "the same runs"
+    last = StudyRecord.load(wanted.out / "tiny-small-last")
+    facts = last.row("beta-1").seeds[0]
+    assert facts.run == record.row("beta-1").seeds[0].run
+    assert (last.variant, record.variant) == ("small, last weights", "small")
+    assert (kept / "study-tiny-last" / RESULTS_FILE).is_file()
+    scored = folder / facts.run / "evaluation-test-last" / "evaluation.json"
+    assert json.loads(scored.read_text())["overall"]["model"]["mse_per_frame"] == pytest.approx(
+        facts.scores["mse_per_frame"], rel=1e-9
+    )
+    assert check(wanted.out / "tiny-small-last") == 0
 
     forecasts = folder / same.seeds[0].run / "evaluation-test" / "predictions.npy"
     values = np.load(forecasts)

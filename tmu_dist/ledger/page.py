@@ -37,7 +37,7 @@ from tmu_dist.ledger.findings import (
     scores_of_sequences,
 )
 from tmu_dist.ledger.parts import all_parts
-from tmu_dist.ledger.records import EVALUATION_FOLDER, ArmRecord, Ledger, load
+from tmu_dist.ledger.records import EVALUATION_FOLDERS, ArmRecord, Ledger, load
 from tmu_dist.ledger.statistics import NUM_RESAMPLES, VERDICT_RULE
 from tmu_dist.ledger.words import between, called, signed
 
@@ -304,7 +304,9 @@ def recheck_runs(
             url = result.data.url
             try:
                 archives[url] = archives.get(url) or open_archive(url)
-                again = recompute(folder / record.run / EVALUATION_FOLDER, archives[url])
+                again = recompute(
+                    folder / record.run / EVALUATION_FOLDERS[record.weights], archives[url]
+                )
             except ValueError as error:
                 found.append(f"{record.run}: {error}")
                 continue

@@ -13,7 +13,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 from tmu_dist.evaluation.result import EvaluationResult
 from tmu_dist.files import atomic_write_text
@@ -21,8 +21,14 @@ from tmu_dist.ledger.arms import Group
 from tmu_dist.run_folder import RESULT_FILE, read_json
 
 LEDGER_FILE = "ledger.json"
+Weights: TypeAlias = Literal["chosen", "last"]
+"""Of a run: those that validation chose, or those of the last iteration."""
 EVALUATION_FOLDER = "evaluation-test"
 """In each run folder, as `python -m tmu_dist.evaluate` names it."""
+EVALUATION_FOLDERS: Mapping[Weights, str] = {
+    "chosen": EVALUATION_FOLDER,
+    "last": f"{EVALUATION_FOLDER}-last",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +41,8 @@ class SeedRecord:
     """On the test split, with the scores of every sequence."""
     seconds_per_batch: float
     """Of training; of runs side by side on shared cores no benchmark."""
+    weights: Weights = "chosen"
+    """Which ones were evaluated."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,16 +79,17 @@ class Ledger:
         return next((arm for arm in self.arms if arm.name == name), None)
 
 
-def read_seed(folder: Path, run: str) -> SeedRecord:
-    """What one run found.
+def read_seed(folder: Path, run: str, weights: Weights = "chosen") -> SeedRecord:
+    """What one run found with some of its weights.
 
     Raises:
         ValueError: it is not finished, or not evaluated.
     """
     return SeedRecord(
         run=run,
-        evaluation=EvaluationResult.load(folder / run / EVALUATION_FOLDER),
+        evaluation=EvaluationResult.load(folder / run / EVALUATION_FOLDERS[weights]),
         seconds_per_batch=float(read_json(folder / run, RESULT_FILE)["seconds_per_batch"]),
+        weights=weights,
     )
 
 

@@ -24,13 +24,14 @@ from tmu_dist.evaluation.training_operations import cost_of_transfer
 from tmu_dist.files import atomic_write_text
 from tmu_dist.folders import local_folder
 from tmu_dist.ledger.arms import Arm, make_arms, run_configs
-from tmu_dist.ledger.records import EVALUATION_FOLDER, ArmRecord, SeedRecord, read_seed
+from tmu_dist.ledger.records import EVALUATION_FOLDERS, ArmRecord, SeedRecord, Weights, read_seed
 from tmu_dist.models.build import skeleton
 from tmu_dist.recipes.base import Recipe
 from tmu_dist.run_folder import RESULT_FILE
 from tmu_dist.teachers.card import frame_shape
 from tmu_dist.teachers.store import load_card, load_model
 from tmu_dist.train import make_archive, missing_teachers
+from tmu_dist.training.checkpoint import checkpoint_of
 from tmu_dist.training.launch import pick_device, with_absolute_paths
 from tmu_dist.training.many import Job, Outcome, run_many
 
@@ -98,6 +99,7 @@ def run_missing(
     parallel: int | None,
     *,
     num_samples: int | None = None,
+    weights: Weights = "chosen",
 ) -> dict[str, Outcome]:
     """Train and evaluate what is not done yet.
 
@@ -106,33 +108,37 @@ def run_missing(
         wanted: arms and seeds to look after.
         parallel: as in `run_many`.
         num_samples: forecasts of each sequence by a stochastic network; None: as usual.
+        weights: which are to be evaluated.
 
     Returns:
         How each run that was missing ended, by run folder.
     """
     chosen = {plan.configs[key].output: plan.configs[key] for key in wanted}
     jobs = [
-        Job(config=config, then=partial(evaluate_run, num_samples=num_samples))
+        Job(config=config, then=partial(evaluate_run, num_samples=num_samples, weights=weights))
         for folder, config in chosen.items()
-        if not is_done(Path(folder))
+        if not is_done(Path(folder), weights)
     ]
     log.info("%d runs, %d of them are done", len(chosen), len(chosen) - len(jobs))
     return _run(jobs, plan.configs[wanted[0]], parallel)
 
 
-def evaluate_run(config: RunConfig, num_samples: int | None = None) -> None:
+def evaluate_run(
+    config: RunConfig, num_samples: int | None = None, weights: Weights = "chosen"
+) -> None:
     """Evaluate a finished run on the test split, once, with its forecasts kept if it has one each.
 
     On a disk `evaluation.json` is written last, so where it is, the rest is, too.
     """
     run = config.output
-    if is_done(run):
+    if is_done(run, weights):
         return
-    card = load_card(run)
+    model = run if weights == "chosen" else checkpoint_of(run, config.training.num_steps)
+    card = load_card(model)
     is_stochastic = skeleton(card.frame, card.model).noise_size > 0
-    with local_folder(join_url(run, EVALUATION_FOLDER)) as folder:
+    with local_folder(join_url(run, EVALUATION_FOLDERS[weights])) as folder:
         result = evaluate_model(
-            run,
+            model,
             config.data.url,
             num_samples=num_samples if is_stochastic else None,
             predictions_to=None if is_stochastic else folder / PREDICTIONS_NAME,
@@ -141,14 +147,18 @@ def evaluate_run(config: RunConfig, num_samples: int | None = None) -> None:
         result.save(folder)
 
 
-def is_done(run: str | Path) -> bool:
-    """Whether a run, on a disk or in a store, is finished and evaluated."""
-    evaluation = join_url(EVALUATION_FOLDER, JSON_NAME)
+def is_done(run: str | Path, weights: Weights = "chosen") -> bool:
+    """Whether a run, on a disk or in a store, is finished and some of its weights evaluated."""
+    evaluation = join_url(EVALUATION_FOLDERS[weights], JSON_NAME)
     return exists(str(run), RESULT_FILE) and exists(str(run), evaluation)
 
 
 def arm_records(
-    plan: Plan, seeds: Sequence[int], out: Path, outcomes: Mapping[str, Outcome]
+    plan: Plan,
+    seeds: Sequence[int],
+    out: Path,
+    outcomes: Mapping[str, Outcome],
+    weights: Weights = "chosen",
 ) -> tuple[ArmRecord, ...]:
     """What is known of every arm.
 
@@ -157,6 +167,7 @@ def arm_records(
         seeds: to look for.
         out: folder that runs are named from.
         outcomes: of the runs of this call, by run folder.
+        weights: whose evaluations.
     """
     read: dict[str, SeedRecord] = {}
 
@@ -165,9 +176,9 @@ def arm_records(
         for seed in seeds:
             folder = plan.configs[arm.name, seed].output
             run = os.path.relpath(folder, out)
-            if is_done(Path(folder)):
+            if is_done(Path(folder), weights):
                 if run not in read:
-                    read[run] = read_seed(out, run)
+                    read[run] = read_seed(out, run, weights)
                 done[seed] = read[run]
             elif folder in outcomes and (error := outcomes[folder].error) is not None:
                 failed[seed] = error

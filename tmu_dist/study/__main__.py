@@ -1,8 +1,8 @@
 """The tables and figures of the paper, run again and set beside what the paper says.
 
     python -m tmu_dist.study NAME|all [--scale small|paper] [--seeds 0 1 2] [--only ROW ...]
-        [--out FOLDER] [--record FOLDER] [--launcher ray|local] [--parallel N]
-        [--section.field value ...]
+        [--weights chosen|last] [--out FOLDER] [--record FOLDER] [--launcher ray|local]
+        [--parallel N] [--section.field value ...]
     python -m tmu_dist.study list
     python -m tmu_dist.study page FOLDER
     python -m tmu_dist.study check FOLDER
@@ -11,7 +11,9 @@
 The first form makes archives and teachers, trains every row of a study with every seed, scores all
 on the test split, and writes OUT/NAME-SCALE/report.html, table.md and results.json
 (docs/studies.md). What is finished is not run again, so the same command continues; `all` runs
-every table and figure, one after another. --record copies what was written to FOLDER/study-NAME.
+every table and figure, one after another. --weights last scores the weights of the last iteration
+in place of those that validation chose, of the same runs, and writes to OUT/NAME-SCALE-last.
+--record copies what was written to FOLDER/study-NAME.
 `list` says which studies there are and what they need; `page` writes a page again from its record;
 `check` takes every score again from the saved predictions; `summary` writes the table of claims
 that docs/results/README.md leads with. Settings of the runs are those of `tmu_dist.train --help`.
@@ -40,6 +42,7 @@ from tmu_dist.study.studies import ALL, STUDIES, get_study
 from tmu_dist.workspace import in_workspace
 
 if TYPE_CHECKING:
+    from tmu_dist.ledger.records import Weights
     from tmu_dist.training.many import Outcome
 
 log = logging.getLogger(__name__)
@@ -58,6 +61,8 @@ class Wanted:
     only: tuple[str, ...]
     """Rows to run; empty: all."""
     out: Path
+    weights: Weights
+    """Of each run, to be scored."""
     record: Path | None
     launcher: str | None
     parallel: int | None
@@ -67,7 +72,8 @@ class Wanted:
 
     def folder(self, study: Study) -> Path:
         """Of one study."""
-        return self.out / f"{study.name}-{self.scale}"
+        last = "-last" if self.weights == "last" else ""
+        return self.out / f"{study.name}-{self.scale}{last}"
 
     def recipes(self, study: Study) -> dict[str, Recipe]:
         """The run of every row with the settings of the command.
@@ -130,6 +136,7 @@ def parse(words: Sequence[str]) -> Wanted:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--only", nargs="+", default=[], metavar="ROW")
     parser.add_argument("--out", default=in_workspace("runs/studies"))
+    parser.add_argument("--weights", choices=("chosen", "last"), default="chosen")
     parser.add_argument("--record", type=Path, metavar="FOLDER")
     parser.add_argument("--launcher", choices=("ray", "local"))
     parser.add_argument("--parallel", type=int)
@@ -157,6 +164,7 @@ def parse(words: Sequence[str]) -> Wanted:
         seeds=tuple(dict.fromkeys(known.seeds)),
         only=tuple(known.only),
         out=out,
+        weights=known.weights,
         record=known.record,
         launcher=known.launcher,
         parallel=known.parallel,
@@ -216,17 +224,19 @@ def run_study(wanted: Wanted, study: Study, recipes: Mapping[str, Recipe]) -> in
     if rows:
         keys = [(key, seed) for seed in wanted.seeds for key in rows]
         samples = study.samples.get(wanted.scale)
-        outcomes = run_missing(plan, keys, wanted.parallel, num_samples=samples)
-    ledger = read_ledger(study, plan, seeds, folder, outcomes)
+        outcomes = run_missing(
+            plan, keys, wanted.parallel, num_samples=samples, weights=wanted.weights
+        )
+    ledger = read_ledger(study, plan, seeds, folder, outcomes, wanted.weights)
     if any(arm.seeds for arm in ledger.arms):
-        known = circumstances(study, wanted.scale, recipes, ready, wanted.command)
+        known = circumstances(study, wanted.scale, recipes, ready, wanted.command, wanted.weights)
         validations = read_validations(ledger, folder)
         record = make_record(study, ledger, find(study, ledger), known, validations)
         write_study(folder, record)
         log.info("%s", as_markdown(record))
         log.info("Written to %s", folder)
         if wanted.record is not None:
-            _keep(folder, wanted.record / record_name(study.name, wanted.scale))
+            _keep(folder, wanted.record / record_name(study.name, wanted.scale, wanted.weights))
     return report_failures(folder, outcomes)
 
 

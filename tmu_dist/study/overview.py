@@ -61,7 +61,7 @@ def marks(record: StudyRecord) -> list[Mark]:
 
 def _title(record: StudyRecord) -> str:
     clips = ", other clips standing in" if record.has_stand_ins else ""
-    return f"{record.title} ({record.scale} scale{clips})"
+    return f"{record.title} ({record.variant}{clips})"
 
 
 def _mark(row: RowFacts, base: RowFacts) -> Mark:

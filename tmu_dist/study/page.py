@@ -35,6 +35,10 @@ th:first-child {{ white-space: normal; min-width: 11rem; }}
 td.text, th.text {{ min-width: 4.5rem; }}
 .charts {{ grid-template-columns: repeat(auto-fill, minmax(min(100%, 27rem), 1fr)); }}
 """
+_WEIGHTS = {
+    "chosen": "those with the least error on the validation split",
+    "last": "those of the last iteration",
+}
 _TOLERANCE = 1e-6
 
 
@@ -48,7 +52,7 @@ def write_study(folder: Path, record: StudyRecord) -> None:
 def as_markdown(record: StudyRecord) -> str:
     """The tables as text."""
     blocks = [
-        f"# {record.title} ({record.scale} scale)",
+        f"# {_title(record)}",
         f"{record.question} {lead(record)}",
     ]
     for part in all_parts(get_study(record.study), record):
@@ -62,12 +66,17 @@ def as_markdown(record: StudyRecord) -> str:
     return "\n\n".join(blocks) + "\n"
 
 
+def _title(record: StudyRecord) -> str:
+    last = ", weights of the last iteration" if record.weights == "last" else ""
+    return f"{record.title} ({record.scale} scale{last})"
+
+
 def _bullets(lines: tuple[str, ...]) -> str:
     return "\n".join(f"- {line}" for line in lines)
 
 
 def _as_html(record: StudyRecord) -> str:
-    title = f"{record.title} ({record.scale} scale)"
+    title = _title(record)
     body = [
         element("h1", title),
         element("p", record.question, css="lead"),
@@ -108,6 +117,7 @@ def _facts(record: StudyRecord) -> list[tuple[str, str]]:
         ("Made", f"{record.finished}, git revision {record.git_revision}"),
         ("Command", record.command),
         ("Scale", record.scale),
+        ("Weights", _WEIGHTS[record.weights]),
         ("Task", f"{record.window[0]} frames in, {record.window[1]} predicted"),
         ("Networks", "; ".join(record.networks)),
         ("Training", "; ".join(record.trainings)),
@@ -154,7 +164,10 @@ def check_study(folder: Path) -> list[str]:
             group="memory",
             sources=row.teachers,
             method=row.method,
-            seeds={seed: read_seed(folder, facts.run) for seed, facts in row.seeds.items()},
+            seeds={
+                seed: read_seed(folder, facts.run, record.weights)
+                for seed, facts in row.seeds.items()
+            },
             failures={},
         )
         for row in record.rows

@@ -20,7 +20,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from tmu_dist.evaluation.result import FLOW, FORECAST_LABELS, PERSISTENCE
 from tmu_dist.files import atomic_write_text
 from tmu_dist.ledger.findings import first_result, without_repeats
-from tmu_dist.ledger.records import ArmRecord, Ledger, SeedRecord
+from tmu_dist.ledger.records import ArmRecord, Ledger, SeedRecord, Weights
 from tmu_dist.ledger.statistics import Difference, Measurement
 from tmu_dist.recipes.clips import STAND_IN
 from tmu_dist.study.design import RESULTS_FILE, Row, Scale, Study
@@ -173,6 +173,8 @@ class StudyRecord:
     title: str
     question: str
     scale: Scale
+    weights: Weights = "chosen"
+    """Whose scores these are."""
     notes: tuple[str, ...]
     command: str
     git_revision: str
@@ -201,6 +203,11 @@ class StudyRecord:
     def seeds(self) -> tuple[int, ...]:
         """Of all rows together."""
         return tuple(sorted({seed for row in self.rows for seed in row.seeds}))
+
+    @property
+    def variant(self) -> str:
+        """Its scale, and which weights were scored if not those that validation chose."""
+        return self.scale + (", last weights" if self.weights == "last" else "")
 
     @property
     def has_stand_ins(self) -> bool:
@@ -259,6 +266,7 @@ class Circumstances:
     """What is known of a study beside its runs' results."""
 
     scale: Scale
+    weights: Weights
     command: str
     git_revision: str
     software: Mapping[str, str]
@@ -302,6 +310,7 @@ def make_record(
         title=study.title,
         question=study.question,
         scale=known.scale,
+        weights=known.weights,
         notes=study.notes[known.scale],
         command=known.command,
         git_revision=known.git_revision,

@@ -20,7 +20,7 @@ from tmu_dist.data.manifest import MANIFEST_PATH, Manifest
 from tmu_dist.data.storage import exists
 from tmu_dist.evaluation.comparison import read_learning_curve
 from tmu_dist.ledger.arms import Arm, Group, run_configs, short_names
-from tmu_dist.ledger.records import ArmRecord, Ledger
+from tmu_dist.ledger.records import ArmRecord, Ledger, Weights
 from tmu_dist.ledger.runs import (
     RUNS_FOLDER,
     Outcome,
@@ -96,7 +96,12 @@ def make_plan(study: Study, recipes: Mapping[str, Recipe], seeds: Sequence[int],
 
 
 def read_ledger(
-    study: Study, plan: Plan, seeds: Sequence[int], folder: Path, outcomes: Mapping[str, Outcome]
+    study: Study,
+    plan: Plan,
+    seeds: Sequence[int],
+    folder: Path,
+    outcomes: Mapping[str, Outcome],
+    weights: Weights = "chosen",
 ) -> Ledger:
     """What the runs of a study found, as a ledger whose arms are its rows.
 
@@ -106,8 +111,9 @@ def read_ledger(
         seeds: to look for.
         folder: of the study, from which runs are named.
         outcomes: of the runs of this call.
+        weights: whose evaluations.
     """
-    found = {arm.name: arm for arm in arm_records(plan, seeds, folder, outcomes)}
+    found = {arm.name: arm for arm in arm_records(plan, seeds, folder, outcomes, weights)}
     return Ledger(
         recipe=study.name,
         command="",
@@ -186,6 +192,7 @@ def circumstances(
     recipes: Mapping[str, Recipe],
     there: Mapping[str, Recipe],
     command: str,
+    weights: Weights,
 ) -> Circumstances:
     """What the record says beside the results.
 
@@ -195,10 +202,12 @@ def circumstances(
         recipes: of the rows, with the settings of the command.
         there: those of them whose archives and teachers are there.
         command: that was given.
+        weights: that were evaluated.
     """
     configs = {key: with_absolute_paths(recipe.config) for key, recipe in recipes.items()}
     return Circumstances(
         scale=scale,
+        weights=weights,
         command=command,
         git_revision=git_revision(),
         software=versions(_SOFTWARE),

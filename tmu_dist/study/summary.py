@@ -14,6 +14,7 @@ from pathlib import Path
 from tmu_dist.evaluation.plots import svg_text
 from tmu_dist.evaluation.tables import Cell, Row, TableData, markdown
 from tmu_dist.files import atomic_write_text
+from tmu_dist.ledger.records import EVALUATION_FOLDERS, Weights
 from tmu_dist.ledger.words import between, signed
 from tmu_dist.study.design import RESULTS_FILE, SCALES, Claim, Scale, Study
 from tmu_dist.study.overview import marks, overview
@@ -35,9 +36,10 @@ _PICTURE = (
 )
 
 
-def record_name(study: str, scale: Scale) -> str:
+def record_name(study: str, scale: Scale, weights: Weights) -> str:
     """Folder of a study's committed record."""
-    return f"study-{study}" + ("" if scale == "small" else f"-{scale}")
+    parts = ["study", study, *([scale] if scale != "small" else [])]
+    return "-".join([*parts, *([weights] if weights != "chosen" else [])])
 
 
 def write_summary(folder: Path) -> Path:
@@ -56,12 +58,17 @@ def write_summary(folder: Path) -> Path:
 
 def read_records(folder: Path) -> list[StudyRecord]:
     """The records of a folder, study by study and scale by scale."""
-    places = [folder / record_name(study, scale) for study in STUDIES for scale in SCALES]
+    places = [
+        folder / record_name(study, scale, weights)
+        for study in STUDIES
+        for scale in SCALES
+        for weights in EVALUATION_FOLDERS
+    ]
     return [StudyRecord.load(place) for place in places if (place / RESULTS_FILE).is_file()]
 
 
 def table(records: Sequence[StudyRecord]) -> str:
-    """Every claim of every study, once for each scale that has a record."""
+    """Every claim of every study, once for each of its records."""
     rows = []
     for study in STUDIES.values():
         own = [record for record in records if record.study == study.name]
@@ -76,9 +83,9 @@ def _row(study: Study, claim: Claim, record: StudyRecord) -> Row:
     found = next((facts for facts in record.claims if facts.key == claim.key), None)
     if found is None:
         return _not_run(study, claim)
-    folder = record_name(study.name, record.scale)
+    folder = record_name(study.name, record.scale, record.weights)
     data = ", other clips standing in" if record.has_stand_ins else ""
-    link = f"[{study.name}, {record.scale}]({folder}/table.md){data}"
+    link = f"[{study.name}, {record.variant}]({folder}/table.md){data}"
     evidence = f"{link}: {_evidence(found, record)}"
     verdict = VERDICTS[found.verdict]
     return Row(

@@ -177,7 +177,7 @@ class CheckpointStore:
             CONFIG_FILE: to_json(self.config).encode(),
             FACTS_FILE: (json.dumps(facts, indent=2) + "\n").encode(),
         }
-        folder = join_url(self.run, _step_folder(_CHECKPOINTS, snapshot.progress.step))
+        folder = checkpoint_of(self.run, snapshot.progress.step)
         write_folder(folder, files, before_change)
         self._prune(snapshot.progress)
 
@@ -263,6 +263,11 @@ class CheckpointStore:
 
     def _all(self) -> list[str]:
         return list_folders(self.run, _CHECKPOINTS, FACTS_FILE)
+
+
+def checkpoint_of(run: str, step: int) -> str:
+    """Address of the checkpoint that a run has of a step, if it keeps one."""
+    return join_url(run, _step_folder(_CHECKPOINTS, step))
 
 
 def _step_folder(kind: str, step: int) -> str:
