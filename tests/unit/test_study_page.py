@@ -236,6 +236,18 @@ def test_the_picture_has_every_row_that_the_paper_gives_an_error_of(
     assert f"]({PICTURE_FILE})" in write_summary(tmp_path).read_text()
     drawn = (tmp_path / PICTURE_FILE).read_text()
     assert "finetune (2 digits)" in drawn and "ART" not in drawn
+    assert "last iteration" not in drawn
+
+    overfitted = fake_record(TABLE_1, fake_ledger(TABLE_1, OURS | {"finetune-2": 120.5}))
+    save(TABLE_1, tmp_path, replace(overfitted, weights="last"))
+    both = marks(record, overfitted)
+    assert [mark.label for mark in both] == list(shown)
+    assert next(mark.last for mark in both if mark.label == "finetune (2 digits)") == (
+        pytest.approx(1 / 0.9, abs=0.02)
+    )
+    text = write_summary(tmp_path).read_text()
+    assert "[table1, small, last weights](study-table1-last/table.md)" in text
+    assert "last iteration" in (tmp_path / PICTURE_FILE).read_text()
 
 
 def test_the_committed_summary_is_of_the_committed_records() -> None:

@@ -41,11 +41,18 @@ class Mark:
     ours: float
     deviation: float
     """Over seeds, of ours; 0 of a single one."""
+    last: float | None
+    """Ours with the weights of the last iteration, if there is a record of them."""
     series: int
 
 
-def marks(record: StudyRecord) -> list[Mark]:
-    """The rows of a study that the picture shows, in the order of the table."""
+def marks(record: StudyRecord, last: StudyRecord | None = None) -> list[Mark]:
+    """The rows of a study that the picture shows, in the order of the table.
+
+    Args:
+        record: of the weights that validation chose.
+        last: of the same runs' weights of the last iteration.
+    """
     if record.scores[0].name != _SCORE:
         return []
     found = []
@@ -55,34 +62,48 @@ def marks(record: StudyRecord) -> list[Mark]:
             continue
         base = record.row(reference.key)
         if all(_SCORE in own.published and own.values(_SCORE) for own in (row, base)):
-            found.append(_mark(row, base))
+            lasts = () if last is None else _parts(last.row(row.key), last.row(base.key))
+            found.append(_mark(row, base, statistics.fmean(lasts) if lasts else None))
     return found
 
 
 def _title(record: StudyRecord) -> str:
     clips = ", other clips standing in" if record.has_stand_ins else ""
-    return f"{record.title} ({record.variant}{clips})"
+    return f"{record.title} ({record.scale} scale{clips})"
 
 
-def _mark(row: RowFacts, base: RowFacts) -> Mark:
+def _parts(row: RowFacts, base: RowFacts) -> list[float]:
+    """The errors of a row's seeds in parts of another row's mean; empty without runs of both."""
+    if not base.values(_SCORE):
+        return []
     of = statistics.fmean(base.values(_SCORE))
-    parts = [value / of for value in row.values(_SCORE)]
+    return [value / of for value in row.values(_SCORE)]
+
+
+def _mark(row: RowFacts, base: RowFacts, last: float | None) -> Mark:
+    parts = _parts(row, base)
     return Mark(
         label=row.name,
         paper=row.published[_SCORE] / base.published[_SCORE],
         ours=statistics.fmean(parts),
         deviation=statistics.stdev(parts) if len(parts) > 1 else 0.0,
+        last=last,
         series=row.series,
     )
 
 
 def overview(records: Sequence[StudyRecord], *, theme: Theme = LIGHT) -> Figure:
-    """Draw the rows of all records below each other, table by table.
+    """Draw the rows of all records below each other, table by table; both of a study as one.
 
     Raises:
         ValueError: no record has such a row.
     """
-    tables = [(_title(record), own) for record in records if (own := marks(record))]
+    lasts = {(each.study, each.scale): each for each in records if each.weights == "last"}
+    tables = [
+        (_title(each), own)
+        for each in records
+        if each.weights == "chosen" and (own := marks(each, lasts.get((each.study, each.scale))))
+    ]
     if not tables:
         raise ValueError("No record has a row with an error that the paper gives, too.")
     lines = sum(len(own) + 1 + _GAP for _, own in tables) - _GAP
@@ -115,6 +136,8 @@ def overview(records: Sequence[StudyRecord], *, theme: Theme = LIGHT) -> Figure:
             ends = (mark.ours - mark.deviation, mark.ours + mark.deviation)
             axes.plot(ends, (place, place), color=colour, linewidth=1.6)
             axes.plot(mark.ours, place, "o", color=colour, markersize=5)
+            if mark.last is not None:
+                axes.plot(mark.last, place, "|", color=colour, markersize=8, markeredgewidth=1.6)
         place += 1 + _GAP
     axes.set_yticks([place for place, *_ in places], [label for _, label, _ in places])
     for (_, _, colour), label in zip(places, axes.get_yticklabels(), strict=True):
@@ -125,6 +148,8 @@ def overview(records: Sequence[StudyRecord], *, theme: Theme = LIGHT) -> Figure:
         "MSE per frame in parts of training from scratch", color=theme.muted, fontsize=FONT_POINTS
     )
     legend = "○ the paper; ● here, with one standard deviation over seeds"
+    if any(mark.last is not None for _, own in tables for mark in own):
+        legend += "; | here, weights of the last iteration"
     text_in_inches(figure, 0.1, height - 0.2, legend, color=theme.ink, fontsize=FONT_POINTS + 1)
     meaning = "Left of the line: better than training from scratch"
     text_in_inches(figure, 0.1, height - 0.42, meaning, color=theme.muted, fontsize=FONT_POINTS)
