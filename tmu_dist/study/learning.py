@@ -53,10 +53,9 @@ def learning(record: StudyRecord) -> Part:
 
 def _cells(row: RowFacts) -> list[Cell]:
     runs = [facts.validation for facts in row.seeds.values() if facts.validation]
-    least = [_least(run, part * row.num_steps) for part in _PARTS.values() for run in runs]
-    of_parts = [least[i : i + len(runs)] for i in range(0, len(least), len(runs))]
+    after = [[_least(run, part * row.num_steps) for run in runs] for part in _PARTS.values()]
     best = ", ".join(f"{min(run, key=lambda step: run[step]):,}" for run in runs)
-    return [Cell(f"{row.num_steps:,}"), *map(_mean, of_parts), Cell(best)]
+    return [Cell(f"{row.num_steps:,}"), *map(_mean, after), Cell(best)]
 
 
 def _least(run: Mapping[int, float], until: float) -> float | None:

@@ -11,7 +11,9 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from tmu_dist.evaluation.plots import (
@@ -92,23 +94,25 @@ def _mark(row: RowFacts, base: RowFacts, last: float | None) -> Mark:
     )
 
 
-def overview(records: Sequence[StudyRecord], *, theme: Theme = LIGHT) -> Figure:
-    """Draw the rows of all records below each other, table by table; both of a study as one.
+Table: TypeAlias = tuple[str, Sequence[Mark]]
+"""A title, and the rows below it."""
 
-    Raises:
-        ValueError: no record has such a row.
-    """
+
+def tables(records: Sequence[StudyRecord]) -> list[Table]:
+    """What of all records the picture shows; the two records of the same runs are one table."""
     lasts = {(each.study, each.scale): each for each in records if each.weights == "last"}
-    tables = [
+    return [
         (_title(each), own)
         for each in records
         if each.weights == "chosen" and (own := marks(each, lasts.get((each.study, each.scale))))
     ]
-    if not tables:
-        raise ValueError("No record has a row with an error that the paper gives, too.")
-    lines = sum(len(own) + 1 + _GAP for _, own in tables) - _GAP
-    labels = [mark.label for _, own in tables for mark in own]
-    label_inches, height = width_of(labels), _HEAD_INCHES + _FOOT_INCHES + _ROW_INCHES * lines
+
+
+def overview(shown: Sequence[Table], *, theme: Theme = LIGHT) -> Figure:
+    """Draw the rows of one table or more below each other."""
+    lines = sum(len(own) + 1 + _GAP for _, own in shown) - _GAP
+    label_inches = width_of([mark.label for _, own in shown for mark in own])
+    height = _HEAD_INCHES + _FOOT_INCHES + _ROW_INCHES * lines
     figure = Figure(
         figsize=(label_inches + _CHART_INCHES + 0.2, height), facecolor=theme.background
     )
@@ -118,9 +122,9 @@ def overview(records: Sequence[StudyRecord], *, theme: Theme = LIGHT) -> Figure:
     strip_axes(axes, theme)
     axes.grid(visible=False)
     axes.axvline(1, color=theme.muted, linewidth=1.0)
-    places: list[tuple[float, str, str]] = []
     place = 0.0
-    for title, own in tables:
+    places = {}
+    for title, own in shown:
         axes.annotate(
             title, xy=(-label_inches / _CHART_INCHES + 0.02, place),
             xycoords=("axes fraction", "data"), va="center", color=theme.ink, weight="bold",
@@ -128,29 +132,35 @@ def overview(records: Sequence[StudyRecord], *, theme: Theme = LIGHT) -> Figure:
         )  # fmt: skip
         for mark in own:
             place += 1
-            colour = theme.colour(mark.series)
-            places.append((place, mark.label, colour))
-            axes.plot((mark.paper, mark.ours), (place, place), color=theme.hairline, linewidth=1.0)
-            axes.plot(mark.paper, place, "o", color=theme.muted, markerfacecolor=theme.background,
-                      markersize=5)  # fmt: skip
-            ends = (mark.ours - mark.deviation, mark.ours + mark.deviation)
-            axes.plot(ends, (place, place), color=colour, linewidth=1.6)
-            axes.plot(mark.ours, place, "o", color=colour, markersize=5)
-            if mark.last is not None:
-                axes.plot(mark.last, place, "|", color=colour, markersize=8, markeredgewidth=1.6)
+            places[place] = mark
+            _draw_mark(axes, mark, place, theme)
         place += 1 + _GAP
-    axes.set_yticks([place for place, *_ in places], [label for _, label, _ in places])
-    for (_, _, colour), label in zip(places, axes.get_yticklabels(), strict=True):
-        label.set_color(colour)
+    axes.set_yticks(list(places), [mark.label for mark in places.values()])
+    for mark, label in zip(places.values(), axes.get_yticklabels(), strict=True):
+        label.set_color(theme.colour(mark.series))
     axes.set_ylim(lines - 0.5, -0.5)
     axes.margins(x=0.05)
     axes.set_xlabel(
         "MSE per frame in parts of training from scratch", color=theme.muted, fontsize=FONT_POINTS
     )
     legend = "○ the paper; ● here, with one standard deviation over seeds"
-    if any(mark.last is not None for _, own in tables for mark in own):
+    if any(mark.last is not None for mark in places.values()):
         legend += "; | here, weights of the last iteration"
     text_in_inches(figure, 0.1, height - 0.2, legend, color=theme.ink, fontsize=FONT_POINTS + 1)
     meaning = "Left of the line: better than training from scratch"
     text_in_inches(figure, 0.1, height - 0.42, meaning, color=theme.muted, fontsize=FONT_POINTS)
     return figure
+
+
+def _draw_mark(axes: Axes, mark: Mark, place: float, theme: Theme) -> None:
+    """The paper's ring, our dot with its spread, and our weights of the last iteration."""
+    colour = theme.colour(mark.series)
+    axes.plot((mark.paper, mark.ours), (place, place), color=theme.hairline, linewidth=1.0)
+    axes.plot(
+        mark.paper, place, "o", color=theme.muted, markerfacecolor=theme.background, markersize=5
+    )
+    ends = (mark.ours - mark.deviation, mark.ours + mark.deviation)
+    axes.plot(ends, (place, place), color=colour, linewidth=1.6)
+    axes.plot(mark.ours, place, "o", color=colour, markersize=5)
+    if mark.last is not None:
+        axes.plot(mark.last, place, "|", color=colour, markersize=8, markeredgewidth=1.6)

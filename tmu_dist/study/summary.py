@@ -17,7 +17,7 @@ from tmu_dist.files import atomic_write_text
 from tmu_dist.ledger.records import EVALUATION_FOLDERS, Weights
 from tmu_dist.ledger.words import between, signed
 from tmu_dist.study.design import RESULTS_FILE, SCALES, Claim, Scale, Study
-from tmu_dist.study.overview import marks, overview
+from tmu_dist.study.overview import overview, tables
 from tmu_dist.study.record import ClaimFacts, StudyRecord
 from tmu_dist.study.studies import STUDIES
 from tmu_dist.study.tables import VERDICTS
@@ -48,10 +48,10 @@ def write_summary(folder: Path) -> Path:
     below = file.read_text().partition(_END)[2] if file.is_file() else "\n"
     file.parent.mkdir(parents=True, exist_ok=True)
     records = read_records(folder)
-    is_drawn = any(map(marks, records))
-    if is_drawn:
-        atomic_write_text(folder / PICTURE_FILE, svg_text(overview(records)))
-    picture = _PICTURE if is_drawn else ""
+    picture = ""
+    if shown := tables(records):
+        atomic_write_text(folder / PICTURE_FILE, svg_text(overview(shown)))
+        picture = _PICTURE
     file.write_text(f"{_HEAD}\n\n{picture}{table(records)}\n{_END}{below}")
     return file
 
