@@ -238,6 +238,10 @@ def test_the_picture_has_every_row_that_the_paper_gives_an_error_of(
     assert "finetune (2 digits)" in drawn and "ART" not in drawn
     assert "last iteration" not in drawn
 
+    alone = tmp_path / "alone"
+    save(TABLE_1, alone, replace(record, weights="last"))
+    assert PICTURE_FILE not in write_summary(alone).read_text()
+
     overfitted = fake_record(TABLE_1, fake_ledger(TABLE_1, OURS | {"finetune-2": 120.5}))
     save(TABLE_1, tmp_path, replace(overfitted, weights="last"))
     both = marks(record, overfitted)
