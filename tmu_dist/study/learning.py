@@ -31,7 +31,7 @@ def learning(record: StudyRecord) -> Part:
     """Validation errors after parts of the iterations, and as curves where there are few rows."""
     by_group: dict[str, list[RowFacts]] = {}
     for row in record.distinct_rows:
-        if any(facts.validation for facts in row.seeds.values()):
+        if row.validations:
             by_group.setdefault(row.group, []).append(row)
     rows = [
         Row(row.label, [Cell(row.sources, is_text=True), *_cells(row)])
@@ -52,7 +52,7 @@ def learning(record: StudyRecord) -> Part:
 
 
 def _cells(row: RowFacts) -> list[Cell]:
-    runs = [facts.validation for facts in row.seeds.values() if facts.validation]
+    runs = row.validations
     after = [[_least(run, part * row.num_steps) for run in runs] for part in _PARTS.values()]
     best = ", ".join(f"{min(run, key=lambda step: run[step]):,}" for run in runs)
     return [Cell(f"{row.num_steps:,}"), *map(_mean, after), Cell(best)]
@@ -76,7 +76,7 @@ def _colours(rows: Sequence[RowFacts]) -> list[int]:
 
 def _curve(row: RowFacts, series: int) -> Curve:
     """The mean over seeds, at the iterations that all of them have."""
-    runs = [facts.validation for facts in row.seeds.values() if facts.validation]
+    runs = row.validations
     steps = sorted(set.intersection(*(set(run) for run in runs)))
     errors = [statistics.fmean(run[step] for run in runs) for step in steps]
     return Curve(label=row.name, x=steps, y=errors, series=series)

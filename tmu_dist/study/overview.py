@@ -21,14 +21,15 @@ from tmu_dist.evaluation.plots import (
     LIGHT,
     Theme,
     axes_in_inches,
+    name_rows,
     strip_axes,
     text_in_inches,
     width_of,
 )
+from tmu_dist.study.design import MSE
 from tmu_dist.study.record import RowFacts, StudyRecord
 from tmu_dist.study.studies import get_study
 
-_SCORE = "mse_per_frame"
 _ROW_INCHES, _CHART_INCHES, _HEAD_INCHES, _FOOT_INCHES = 0.2, 4.2, 0.6, 0.55
 _GAP = 0.5
 """Between tables, in rows."""
@@ -55,7 +56,7 @@ def marks(record: StudyRecord, last: StudyRecord | None = None) -> list[Mark]:
         record: of the weights that validation chose.
         last: of the same runs' weights of the last iteration.
     """
-    if record.scores[0].name != _SCORE:
+    if record.scores[0].name != MSE:
         return []
     found = []
     for row in record.rows:
@@ -63,7 +64,7 @@ def marks(record: StudyRecord, last: StudyRecord | None = None) -> list[Mark]:
         if reference is None or reference.key == row.key:
             continue
         base = record.row(reference.key)
-        if all(_SCORE in own.published and own.values(_SCORE) for own in (row, base)):
+        if all(MSE in own.published and own.values(MSE) for own in (row, base)):
             lasts = () if last is None else _parts(last.row(row.key), last.row(base.key))
             found.append(_mark(row, base, statistics.fmean(lasts) if lasts else None))
     return found
@@ -76,17 +77,17 @@ def _title(record: StudyRecord) -> str:
 
 def _parts(row: RowFacts, base: RowFacts) -> list[float]:
     """The errors of a row's seeds in parts of another row's mean; empty without runs of both."""
-    if not base.values(_SCORE):
+    if not base.values(MSE):
         return []
-    of = statistics.fmean(base.values(_SCORE))
-    return [value / of for value in row.values(_SCORE)]
+    of = statistics.fmean(base.values(MSE))
+    return [value / of for value in row.values(MSE)]
 
 
 def _mark(row: RowFacts, base: RowFacts, last: float | None) -> Mark:
     parts = _parts(row, base)
     return Mark(
         label=row.name,
-        paper=row.published[_SCORE] / base.published[_SCORE],
+        paper=row.published[MSE] / base.published[MSE],
         ours=statistics.fmean(parts),
         deviation=statistics.stdev(parts) if len(parts) > 1 else 0.0,
         last=last,
@@ -135,9 +136,8 @@ def overview(shown: Sequence[Table], *, theme: Theme = LIGHT) -> Figure:
             places[place] = mark
             _draw_mark(axes, mark, place, theme)
         place += 1 + _GAP
-    axes.set_yticks(list(places), [mark.label for mark in places.values()])
-    for mark, label in zip(places.values(), axes.get_yticklabels(), strict=True):
-        label.set_color(theme.colour(mark.series))
+    colours = [theme.colour(mark.series) for mark in places.values()]
+    name_rows(axes, list(places), [mark.label for mark in places.values()], colours)
     axes.set_ylim(lines - 0.5, -0.5)
     axes.margins(x=0.05)
     axes.set_xlabel(

@@ -80,6 +80,11 @@ class RowFacts:
         """A score of every seed."""
         return [facts.scores[score] for facts in self.seeds.values() if score in facts.scores]
 
+    @property
+    def validations(self) -> list[Mapping[int, float]]:
+        """The validation errors of every seed that has some."""
+        return [facts.validation for facts in self.seeds.values() if facts.validation]
+
 
 @dataclass(frozen=True, kw_only=True)
 class GainFacts:
