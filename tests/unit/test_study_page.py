@@ -21,9 +21,9 @@ from tmu_dist.study.studies import STUDIES
 from tmu_dist.study.summary import (
     PICTURE_FILE,
     SUMMARY_FILE,
+    claims,
     read_records,
     record_name,
-    table,
     write_summary,
 )
 
@@ -178,26 +178,23 @@ def save(study: Study, folder: Path, record: StudyRecord) -> None:
 def test_the_summary_has_every_claim_with_its_evidence(record: StudyRecord, tmp_path: Path) -> None:
     save(TABLE_1, tmp_path, record)
     save(TABLE_1, tmp_path, replace(record, scale="paper"))
-    lines = table(read_records(tmp_path)).splitlines()
-    for study in STUDIES.values():
-        for claim in study.claims:
-            found = [
-                line
-                for line in lines
-                if f"| {claim.text} | {study.title} | {claim.where} |" in line
-            ]
-            assert len(found) == (2 if study is TABLE_1 else 1)
-            assert (
-                study is TABLE_1
-                or f"not run | `python -m tmu_dist.study {study.name}`" in (found[0])
-            )
-    beaten = next(line for line in lines if "than finetuning, L2-SP" in line)
-    assert "**DOES NOT HOLD: the opposite does**" in beaten
-    assert "[table1, small](study-table1/table.md): of 12 comparisons the least: tmu over art" in (
-        beaten
+    sections = claims(read_records(tmp_path)).split("\n## ")
+    for study, section in zip(STUDIES.values(), sections, strict=True):
+        lines = section.splitlines()
+        assert lines[0].removeprefix("## ") == study.title
+        rows = [line for claim in study.claims for line in lines if f"| {claim.text} | " in line]
+        assert len(rows) == len(study.claims)
+        if study is not TABLE_1:
+            assert f"\npython -m tmu_dist.study {study.name}\n" in section
+            assert all(line.endswith(f" | {claim.where} | not run |")
+                       for line, claim in zip(rows, study.claims, strict=True))  # fmt: skip
+    first = sections[0].splitlines()
+    assert first.count("python -m tmu_dist.study table1 --seeds 0 1 2") == 2
+    assert (
+        "| [small](study-table1/table.md) | [paper](study-table1-paper/table.md) |" in sections[0]
     )
-    assert "(study-table1-paper/table.md)" in "\n".join(lines)
-    assert "`python -m tmu_dist.study table1 --seeds 0 1 2`" in beaten
+    beaten = next(line for line in first if "than finetuning, L2-SP" in line)
+    assert beaten.count("**DOES NOT HOLD: the opposite does**; least of 12: tmu over art −") == 2
 
 
 def test_stand_ins_for_data_are_said(record: StudyRecord, tmp_path: Path) -> None:
@@ -206,7 +203,8 @@ def test_stand_ins_for_data_are_said(record: StudyRecord, tmp_path: Path) -> Non
     on_clips = replace(record, archives=(replace(archive, original="other clips (target)"),))
     assert "Other clips stand in for" in as_markdown(on_clips).split("##")[0]
     save(TABLE_1, tmp_path, on_clips)
-    assert "(study-table1/table.md), other clips standing in: of" in table(read_records(tmp_path))
+    heading = "| [small](study-table1/table.md), other clips standing in |"
+    assert heading in claims(read_records(tmp_path))
 
 
 def test_words_below_the_summary_stay(record: StudyRecord, tmp_path: Path) -> None:
@@ -250,13 +248,13 @@ def test_the_picture_has_every_row_that_the_paper_gives_an_error_of(
         pytest.approx(1 / 0.9, abs=0.02)
     )
     text = write_summary(tmp_path).read_text()
-    assert "[table1, small, last weights](study-table1-last/table.md)" in text
+    assert "[small, last weights](study-table1-last/table.md)" in text
     assert "last iteration" in (tmp_path / PICTURE_FILE).read_text()
 
 
 def test_the_committed_summary_is_of_the_committed_records() -> None:
     records = read_records(RESULTS)
-    assert table(records) in (RESULTS / SUMMARY_FILE).read_text()
+    assert claims(records) in (RESULTS / SUMMARY_FILE).read_text()
     drawn = (RESULTS / PICTURE_FILE).read_text()
     assert all(mark.label in drawn for each in records for mark in marks(each))
 

@@ -279,7 +279,7 @@ def check(folder: Path) -> int:
 
 
 def summarise(folder: Path) -> None:
-    """Write the table of all claims."""
+    """Write what became of all claims."""
     from tmu_dist.study.summary import write_summary
 
     log.info("Written to %s", write_summary(folder))
