@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import tmu_dist.study.__main__ as command
 from tests.evaluated_runs import PageText
 from tests.study_records import SEEDS, as_published, fake_ledger, fake_record
 from tmu_dist.study import published
@@ -164,6 +165,41 @@ def test_partial_studies_have_a_page(tmp_path: Path) -> None:
     assert "±" not in cells[3] and cells[-1] == "1"
     assert row(page, "memory transfer", "1 digit")[3] == "–"
     assert "Of 6 claims: 1 undecided, 5 without runs." in page.text
+
+
+# Two records side by side
+
+
+def test_two_records_of_a_study_are_set_side_by_side(
+    record: StudyRecord, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few = {key: mse for key, mse in OURS.items() if key not in ("art", "tmu-scratch")}
+    again = fake_record(TABLE_1, fake_ledger(TABLE_1, few | {"tmu": 140.0}, seeds=(1, 2, 3)))
+    (teacher,) = again.teachers
+    other_row = replace(again.row("l2sp-1"), settings={"transfer.l2_sp_alpha": 0.5})
+    rows = tuple(other_row if row.key == "l2sp-1" else row for row in again.rows)
+    retaught = replace(again, rows=rows, teachers=(replace(teacher, weights_sha256="0" * 64),))
+    other_study = fake_record(
+        STUDIES["figure4"], fake_ledger(STUDIES["figure4"], {"beta-0.1": 9.0})
+    )
+    for name, each in (("a", record), ("b", retaught), ("other", other_study)):
+        (tmp_path / name).mkdir(exist_ok=True)
+        write_study(tmp_path / name, each)
+    command.main(["compare", str(tmp_path / "a"), str(tmp_path / "b")])
+    said = capsys.readouterr().out
+    lines = {line.split(" | ")[0]: line for line in said.splitlines()}
+    assert lines["| finetune (1 digit)"].endswith("| 0 1 2 | 1 2 3 | 2 | 2 |")
+    assert lines["| memory transfer (both)"].endswith("| 0 1 2 | 1 2 3 | 2 | 0 |")
+    assert lines["| ART (both)"].endswith("| 0 1 2 | – | 0 | 0 |")
+    shared = 2 * len(few)
+    assert f"Of {shared} runs that both have (a row with a seed), {shared - 2} have" in said
+    assert "Rows with other settings: l2sp-1." in said
+    assert "Archives: 1 of 1 that both name are the same." in said
+    assert f"Teachers: 0 of 1 that both name are the same; not {teacher.name}." in said
+    assert "is better than training from scratch.” holds and DOES NOT HOLD" in said
+    with pytest.raises(SystemExit):
+        command.main(["compare", str(tmp_path / "a"), str(tmp_path / "other")])
+    assert "other of figure4: compare two of one study." in capsys.readouterr().err
 
 
 # The table of all claims

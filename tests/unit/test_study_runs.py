@@ -234,6 +234,8 @@ def test_other_forms(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
             command.main([form, str(tmp_path)])
         assert end.value.code == 2
         assert f"holds no {RESULTS_FILE}" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        command.main(["check"])
-    assert "`check` takes one folder, and nothing" in capsys.readouterr().err
+    for words, said in ((["check"], "`check` takes one folder, and nothing"),
+                        (["compare", str(tmp_path)], "`compare` takes two folders")):  # fmt: skip
+        with pytest.raises(SystemExit):
+            command.main(words)
+        assert said in capsys.readouterr().err

@@ -6,6 +6,7 @@
     python -m tmu_dist.study list
     python -m tmu_dist.study page FOLDER
     python -m tmu_dist.study check FOLDER
+    python -m tmu_dist.study compare FOLDER FOLDER
     python -m tmu_dist.study summary [FOLDER]
 
 The first form makes archives and teachers, trains every row of a study with every seed, scores all
@@ -15,8 +16,9 @@ every table and figure, one after another. --weights last scores the weights of 
 in place of those that validation chose, of the same runs, and writes to OUT/NAME-SCALE-last.
 --record copies what was written to FOLDER/study-NAME.
 `list` says which studies there are and what they need; `page` writes a page again from its record;
-`check` takes every score again from the saved predictions; `summary` writes the table of claims
-that docs/results/README.md leads with. Settings of the runs are those of `tmu_dist.train --help`.
+`check` takes every score again from the saved predictions; `compare` sets two records of a study
+side by side, such as your own and the committed one; `summary` writes the tables of claims that
+docs/results/README.md leads with. Settings of the runs are those of `tmu_dist.train --help`.
 """
 
 from __future__ import annotations
@@ -109,10 +111,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 rewrite_page(Path(folder))
             case ["check", folder]:
                 raise SystemExit(check(Path(folder)))
+            case ["compare", first, second]:
+                sys.stdout.write(comparison(Path(first), Path(second)))
             case ["summary", *folders] if len(folders) <= 1:
                 summarise(Path(folders[0] if folders else RECORDS))
             case ["list", *_]:
                 raise ConfigError("`list` takes nothing else.")
+            case ["compare", *_]:
+                raise ConfigError("`compare` takes two folders, and nothing else.")
             case ["page" | "check" | "summary" as form, *_]:
                 raise ConfigError(f"`{form}` takes one folder, and nothing else.")
             case _:
@@ -276,6 +282,13 @@ def check(folder: Path) -> int:
     if not findings:
         log.info("Every score of %s is what its saved predictions give.", folder)
     return 1 if findings else 0
+
+
+def comparison(first: Path, second: Path) -> str:
+    """Two records of a study side by side, as text."""
+    from tmu_dist.study.comparison import compare
+
+    return compare(first, second)
 
 
 def summarise(folder: Path) -> None:
