@@ -1,7 +1,7 @@
 """Two records of one study side by side: another machine, other seeds, other weights.
 
 Runs are exact: with the same archives, teachers and software, the same row and seed should end with
-the same scores, whatever machine trained it. Other seeds tell by how much scores and verdicts move.
+the same scores on another machine of the same kind. Other seeds tell by how much scores move.
 
 Deliberately not here: whether a record is what its runs predicted (`page.check_study`).
 """
@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tmu_dist.evaluation.tables import Cell, Row, TableData, markdown
-from tmu_dist.ledger.words import NONE, spread
+from tmu_dist.ledger.words import NONE
 from tmu_dist.study.record import RowFacts, ScoreFacts, SeedFacts, StudyRecord
-from tmu_dist.study.tables import VERDICTS
+from tmu_dist.study.tables import VERDICTS, over_seeds
 
 _DIGITS = 9
 
@@ -56,7 +56,7 @@ def _rows(scores: Sequence[ScoreFacts], pairs: Sequence[tuple[RowFacts, RowFacts
         if not any(row.seeds for row in pair):
             continue
         runs = _shared(*pair)
-        cells = [Cell(_spread(row, score)) for score in scores for row in pair]
+        cells = [Cell(over_seeds(row, score)) for score in scores for row in pair]
         cells += [Cell(" ".join(map(str, row.seeds)) or NONE) for row in pair]
         cells += [Cell(str(len(runs))), Cell(str(sum(_agree(*both) for both in runs)))]
         rows.append(Row(pair[0].name, cells))
@@ -109,11 +109,6 @@ def _agree(mine: SeedFacts, others: SeedFacts) -> bool:
         math.isclose(value, others.scores[name], rel_tol=10**-_DIGITS)
         for name, value in mine.scores.items()
     )
-
-
-def _spread(row: RowFacts, score: ScoreFacts) -> str:
-    values = row.values(score.name)
-    return spread(values, score.decimals) if values else NONE
 
 
 def _training(row: RowFacts) -> tuple[object, ...]:

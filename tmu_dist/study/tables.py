@@ -136,14 +136,19 @@ def _baseline_cells(own: Mapping[str, float], score: ScoreFacts) -> list[Cell]:
 
 def _score_cells(row: RowFacts, score: ScoreFacts, *, is_best: bool) -> list[Cell]:
     theirs, values = row.published.get(score.name), row.values(score.name)
-    ours = spread(values, score.decimals) if values else NONE
     minus = (
         NONE
         if theirs is None or not values
         else signed(statistics.fmean(values) - theirs, score.decimals)
     )
     paper = NONE if theirs is None else f"{theirs:.{score.decimals}f}"
-    return [Cell(paper), Cell(ours, is_best=is_best), Cell(minus)]
+    return [Cell(paper), Cell(over_seeds(row, score), is_best=is_best), Cell(minus)]
+
+
+def over_seeds(row: RowFacts, score: ScoreFacts) -> str:
+    """Mean and standard deviation; a dash without runs."""
+    values = row.values(score.name)
+    return spread(values, score.decimals) if values else NONE
 
 
 def _best(record: StudyRecord, score: ScoreFacts, group: str) -> str | None:
@@ -314,8 +319,7 @@ def _line_of(row: RowFacts) -> str:
 
 def _at(record: StudyRecord, score: ScoreFacts, line: str, x: float) -> str:
     rows = [row for row in record.rows if _line_of(row) == line and row.x in (x, None)]
-    values = rows[0].values(score.name) if rows else []
-    return spread(values, score.decimals) if values else NONE
+    return over_seeds(rows[0], score) if rows else NONE
 
 
 def _curves(record: StudyRecord, score: ScoreFacts) -> tuple[list[Curve], dict[str, list[float]]]:
