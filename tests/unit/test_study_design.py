@@ -129,7 +129,7 @@ def test_what_studies_share_is_one_run() -> None:
         return run_configs([arm], [0], "runs", contents)[key, 0].output
 
     same = {folder("table1", "tmu"), folder("figure4", "beta-0.1"), folder("figure7", "tmu-100"),
-            folder("beyond", "tmu")}  # fmt: skip
+            folder("beyond", "tmu"), folder("beyond-parts", "tmu")}  # fmt: skip
     assert len(same) == 1 and next(iter(same)).startswith("runs/digits-tmu-seed0-")
     assert folder("table1", "scratch") == folder("figure7", "scratch-100")
     assert folder("table1", "finetune-2") == folder("figure7", "finetune-2-100")
@@ -155,7 +155,7 @@ def test_the_documents_count_of_runs(scale: Scale, runs: int) -> None:
 
 
 def test_settings_may_follow_from_the_recipe() -> None:
-    beyond = STUDIES["beyond"]
+    beyond = STUDIES["beyond-parts"]
     for scale, steps, top in (("small", STUDY_STEPS, 1), ("paper", 80_000, 3)):
         falling = beyond.row("falling").recipe_at(scale).config.transfer.beta_schedule  # type: ignore[arg-type]
         assert (falling.shape, falling.stop, falling.final) == ("cosine", steps, 0.0)

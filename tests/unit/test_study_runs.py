@@ -202,7 +202,7 @@ def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = wanted.recipes(wanted.studies[0])["art"].config
     assert (config.training.num_steps, config.launch.launcher) == (9, "local")
     assert config.model.num_layers == 4 and config.transfer.method == "art"
-    beyond = parse(["beyond", "--training.num-steps", "9", "--model.num-layers", "3"])
+    beyond = parse(["beyond-parts", "--training.num-steps", "9", "--model.num-layers", "3"])
     rows = beyond.recipes(beyond.studies[0])
     assert rows["falling"].config.transfer.beta_schedule.stop == 9, "not the recipe's last"
     assert rows["top"].config.transfer.tmu.layers == (2,)

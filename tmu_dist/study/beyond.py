@@ -33,60 +33,98 @@ def _claim(key: str, text: str, *pairs: tuple[str, str], scores: tuple[str, ...]
     return Claim(key=key, text=text, where="ours", pairs=pairs, scores=scores)
 
 
+def _digits_row(key: str, label: str, settings: Mapping[str, Any] | None = None) -> Row:
+    """Memory transfer from both sources to three digits, with other settings."""
+    return Row(
+        key=key, label=label, sources="both", recipe="digits-fractions", settings=settings or {}
+    )
+
+
+def _last_step(config: RunConfig) -> int:
+    return config.training.num_steps
+
+
+def _top_layer(config: RunConfig) -> tuple[int, ...]:
+    return (config.model.num_layers - 1,)
+
+
+_AS_SECOND = _as_teacher(1)
+_FALLING: Mapping[str, Any] = {
+    "transfer.beta_schedule.shape": "cosine",
+    "transfer.beta_schedule.stop": _last_step,
+}
+
+
 def beyond_digits() -> Study:
-    """What of memory transfer is needed, on the target of Table 1."""
-
-    def row(key: str, label: str, settings: Mapping[str, Any] | None = None) -> Row:
-        return Row(
-            key=key,
-            label=label,
-            sources="both",
-            recipe="digits-fractions",
-            settings=settings or {},
-        )
-
-    def last_step(config: RunConfig) -> int:
-        return config.training.num_steps
-
-    def top(config: RunConfig) -> tuple[int, ...]:
-        return (config.model.num_layers - 1,)
-
-    as_teacher = _as_teacher(1)
-    falling: Mapping[str, Any] = {
-        "transfer.beta_schedule.shape": "cosine",
-        "transfer.beta_schedule.stop": last_step,
-    }
+    """A student that begins as a teacher, and very little data, on the target of Table 1."""
     return Study(
         name="beyond",
-        title="Beyond the paper: flying digits, memory transfer taken apart",
-        question="What of memory transfer is needed, and what would do better?",
+        title="Beyond the paper: flying digits, beginning as a teacher, and very little data",
+        question="What does a student gain that begins as one of its teachers, and what is "
+        "memory transfer worth where there is hardly any data?",
         scores=(MSE, SSIM),
         rows=(
             Row(key="scratch", label="from scratch", recipe="digits-fractions-scratch"),
             Row(key="finetune-2", label="finetune", sources="2 digits",
                 recipe="digits-fractions-finetune-2"),
-            row("tmu", "memory transfer"),
-            row("mean", "Eq. 5 as a mean", _MEAN),
-            row("falling", "beta falls to 0 (half a cosine)", falling),
-            row("variance", "distances in the teachers' variance",
-                {"transfer.imitation.scale": "variance"}),
-            row("started", "started from the second teacher", _started_from(1)),
-            row("memories", "imitations start as the memories are", _MEMORIES),
-            row("as-teacher", "begins as the second teacher (start, memories, mean)", as_teacher),
-            row("as-teacher-falling", "begins as the second teacher, beta falls to 0",
-                {**as_teacher, **falling}),
+            _digits_row("tmu", "memory transfer"),
+            _digits_row("as-teacher", "begins as the second teacher (start, memories, mean)",
+                        _AS_SECOND),
+            _digits_row("as-teacher-falling", "begins as the second teacher, beta falls to 0",
+                        {**_AS_SECOND, **_FALLING}),
             # With beta 0 nobody would look at memories, and imitations would start otherwise.
-            row("as-teacher-alone", "begins as the second teacher, beta 0.0001",
-                {**as_teacher, "transfer.beta": 1e-4}),
-            row("lowest", "TMU in the lowest layer only", {"transfer.tmu.layers": (0,)}),
-            row("top", "TMU in the top layer only", {"transfer.tmu.layers": top}),
-            row("beta-0", "teachers that are not imitated", {"transfer.beta": 0.0}),
-            row("shuffled", "memories of another sequence", {"transfer.control": "shuffled"}),
-            row("untrained", "untrained teachers", {"transfer.control": "random_weights"}),
+            _digits_row("as-teacher-alone", "begins as the second teacher, beta 0.0001",
+                        {**_AS_SECOND, "transfer.beta": 1e-4}),
             *digits.fraction_rows(SMALL_FRACTIONS),
-            *(row(f"as-teacher-{100 * fraction:g}",
-                  f"begins as the second teacher, {100 * fraction:g} %",
-                  {**as_teacher, "data.fraction": fraction}) for fraction in SMALL_FRACTIONS),
+        ),
+        claims=(
+            _claim("as-teacher", "Memory transfer that begins as a teacher (its weights, a mean in "
+                   "Eq. 5, imitations with the statistics of the memories) is better than one that "
+                   "begins at random.", ("as-teacher", "tmu")),
+            _claim("beats-finetuning", "Memory transfer that begins as a teacher is better than "
+                   "finetuning from that teacher.", ("as-teacher", "finetune-2")),
+            _claim("as-teacher-falling", "If it begins as a teacher, a beta that falls to 0 is "
+                   "better than a constant one.", ("as-teacher-falling", "as-teacher")),
+            _claim("as-teacher-imitates", "If it begins as a teacher, imitation still helps.",
+                   ("as-teacher", "as-teacher-alone")),
+            _claim("little-data", "With 5 and 10 % of the data memory transfer is better than "
+                   "training from scratch.", *digits.better_at(SMALL_FRACTIONS, ("scratch",))),
+            _claim("little-data-finetuning", "With 5 and 10 % of the data memory transfer is "
+                   "better than finetuning.",
+                   *digits.better_at(SMALL_FRACTIONS, ("finetune-1", "finetune-2"))),
+        ),
+        notes=digits.NOTES,
+    )  # fmt: skip
+
+
+def beyond_parts() -> Study:
+    """What of memory transfer is needed, one thing changed at a time."""
+    finetuned = (row for row in digits.fraction_rows(SMALL_FRACTIONS) if "finetune-2" in row.key)
+    return Study(
+        name="beyond-parts",
+        title="Beyond the paper: flying digits, memory transfer taken apart",
+        question="What of memory transfer is needed, and what would do better?",
+        scores=(MSE, SSIM),
+        rows=(
+            _digits_row("tmu", "memory transfer"),
+            _digits_row("mean", "Eq. 5 as a mean", _MEAN),
+            _digits_row("falling", "beta falls to 0 (half a cosine)", _FALLING),
+            _digits_row("variance", "distances in the teachers' variance",
+                        {"transfer.imitation.scale": "variance"}),
+            _digits_row("started", "started from the second teacher", _started_from(1)),
+            _digits_row("memories", "imitations start as the memories are", _MEMORIES),
+            _digits_row("lowest", "TMU in the lowest layer only", {"transfer.tmu.layers": (0,)}),
+            _digits_row("top", "TMU in the top layer only", {"transfer.tmu.layers": _top_layer}),
+            _digits_row("beta-0", "teachers that are not imitated", {"transfer.beta": 0.0}),
+            _digits_row("shuffled", "memories of another sequence",
+                        {"transfer.control": "shuffled"}),
+            _digits_row("untrained", "untrained teachers",
+                        {"transfer.control": "random_weights"}),
+            *finetuned,
+            *(_digits_row(f"as-teacher-{100 * fraction:g}",
+                          f"begins as the second teacher, {100 * fraction:g} %",
+                          {**_AS_SECOND, "data.fraction": fraction})
+              for fraction in SMALL_FRACTIONS),
         ),
         claims=(
             _claim("mean", "A mean in Eq. 5 is better than the sum as printed.", ("mean", "tmu")),
@@ -98,29 +136,16 @@ def beyond_digits() -> Study:
                    "ones.", ("variance", "tmu")),
             _claim("memories", "Imitations that start with the statistics of the memories are "
                    "better.", ("memories", "tmu")),
-            _claim("as-teacher", "Memory transfer that begins as a teacher (its weights, a mean in "
-                   "Eq. 5, imitations with the statistics of the memories) is better than one that "
-                   "begins at random.", ("as-teacher", "tmu")),
-            _claim("beats-finetuning", "Memory transfer that begins as a teacher is better than "
-                   "finetuning from that teacher.", ("as-teacher", "finetune-2")),
-            _claim("as-teacher-falling", "If it begins as a teacher, a beta that falls to 0 is "
-                   "better than a constant one.", ("as-teacher-falling", "as-teacher")),
-            _claim("as-teacher-imitates", "If it begins as a teacher, imitation still helps.",
-                   ("as-teacher", "as-teacher-alone")),
             _claim("all-layers", "TMU layers everywhere are better than one.", ("tmu", "lowest"),
                    ("tmu", "top")),
             _claim("knowledge", "Memory transfer is better than with teachers that cannot know "
                    "better.", ("tmu", "beta-0"), ("tmu", "shuffled"), ("tmu", "untrained")),
-            _claim("little-data", "With 5 and 10 % of the data memory transfer is better than "
-                   "training from scratch.", *digits.better_at(SMALL_FRACTIONS, ("scratch",))),
-            _claim("little-data-finetuning", "With 5 and 10 % of the data memory transfer is "
-                   "better than finetuning.",
-                   *digits.better_at(SMALL_FRACTIONS, ("finetune-1", "finetune-2"))),
             _claim("little-data-as-teacher", "With 5 and 10 % of the data memory transfer that "
                    "begins as a teacher is better than finetuning from that teacher.",
                    *digits.better_at(SMALL_FRACTIONS, ("finetune-2",), better="as-teacher")),
         ),
         notes=digits.NOTES,
+        reference="",
     )  # fmt: skip
 
 

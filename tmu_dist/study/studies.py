@@ -21,6 +21,7 @@ STUDIES: Mapping[str, Study] = {
         digits.figure_4(),
         digits.figure_7(),
         beyond.beyond_digits(),
+        beyond.beyond_parts(),
         beyond.beyond_rain(),
     )
 }
