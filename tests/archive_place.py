@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tests.descriptors import opened_by
 from tmu_dist.data import storage
 from tmu_dist.data.archive import Archive, open_archive
 from tmu_dist.data.cache import NodeCache
@@ -60,7 +61,4 @@ def open_files(folder: Path) -> set[str]:
     """The files of a folder that this process has open or mapped."""
     maps = Path("/proc/self/maps").read_text().splitlines()
     found = {line.split(maxsplit=5)[5] for line in maps if str(folder) in line}
-    for descriptor in Path("/proc/self/fd").iterdir():
-        with suppress(FileNotFoundError):  # the listing's own
-            found.add(str(descriptor.readlink()))
-    return {path for path in found if path.startswith(str(folder))}
+    return {path for path in found | opened_by(os.getpid()) if path.startswith(str(folder))}

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.descriptors import opened_by
 from tests.e2e.test_kill import command, finish, start
 from tests.hosts.machines import RAY, Cluster, Command, Machine, why_not
 from tests.s3_servers import s3_environment
@@ -88,8 +89,7 @@ def newest_checkpoint(run: str) -> int:
 
 def has_open(process: int, file: Path) -> bool:
     """Whether a process writes to a file, or to one that was replaced by this."""
-    names = [str(link.readlink()) for link in Path(f"/proc/{process}/fd").iterdir()]
-    return any(name.removesuffix(" (deleted)") == str(file) for name in names)
+    return not {str(file), f"{file} (deleted)"}.isdisjoint(opened_by(process))
 
 
 def assert_same_path(run: str, config: RunConfig, rtol: float = 1e-4) -> None:

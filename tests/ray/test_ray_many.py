@@ -6,11 +6,11 @@ import os
 import signal
 import threading
 import time
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
+from tests.descriptors import others_with_open
 from tests.unit.test_many import die, named
 from tests.unit.test_training import assert_same, final_state, run
 from tmu_dist.config import LaunchConfig, RunConfig
@@ -26,12 +26,9 @@ def kill_the_worker_of(folder: str, killed: list[int]) -> None:
     """Kill the process that trains in a folder, once it is beyond a checkpoint."""
     while not any(event["step"] >= 5 for event in read_log(folder)):
         time.sleep(0.02)
-    for process in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):  # gone since
-            opened = [str(file.readlink()) for file in (process / "fd").iterdir()]
-            if int(process.name) != os.getpid() and f"{folder}/.lock" in opened:
-                os.kill(int(process.name), signal.SIGKILL)
-                killed.append(int(process.name))
+    for process in others_with_open(f"{folder}/.lock"):
+        os.kill(process, signal.SIGKILL)
+        killed.append(process)
 
 
 def test_runs_side_by_side_survive_the_loss_of_a_worker(tmu_config: RunConfig) -> None:

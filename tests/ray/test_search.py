@@ -10,13 +10,13 @@ import os
 import signal
 import threading
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.descriptors import others_with_open
 from tests.e2e.test_run_in_store import newest_step
 from tests.ray.conftest import until
 from tmu_dist.config import ConfigError, LaunchConfig, RunConfig, ScaleConfig, with_overrides
@@ -118,13 +118,7 @@ def assert_stopped_whole(search: Search, trial: Trial, reason: str) -> None:
 
 def holders(folder: str) -> list[int]:
     """Processes that train in a run folder, by the lock that they hold open."""
-    found = []
-    for process in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):  # gone since
-            opened = [str(file.readlink()) for file in (process / "fd").iterdir()]
-            if f"{folder}/.lock" in opened and int(process.name) != os.getpid():
-                found.append(int(process.name))
-    return found
+    return others_with_open(f"{folder}/.lock")
 
 
 def kill_in(folder: str, step: int) -> None:

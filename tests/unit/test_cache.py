@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.descriptors import opened_by
 from tests.object_server import ObjectServer, object_server
 from tmu_dist.data import cache as cache_module
 from tmu_dist.data import cache_folder, storage
@@ -575,11 +576,8 @@ def test_no_descriptor_is_left_open(stored: Stored, cache: NodeCache) -> None:
         cache.open(*missing)
     for shard in (a, a, *(stored.add(name) for name in "cdef")):
         cache.fetch(*shard)
-    targets = []
-    for descriptor in Path("/proc/self/fd").iterdir():
-        with suppress(FileNotFoundError):
-            targets.append(str(descriptor.readlink()))
-    assert targets and not [target for target in targets if target.startswith(str(cache.folder))]
+    opened = opened_by(os.getpid())
+    assert opened and not [name for name in opened if name.startswith(str(cache.folder))]
 
 
 def test_threads_with_too_little_room(stored: Stored, tmp_path: Path) -> None:
