@@ -115,6 +115,7 @@ def circumstances(study: Study, scale: Scale = "small") -> Circumstances:
     return Circumstances(
         scale=scale,
         weights="chosen",
+        settings_for_all={},
         command=f"python -m tmu_dist.study {study.name} --seeds 0 1 2",
         git_revision="abc1234",
         software={"torch": "2.8", "numpy": "2.2"},

@@ -206,7 +206,7 @@ def test_two_records_of_a_study_are_set_side_by_side(
 
 
 def save(study: Study, folder: Path, record: StudyRecord) -> None:
-    place = folder / record_name(study.name, record.scale, record.weights)
+    place = folder / record_name(record)
     place.mkdir(parents=True)
     write_study(place, record)
 
@@ -224,6 +224,16 @@ def test_the_summary_has_every_claim_with_its_evidence(record: StudyRecord, tmp_
             assert f"\npython -m tmu_dist.study {study.name}\n" in section
             assert all(line.endswith(f" | {claim.where} | not run |")
                        for line, claim in zip(rows, study.claims, strict=True))  # fmt: skip
+    longer = {"training.num_steps": 6000}
+    save(TABLE_1, tmp_path, replace(record, settings=longer))
+    save(TABLE_1, tmp_path, replace(record, settings=longer, weights="last"))
+    headings = claims(read_records(tmp_path)).split("| Where | ")[1].split(" |\n")[0]
+    assert headings == (
+        "[small](study-table1/table.md) | "
+        "[small, num_steps=6000](study-table1-num_steps=6000/table.md) | "
+        "[small, num_steps=6000, last weights](study-table1-num_steps=6000-last/table.md) | "
+        "[paper](study-table1-paper/table.md)"
+    )
     first = sections[0].splitlines()
     assert first.count("python -m tmu_dist.study table1 --seeds 0 1 2") == 2
     assert (

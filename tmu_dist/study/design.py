@@ -8,13 +8,18 @@ Deliberately not here: which studies there are (`studies`), running them (`runs`
 
 from __future__ import annotations
 
+import hashlib
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, TypeAlias, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 from tmu_dist.config import ConfigError, RunConfig, identity, with_overrides
 from tmu_dist.recipes import get_recipe
 from tmu_dist.recipes.base import Recipe
+
+if TYPE_CHECKING:
+    from tmu_dist.ledger.records import Weights
 
 PAGE_FILE, TABLE_FILE, RESULTS_FILE = "report.html", "table.md", "results.json"
 """What a study writes into its folder."""
@@ -28,6 +33,8 @@ ONE_SET_OF_TEACHERS = (
 Scale: TypeAlias = Literal["small", "paper"]
 SCALES: tuple[Scale, ...] = get_args(Scale)
 _PREFIX: Mapping[Scale, str] = {"small": "study", "paper": "paper"}
+_MOST_LETTERS = 60
+"""Of one changed setting in the name of a folder."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,6 +160,52 @@ class Study:
         """The row that the others of a group are set in relation to."""
         wanted = f"{group}/{self.reference}" if group else self.reference
         return next((row for row in self.rows if row.key == wanted), None)
+
+
+def settings_for_all(study: Study, scale: Scale, recipes: Mapping[str, Recipe]) -> dict[str, Any]:
+    """What shapes results and was changed in every row that did not have it, by name.
+
+    Args:
+        study: whose rows.
+        scale: whose recipes these were.
+        recipes: of the rows, as they are run.
+    """
+    return {
+        name: value
+        for row in study.rows
+        for name, value in changes_of(
+            get_recipe(row.recipe_name(scale)).config, recipes[row.key].config
+        ).items()
+        if name not in row.settings
+    }
+
+
+def in_words(settings: Mapping[str, Any]) -> list[str]:
+    """Changed settings as "num_steps=3000"; with the whole path where a name has several."""
+    names = [path.rpartition(".")[2] for path in identity(RunConfig())]
+    return [
+        f"{path if names.count(name := path.rpartition('.')[2]) > 1 else name}={value}"
+        for path, value in sorted(settings.items())
+    ]
+
+
+def folder_name(*first: str, settings: Mapping[str, Any], weights: Weights) -> str:
+    """What a folder is called that holds a study, or a record of one: no two kinds share one.
+
+    Args:
+        first: its first words.
+        settings: changed in every row.
+        weights: that are scored.
+    """
+    words = [_as_part_of_a_name(text) for text in in_words(settings)]
+    return "-".join([*first, *words, *(["last"] if weights == "last" else [])])
+
+
+def _as_part_of_a_name(text: str) -> str:
+    short = re.sub(r"[^\w.+=-]+", "-", text)
+    if len(short) > _MOST_LETTERS or short != text:  # two texts must not become one
+        short = f"{short[:_MOST_LETTERS]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+    return short
 
 
 def changes_of(plain: RunConfig, config: RunConfig) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from tmu_dist.html_page import bullet_list, definition_list, document, element
 from tmu_dist.ledger.page import recheck_runs
 from tmu_dist.ledger.records import ArmRecord, read_seed
 from tmu_dist.ledger.statistics import NUM_RESAMPLES
-from tmu_dist.study.design import PAGE_FILE, TABLE_FILE
+from tmu_dist.study.design import PAGE_FILE, TABLE_FILE, in_words
 from tmu_dist.study.record import StudyRecord
 from tmu_dist.study.studies import get_study
 from tmu_dist.study.tables import all_parts, lead
@@ -67,8 +67,10 @@ def as_markdown(record: StudyRecord) -> str:
 
 
 def _title(record: StudyRecord) -> str:
-    last = ", weights of the last iteration" if record.weights == "last" else ""
-    return f"{record.title} ({record.scale} scale{last})"
+    parts = [f"{record.scale} scale", *in_words(record.settings)]
+    if record.weights == "last":
+        parts.append("weights of the last iteration")
+    return f"{record.title} ({', '.join(parts)})"
 
 
 def _bullets(lines: tuple[str, ...]) -> str:

@@ -23,7 +23,7 @@ from tmu_dist.ledger.findings import first_result, without_repeats
 from tmu_dist.ledger.records import ArmRecord, Ledger, SeedRecord, Weights
 from tmu_dist.ledger.statistics import Difference, Measurement
 from tmu_dist.recipes.clips import STAND_IN
-from tmu_dist.study.design import RESULTS_FILE, Row, Scale, Study
+from tmu_dist.study.design import RESULTS_FILE, Row, Scale, Study, in_words
 from tmu_dist.study.verdicts import Findings, Verdict
 
 _COLOURS = {"tmu": 0, "finetune": 1, "l2_sp": 1, "knowledge_flow": 2, "art": 2}
@@ -180,6 +180,8 @@ class StudyRecord:
     scale: Scale
     weights: Weights = "chosen"
     """Whose scores these are."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """What the command changed in every row that did not have it, by name."""
     notes: tuple[str, ...]
     command: str
     git_revision: str
@@ -211,8 +213,9 @@ class StudyRecord:
 
     @property
     def variant(self) -> str:
-        """Its scale, and which weights were scored if not those that validation chose."""
-        return self.scale + (", last weights" if self.weights == "last" else "")
+        """Its scale, what was changed, and whose scores if not those of the chosen weights."""
+        last = ["last weights"] if self.weights == "last" else []
+        return ", ".join([self.scale, *in_words(self.settings), *last])
 
     @property
     def has_stand_ins(self) -> bool:
@@ -272,6 +275,7 @@ class Circumstances:
 
     scale: Scale
     weights: Weights
+    settings_for_all: Mapping[str, Any]
     command: str
     git_revision: str
     software: Mapping[str, str]
@@ -316,6 +320,7 @@ def make_record(
         question=study.question,
         scale=known.scale,
         weights=known.weights,
+        settings=dict(known.settings_for_all),
         notes=study.notes[known.scale],
         command=known.command,
         git_revision=known.git_revision,

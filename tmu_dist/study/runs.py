@@ -31,7 +31,7 @@ from tmu_dist.provenance import git_revision, versions
 from tmu_dist.recipes import get_recipe
 from tmu_dist.recipes.base import Recipe
 from tmu_dist.run_folder import RESULT_FILE
-from tmu_dist.study.design import Row, Scale, Study, changes_of
+from tmu_dist.study.design import Row, Scale, Study, changes_of, settings_for_all
 from tmu_dist.study.record import ArchiveFacts, Circumstances, TeacherFacts
 from tmu_dist.teachers.store import load_card
 from tmu_dist.train import lacks_archive
@@ -208,6 +208,7 @@ def circumstances(
     return Circumstances(
         scale=scale,
         weights=weights,
+        settings_for_all=settings_for_all(study, scale, recipes),
         command=command,
         git_revision=git_revision(),
         software=versions(_SOFTWARE),

@@ -14,9 +14,9 @@ from pathlib import Path
 from tmu_dist.evaluation.plots import svg_text
 from tmu_dist.evaluation.tables import Cell, Row, TableData, markdown
 from tmu_dist.files import atomic_write_text
-from tmu_dist.ledger.records import EVALUATION_FOLDERS, Weights
+from tmu_dist.ledger.records import EVALUATION_FOLDERS
 from tmu_dist.ledger.words import between, signed
-from tmu_dist.study.design import RESULTS_FILE, SCALES, Claim, Scale, Study
+from tmu_dist.study.design import RESULTS_FILE, SCALES, Claim, Study, folder_name, in_words
 from tmu_dist.study.overview import overview, tables
 from tmu_dist.study.record import ClaimFacts, StudyRecord
 from tmu_dist.study.studies import STUDIES
@@ -40,10 +40,12 @@ _PICTURE = (
 )
 
 
-def record_name(study: str, scale: Scale, weights: Weights) -> str:
+def record_name(record: StudyRecord) -> str:
     """Folder of a study's committed record."""
-    parts = ["study", study, *([scale] if scale != "small" else [])]
-    return "-".join([*parts, *([weights] if weights != "chosen" else [])])
+    scale = [record.scale] if record.scale != "small" else []
+    return folder_name(
+        "study", record.study, *scale, settings=record.settings, weights=record.weights
+    )
 
 
 def write_summary(folder: Path) -> Path:
@@ -61,14 +63,18 @@ def write_summary(folder: Path) -> Path:
 
 
 def read_records(folder: Path) -> list[StudyRecord]:
-    """The records of a folder, study by study and scale by scale."""
-    places = [
-        folder / record_name(study, scale, weights)
-        for study in STUDIES
-        for scale in SCALES
-        for weights in EVALUATION_FOLDERS
-    ]
-    return [StudyRecord.load(place) for place in places if (place / RESULTS_FILE).is_file()]
+    """The records of a folder, those of one study side by side."""
+    found = [StudyRecord.load(file.parent) for file in folder.glob(f"study-*/{RESULTS_FILE}")]
+    return sorted((record for record in found if record.study in STUDIES), key=_place)
+
+
+def _place(record: StudyRecord) -> tuple[int, int, list[str], int]:
+    return (
+        list(STUDIES).index(record.study),
+        SCALES.index(record.scale),
+        in_words(record.settings),
+        list(EVALUATION_FOLDERS).index(record.weights),
+    )
 
 
 def claims(records: Sequence[StudyRecord]) -> str:
@@ -94,7 +100,7 @@ def _section(study: Study, records: Sequence[StudyRecord]) -> str:
 
 
 def _link(record: StudyRecord) -> str:
-    folder = record_name(record.study, record.scale, record.weights)
+    folder = record_name(record)
     data = ", other clips standing in" if record.has_stand_ins else ""
     return f"[{record.variant}]({folder}/table.md){data}"
 
