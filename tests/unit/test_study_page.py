@@ -227,13 +227,14 @@ def test_the_summary_has_every_claim_with_its_evidence(record: StudyRecord, tmp_
     longer = {"training.num_steps": 6000}
     save(TABLE_1, tmp_path, replace(record, settings=longer))
     save(TABLE_1, tmp_path, replace(record, settings=longer, weights="last"))
-    headings = claims(read_records(tmp_path)).split("| Where | ")[1].split(" |\n")[0]
-    assert headings == (
-        "[small](study-table1/table.md) | "
-        "[small, num_steps=6000](study-table1-num_steps=6000/table.md) | "
-        "[small, num_steps=6000, last weights](study-table1-num_steps=6000-last/table.md) | "
-        "[paper](study-table1-paper/table.md)"
+    section = claims(read_records(tmp_path)).split("\n## ")[0]
+    tables = section.split("With other settings:")
+    assert tables[0].replace(f"{record.command}\n", "", 2).rstrip() == sections[0].rstrip()
+    assert tables[1].splitlines()[2] == (
+        "| Claim | Where | [small, num_steps=6000](study-table1-num_steps=6000/table.md) | "
+        "[small, num_steps=6000, last weights](study-table1-num_steps=6000-last/table.md) |"
     )
+    assert tables[1].count(" | undecided") + tables[1].count(" | **") > len(TABLE_1.claims)
     first = sections[0].splitlines()
     assert first.count("python -m tmu_dist.study table1 --seeds 0 1 2") == 2
     assert (

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
-from tmu_dist.config import ConfigError, RunConfig, identity, with_overrides
+from tmu_dist.config import ConfigError, RunConfig, flatten, identity, with_overrides
 from tmu_dist.recipes import get_recipe
 from tmu_dist.recipes.base import Recipe
 
@@ -33,6 +33,8 @@ ONE_SET_OF_TEACHERS = (
 Scale: TypeAlias = Literal["small", "paper"]
 SCALES: tuple[Scale, ...] = get_args(Scale)
 _PREFIX: Mapping[Scale, str] = {"small": "study", "paper": "paper"}
+_READ = ("data.url", "data.mix_with", "transfer.teachers")
+"""Settings that name what a run reads."""
 _MOST_LETTERS = 60
 """Of one changed setting in the name of a folder."""
 
@@ -182,15 +184,22 @@ def settings_for_all(study: Study, scale: Scale, recipes: Mapping[str, Recipe]) 
 
 def in_words(settings: Mapping[str, Any]) -> list[str]:
     """Changed settings as "num_steps=3000"; with the whole path where a name has several."""
-    names = [path.rpartition(".")[2] for path in identity(RunConfig())]
+    names = [path.rpartition(".")[2] for path, _ in flatten(asdict(RunConfig()))]
+    texts = {
+        path: "+".join(map(str, value)) if isinstance(value, list) else str(value)
+        for path, value in settings.items()
+    }
     return [
-        f"{path if names.count(name := path.rpartition('.')[2]) > 1 else name}={value}"
-        for path, value in sorted(settings.items())
+        f"{path if names.count(name := path.rpartition('.')[2]) > 1 else name}={texts[path]}"
+        for path in sorted(texts)
     ]
 
 
 def folder_name(*first: str, settings: Mapping[str, Any], weights: Weights) -> str:
-    """What a folder is called that holds a study, or a record of one: no two kinds share one.
+    """What a folder is called that holds a study, or a record of one.
+
+    Studies that differ in a setting that shapes results have two; archives and teachers are told
+    apart by their own names alone.
 
     Args:
         first: its first words.
@@ -209,10 +218,28 @@ def _as_part_of_a_name(text: str) -> str:
 
 
 def changes_of(plain: RunConfig, config: RunConfig) -> dict[str, Any]:
-    """Settings that shape a result and are others in `config` than in `plain`, as plain values."""
-    before = identity(plain)
+    """Settings that shape a result and are others in `config` than in `plain`, as plain values.
+
+    Of addresses, which tell little of what is there, the last part.
+    """
+    before, now = _shaping(plain), _shaping(config)
     return {
-        name: list(value) if isinstance(value, tuple) else value
-        for name, value in identity(config).items()
+        name: _last_parts(value) if name in _READ else _as_list(value)
+        for name, value in now.items()
         if before[name] != value
     }
+
+
+def _shaping(config: RunConfig) -> dict[str, Any]:
+    every = dict(flatten(asdict(config)))
+    return identity(config) | {name: every[name] for name in _READ}
+
+
+def _last_parts(addresses: str | Sequence[str]) -> str | list[str]:
+    if isinstance(addresses, str):
+        return addresses.rstrip("/").rpartition("/")[2]
+    return [address.rstrip("/").rpartition("/")[2] for address in addresses]
+
+
+def _as_list(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value

@@ -26,7 +26,7 @@ from tmu_dist.evaluation.plots import (
     text_in_inches,
     width_of,
 )
-from tmu_dist.study.design import MSE, in_words
+from tmu_dist.study.design import MSE
 from tmu_dist.study.record import RowFacts, StudyRecord
 from tmu_dist.study.studies import get_study
 
@@ -71,9 +71,8 @@ def marks(record: StudyRecord, last: StudyRecord | None = None) -> list[Mark]:
 
 
 def _title(record: StudyRecord) -> str:
-    clips = ["other clips standing in"] if record.has_stand_ins else []
-    words = [f"{record.scale} scale", *in_words(record.settings), *clips]
-    return f"{record.title} ({', '.join(words)})"
+    clips = ", other clips standing in" if record.has_stand_ins else ""
+    return f"{record.title} ({record.scale} scale{clips})"
 
 
 def _parts(row: RowFacts, base: RowFacts) -> list[float]:
@@ -101,18 +100,17 @@ Table: TypeAlias = tuple[str, Sequence[Mark]]
 
 
 def tables(records: Sequence[StudyRecord]) -> list[Table]:
-    """What of all records the picture shows; the two records of the same runs are one table."""
-    lasts = {_runs_of(each): each for each in records if each.weights == "last"}
+    """What of all records the picture shows; the two records of the same runs are one table.
+
+    Args:
+        records: of studies without settings of their own.
+    """
+    lasts = {(each.study, each.scale): each for each in records if each.weights == "last"}
     return [
         (_title(each), own)
         for each in records
-        if each.weights == "chosen" and (own := marks(each, lasts.get(_runs_of(each))))
+        if each.weights == "chosen" and (own := marks(each, lasts.get((each.study, each.scale))))
     ]
-
-
-def _runs_of(record: StudyRecord) -> tuple[str, ...]:
-    """The same for records that score other weights of the same runs."""
-    return record.study, record.scale, *in_words(record.settings)
 
 
 def overview(shown: Sequence[Table], *, theme: Theme = LIGHT) -> Figure:

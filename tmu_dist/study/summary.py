@@ -55,7 +55,7 @@ def write_summary(folder: Path) -> Path:
     file.parent.mkdir(parents=True, exist_ok=True)
     records = read_records(folder)
     picture = ""
-    if shown := tables(records):
+    if shown := tables([record for record in records if not record.settings]):
         atomic_write_text(folder / PICTURE_FILE, svg_text(overview(shown)))
         picture = _PICTURE
     file.write_text(f"{_HEAD}\n\n{picture}{claims(records)}\n{_END}{below}")
@@ -86,17 +86,33 @@ def claims(records: Sequence[StudyRecord]) -> str:
 
 
 def _section(study: Study, records: Sequence[StudyRecord]) -> str:
-    commands = [record.command for record in records] or [f"python -m tmu_dist.study {study.name}"]
+    """A study's commands, its claims, and of runs with other settings those that they tell of."""
+    plain = [record for record in records if not record.settings]
+    changed = [record for record in records if record.settings]
+    commands = [record.command for record in plain] or [f"python -m tmu_dist.study {study.name}"]
+    commands += [record.command for record in changed]
+    parts = [f"## {study.title}", "\n".join(["```bash", *commands, "```"])]
+    parts.append(_table(study.claims, plain))
+    if changed:
+        told = [
+            claim
+            for claim in study.claims
+            if any(_found(claim, record) != _NONE for record in changed)
+        ]
+        parts += ["With other settings:", _table(told, changed)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _table(claims: Sequence[Claim], records: Sequence[StudyRecord]) -> str:
     headings = ["Claim", "Where", *([_link(record) for record in records] or ["Here"])]
     rows = [
         Row(
             claim.text, [Cell(claim.where), *([_found(claim, each) for each in records] or [_NONE])]
         )
-        for claim in study.claims
+        for claim in claims
     ]
-    lines = "\n".join(["```bash", *commands, "```"])
-    table = markdown(TableData(headings, rows)).replace("---:", "---")  # words, not numbers
-    return f"## {study.title}\n\n{lines}\n\n{table}"
+    table = markdown(TableData(headings, rows)).rstrip("\n")
+    return table.replace("---:", "---")  # words, not numbers
 
 
 def _link(record: StudyRecord) -> str:
@@ -121,8 +137,9 @@ def _evidence(found: ClaimFacts, record: StudyRecord) -> str:
     pair, gain = min(known, key=lambda each: (worst.get(each[0].verdict, 3), each[1].mean))
     score = record.score(pair.score)
     decimals = score.decimals + 1
+    seeds = len(gain.by_seed)
     text = (
         f"{pair.better} over {pair.worse} {signed(gain.mean, decimals)} {score.label} "
-        f"({between((gain.low, gain.high), decimals)}), {len(gain.by_seed)} seeds"
+        f"({between((gain.low, gain.high), decimals)}), {seeds} seed{'' if seeds == 1 else 's'}"
     )
     return f": {text}" if len(found.pairs) == 1 else f"; least of {len(found.pairs)}: {text}"
