@@ -178,7 +178,7 @@ def _parts_of_reference(study: Study, record: StudyRecord, row: RowFacts) -> lis
 
 
 def _claims(record: StudyRecord) -> Part:
-    """Each claim with its verdict, then the comparisons behind it."""
+    """Each claim with its verdict, then the comparisons behind it that have runs."""
     verdicts = [
         Row(
             claim.text,
@@ -194,23 +194,18 @@ def _claims(record: StudyRecord) -> Part:
         Row(_pair(record, pair), _pair_cells(record, claim, pair))
         for claim in record.claims
         for pair in claim.pairs
+        if pair.verdict != "not run"
     ]
-    return Part(
-        heading="Claims and verdicts",
-        charts=_gain_charts(record),
-        tables=(
-            (TableData(["Claim", "Where", "Verdict", "Comparisons"], verdicts), ""),
-            (
-                TableData(
-                    ["Comparison", "claim", "score", "gain", "95 % interval", "over seeds alone",
-                     "by seed", "verdict"],
-                    pairs,
-                ),
-                "Gain: by how much the first row is better than the second; positive is better, "
-                "whatever the score.",
-            ),
-        ),
-    )  # fmt: skip
+    headings = ["Comparison", "claim", "score", "gain", "95 % interval", "over seeds alone",
+                "by seed", "verdict"]  # fmt: skip
+    gain = (
+        "Gain: by how much the first row is better than the second; positive is better, whatever "
+        "the score."
+    )
+    tables = [(TableData(["Claim", "Where", "Verdict", "Comparisons"], verdicts), "")]
+    if pairs:
+        tables.append((TableData(headings, pairs), gain))
+    return Part(heading="Claims and verdicts", charts=_gain_charts(record), tables=tuple(tables))
 
 
 def _tally(claim: ClaimFacts) -> str:
