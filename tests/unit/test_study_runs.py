@@ -243,6 +243,9 @@ def test_folders_tell_settings_apart() -> None:
     assert name({}) == "table1-small"
     assert name({"training.seed": 1, "model.patch_size": 8}) == "table1-small-patch_size=8-seed=1"
     assert name({"transfer.beta": 0.3}) == "table1-small-transfer.beta=0.3", "ART has one, too"
+    mine = parse(["table1", "--data.url", "/mnt/mine/", "--training.num-steps", "1000"])
+    folder = mine.folder(mine.studies[0], mine.recipes(mine.studies[0]))
+    assert folder.name == "table1-small-url=mine", "1,000 iterations are the study's own"
     addresses = [f"s3://bucket/{'a' * 300}{sign}" for sign in "/-"]
     long = [name({"data.url": address}) for address in addresses]
     assert long[0] != long[1] and all(len(each) < 100 and "/" not in each for each in long)
