@@ -4,6 +4,8 @@ failing, and the table of all claims."""
 from __future__ import annotations
 
 import json
+import math
+import re
 import statistics
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +15,7 @@ import pytest
 import tmu_dist.study.__main__ as command
 from tests.evaluated_runs import PageText
 from tests.study_records import SEEDS, as_published, fake_ledger, fake_record
+from tmu_dist.ledger.words import decimals_of
 from tmu_dist.study import published
 from tmu_dist.study.design import PAGE_FILE, RESULTS_FILE, TABLE_FILE, Study
 from tmu_dist.study.overview import marks
@@ -62,6 +65,22 @@ def test_every_row_stands_beside_the_papers(page: PageText, record: StudyRecord)
         assert cells[-1] == "3"
     assert row(page, "persistence")[3] == "200.0"
     assert page.best == ["ART", "ART"]
+
+
+@pytest.mark.parametrize(
+    ("value", "least", "written"),
+    [(131.9, 1, "131.9"), (10.84, 1, "10.8"), (7.632, 1, "7.63"), (0.7814, 3, "0.781"),
+     (0.0781, 3, "0.0781"), (-7.632, 1, "-7.63"), (0.0, 1, "0.0"), (math.nan, 1, "nan")],
+)  # fmt: skip
+def test_values_have_three_digits(value: float, least: int, written: str) -> None:
+    assert f"{value:.{decimals_of(value, least)}f}" == written
+
+
+def test_small_errors_are_not_rounded_away(tmp_path: Path) -> None:
+    small = dict.fromkeys(OURS, 5.4)
+    write_study(tmp_path, fake_record(TABLE_1, fake_ledger(TABLE_1, small)))
+    ours = row(PageText((tmp_path / PAGE_FILE).read_text()), "from scratch", "none")[3]
+    assert re.fullmatch(r"\d\.\d\d ± \d\.\d\d", ours)
 
 
 def test_columns_of_numbers_that_the_paper_does_not_give_are_left_out() -> None:

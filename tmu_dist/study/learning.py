@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from tmu_dist.evaluation.page import Chart, Part
 from tmu_dist.evaluation.plots import Curve, Theme, learning_curves
 from tmu_dist.evaluation.tables import Cell, Row, TableData
-from tmu_dist.ledger.words import NONE
+from tmu_dist.ledger.words import NONE, decimals_of
 from tmu_dist.study.record import RowFacts, StudyRecord
 
 _PARTS = {"¼": 0.25, "½": 0.5, "¾": 0.75, "all": 1.0}
@@ -64,7 +64,10 @@ def _least(run: Mapping[int, float], until: float) -> float | None:
 
 def _mean(values: Sequence[float | None]) -> Cell:
     known = [value for value in values if value is not None]
-    return Cell(f"{statistics.fmean(known):.1f}" if len(known) == len(values) else NONE)
+    if len(known) < len(values):
+        return Cell(NONE)
+    mean = statistics.fmean(known)
+    return Cell(f"{mean:.{decimals_of(mean, 1)}f}")
 
 
 def _colours(rows: Sequence[RowFacts]) -> list[int]:
