@@ -17,6 +17,7 @@ from data_prep.radar_plan import RadarPlanSettings
 from data_prep.radar_source import RadarSettings
 from data_prep.source import Source
 from data_prep.video_source import VideoSource
+from tmu_dist.commands import reader_may_leave
 from tmu_dist.data.manifest import SPLITS, Manifest
 
 # Commands import their own modules: a generating process imports this file again.
@@ -205,7 +206,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status; arguments None takes the command line's."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
-        app.cli(prog="python -m data_prep", description=__doc__, args=arguments)
+        with reader_may_leave():
+            app.cli(prog="python -m data_prep", description=__doc__, args=arguments)
     except ValueError as error:  # each of them says what to do; a traceback would hide it
         sys.stderr.write(f"error: {error}\n")
         return 1

@@ -104,6 +104,7 @@ DATA_PREP_MAY_IMPORT = {
     "tmu_dist.data.manifest",  # the format that archives are written in
     "tmu_dist.data.storage",  # where they are written to: folders and object stores, without torch
     "tmu_dist.data.archive",  # finished archives, to look at them; not for `verify`
+    "tmu_dist.commands",  # how commands end
     "tmu_dist.colours",  # how radar is drawn, the same for data and forecasts
     "tmu_dist.html_page",  # what all pages share
 }

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import select
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TextIO
 
 _OURS = ("tmu_dist", "data_prep", "tuning")
 
@@ -18,7 +22,8 @@ def command_errors() -> Iterator[None]:
     unless the error has an `exit_code` of its own.
     """
     try:
-        yield
+        with reader_may_leave():
+            yield
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     except Exception as error:
@@ -26,6 +31,29 @@ def command_errors() -> Iterator[None]:
             raise
         sys.stderr.write(f"error: {error}\n")
         raise SystemExit(getattr(error, "exit_code", 2)) from None
+
+
+@contextmanager
+def reader_may_leave() -> Iterator[None]:
+    """End quietly where nobody reads on what is printed, as in `COMMAND --help | head`."""
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        if not _nobody_reads(sys.stdout):
+            raise
+        # Python writes what is left when it ends, and would complain then.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(128 + signal.SIGPIPE) from None
+
+
+def _nobody_reads(stream: TextIO) -> bool:
+    """Whether it is a pipe whose other end is closed."""
+    poll = select.poll()
+    poll.register(stream.fileno(), select.POLLOUT)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def is_explained(error: BaseException) -> bool:

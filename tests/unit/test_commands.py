@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -43,6 +45,34 @@ def test_the_project_s_own_errors_are_one_line(
 def test_bugs_keep_their_trace(bug: Callable[[], object]) -> None:
     with pytest.raises((ValueError, ZeroDivisionError)), command_errors():
         bug()
+
+
+READER_LEAVES = """
+import os, sys
+from tmu_dist.commands import command_errors
+reading, writing = os.pipe()
+os.dup2(writing, 1)
+os.close(reading)
+with command_errors():
+    {action}
+"""
+
+
+@pytest.mark.parametrize(
+    ("action", "code", "trace"),
+    [
+        ("print('x' * 100_000)", 141, ""),
+        ("print('little, which waits in the buffer')", 141, ""),
+        ("print('help'); sys.exit(0)", 141, ""),
+        ("os.dup2(2, 1); raise BrokenPipeError('a worker has ended')", 1, "a worker has ended"),
+    ],
+    ids=["much", "little", "help", "another pipe"],
+)
+def test_a_reader_who_leaves_ends_a_command_quietly(action: str, code: int, trace: str) -> None:
+    script = READER_LEAVES.format(action=action)
+    done = subprocess.run([sys.executable, "-c", script], stderr=subprocess.PIPE, text=True)
+    assert done.returncode == code
+    assert trace in done.stderr if trace else done.stderr == ""
 
 
 @pytest.mark.parametrize("command", COMMANDS)
