@@ -35,12 +35,18 @@ def command_errors() -> Iterator[None]:
 
 @contextmanager
 def reader_may_leave() -> Iterator[None]:
-    """End quietly where nobody reads on what is printed, as in `COMMAND --help | head`."""
+    """End quietly where nobody reads on what is printed, as in `COMMAND --help | head`.
+
+    What went wrong otherwise is still told.
+    """
     try:
         try:
             yield
-        finally:
-            sys.stdout.flush()
+        except SystemExit as leaving:  # as after --help
+            if not leaving.code:
+                sys.stdout.flush()
+            raise
+        sys.stdout.flush()
     except BrokenPipeError:
         if not _nobody_reads(sys.stdout):
             raise

@@ -50,12 +50,19 @@ def test_bugs_keep_their_trace(bug: Callable[[], object]) -> None:
 READER_LEAVES = """
 import os, sys
 from tmu_dist.commands import command_errors
+from tmu_dist.config import ConfigError
 reading, writing = os.pipe()
 os.dup2(writing, 1)
 os.close(reading)
 with command_errors():
     {action}
 """
+
+
+def after_the_reader_left(action: str) -> subprocess.CompletedProcess[str]:
+    """A command that does this; its output is buffered, whatever the environment says (-E)."""
+    script = READER_LEAVES.format(action=action)
+    return subprocess.run([sys.executable, "-E", "-c", script], stderr=subprocess.PIPE, text=True)
 
 
 @pytest.mark.parametrize(
@@ -69,10 +76,15 @@ with command_errors():
     ids=["much", "little", "help", "another pipe"],
 )
 def test_a_reader_who_leaves_ends_a_command_quietly(action: str, code: int, trace: str) -> None:
-    script = READER_LEAVES.format(action=action)
-    done = subprocess.run([sys.executable, "-c", script], stderr=subprocess.PIPE, text=True)
+    done = after_the_reader_left(action)
     assert done.returncode == code
     assert trace in done.stderr if trace else done.stderr == ""
+
+
+def test_a_failure_is_told_even_if_nobody_reads_the_output() -> None:
+    done = after_the_reader_left("print('first'); raise ConfigError('no such thing')")
+    assert done.returncode not in (0, 141)
+    assert done.stderr.startswith("error: no such thing")
 
 
 @pytest.mark.parametrize("command", COMMANDS)
