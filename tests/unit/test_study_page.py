@@ -15,7 +15,7 @@ import pytest
 import tmu_dist.study.__main__ as command
 from tests.evaluated_runs import PageText
 from tests.study_records import SEEDS, as_published, fake_ledger, fake_record
-from tmu_dist.ledger.words import decimals_of
+from tmu_dist.ledger.words import in_three_digits
 from tmu_dist.study import published
 from tmu_dist.study.design import PAGE_FILE, RESULTS_FILE, TABLE_FILE, Study
 from tmu_dist.study.overview import marks
@@ -73,7 +73,7 @@ def test_every_row_stands_beside_the_papers(page: PageText, record: StudyRecord)
      (0.0781, 3, "0.0781"), (-7.632, 1, "-7.63"), (0.0, 1, "0.0"), (math.nan, 1, "nan")],
 )  # fmt: skip
 def test_values_have_three_digits(value: float, least: int, written: str) -> None:
-    assert f"{value:.{decimals_of(value, least)}f}" == written
+    assert in_three_digits([value], least) == written
 
 
 def test_small_errors_are_not_rounded_away(tmp_path: Path) -> None:

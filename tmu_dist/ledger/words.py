@@ -30,18 +30,19 @@ def signed(value: float, decimals: int) -> str:
     return NONE if math.isnan(value) else f"{value:+.{decimals}f}".replace("-", "−")
 
 
-def decimals_of(value: float, least: int) -> int:
-    """Decimals with which a value has three digits, and not fewer than `least`."""
-    if value == 0 or not math.isfinite(value):
-        return least
-    return max(least, 2 - math.floor(math.log10(abs(value))))
-
-
 def spread(values: Measurement | Sequence[float], decimals: int) -> str:
     """Mean and standard deviation over seeds; of one seed, its value."""
     scores = values.score_S.tolist() if isinstance(values, Measurement) else list(values)
     mean = f"{statistics.fmean(scores):.{decimals}f}"
     return mean if len(scores) < 2 else f"{mean} ± {statistics.stdev(scores):.{decimals}f}"
+
+
+def in_three_digits(values: Sequence[float], least: int) -> str:
+    """As `spread`, the mean with three digits at least, and `least` decimals at least."""
+    mean, decimals = statistics.fmean(values), least
+    if mean and math.isfinite(mean):
+        decimals = max(least, 2 - math.floor(math.log10(abs(mean))))
+    return spread(values, decimals)
 
 
 def between(ends: tuple[float, float] | None, decimals: int) -> str:

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from tmu_dist.evaluation.page import Chart, Part
 from tmu_dist.evaluation.plots import Curve, Theme, learning_curves
 from tmu_dist.evaluation.tables import Cell, Row, TableData
-from tmu_dist.ledger.words import NONE, decimals_of
+from tmu_dist.ledger.words import NONE, in_three_digits
 from tmu_dist.study.record import RowFacts, StudyRecord
 
 _PARTS = {"¼": 0.25, "½": 0.5, "¾": 0.75, "all": 1.0}
@@ -64,10 +64,8 @@ def _least(run: Mapping[int, float], until: float) -> float | None:
 
 def _mean(values: Sequence[float | None]) -> Cell:
     known = [value for value in values if value is not None]
-    if len(known) < len(values):
-        return Cell(NONE)
-    mean = statistics.fmean(known)
-    return Cell(f"{mean:.{decimals_of(mean, 1)}f}")
+    whole = len(known) == len(values)
+    return Cell(in_three_digits([statistics.fmean(known)], 1) if whole else NONE)
 
 
 def _colours(rows: Sequence[RowFacts]) -> list[int]:

@@ -23,7 +23,7 @@ from tmu_dist.evaluation.plots import (
 )
 from tmu_dist.evaluation.tables import Cell, Row, TableData, format_count
 from tmu_dist.ledger.parts import draw_intervals
-from tmu_dist.ledger.words import NONE, between, decimals_of, signed, spread
+from tmu_dist.ledger.words import NONE, between, in_three_digits, signed
 from tmu_dist.study.design import Study
 from tmu_dist.study.learning import learning
 from tmu_dist.study.record import (
@@ -130,7 +130,7 @@ def _without_empty(table: TableData) -> TableData:
 
 def _baseline_cells(own: Mapping[str, float], score: ScoreFacts) -> list[Cell]:
     value = own.get(score.name)
-    text = NONE if value is None else spread([value], decimals_of(value, score.decimals))
+    text = NONE if value is None else in_three_digits([value], score.decimals)
     return [Cell(NONE), Cell(text), Cell(NONE)]
 
 
@@ -148,9 +148,7 @@ def _score_cells(row: RowFacts, score: ScoreFacts, *, is_best: bool) -> list[Cel
 def over_seeds(row: RowFacts, score: ScoreFacts) -> str:
     """Mean and standard deviation, with three digits or more; a dash without runs."""
     values = row.values(score.name)
-    if not values:
-        return NONE
-    return spread(values, decimals_of(statistics.fmean(values), score.decimals))
+    return in_three_digits(values, score.decimals) if values else NONE
 
 
 def _best(record: StudyRecord, score: ScoreFacts, group: str) -> str | None:
